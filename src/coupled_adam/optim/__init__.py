@@ -1,0 +1,6 @@
+"""The optimizers. They need torch alone."""
+
+from coupled_adam.optim.coupled_adam import CoupledAdam
+from coupled_adam.optim.groups import param_groups
+
+__all__ = ["CoupledAdam", "param_groups"]

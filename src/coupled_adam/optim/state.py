@@ -1,0 +1,86 @@
+"""Checkpoints of the optimizers: what fits, folding of AdamW's second moment, and moments that keep their precision."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from coupled_adam.optim.reductions import replicate_partial
+from coupled_adam.optim.validation import parameter_name
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+#: What a group of torch.optim.AdamW holds beside the hyperparameters that we share.
+ADAMW_FLAGS = frozenset(
+    {"amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
+)
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """float32, or float64 for a float64 parameter. A moving average in bfloat16 stalls: its steps round to nothing."""
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A copy of ``state_dict`` that fits ``groups``: checked, second moments folded, missing hyperparameters filled in.
+
+    Raises:
+        ValueError: the number of groups or parameters differs, a moment has another shape than its parameter needs, or
+            the checkpoint was made with ``amsgrad``.
+    """
+    saved_groups = state_dict["param_groups"]
+    sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"The checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}; "
+            "build the optimizer with the groups of the run that saved the checkpoint"
+        )
+    state, fitted_groups = dict(state_dict["state"]), []
+    for group, saved in zip(groups, saved_groups, strict=True):
+        for flag in ("amsgrad", "maximize"):
+            if saved.get(flag):
+                raise ValueError(f"The checkpoint was made with {flag}=True, which has no counterpart here")
+        for i, key in enumerate(saved["params"]):
+            if state.get(key):
+                state[key] = _fit(state[key], group, i)
+        fitted = {k: v for k, v in saved.items() if k not in ADAMW_FLAGS}
+        # As everywhere in torch the checkpoint's hyperparameters win. Which group is coupled is the optimizer's own.
+        fitted_groups.append({**group, **fitted, "second_moment": group["second_moment"]})
+    return {**state_dict, "state": state, "param_groups": fitted_groups}
+
+
+def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]:
+    """The saved state of the group's i-th parameter, its second moment folded if it is coupled here."""
+    param, name = group["params"][i], parameter_name(group, i)
+    if missing := [key for key in ("step", *MOMENTS) if key not in saved]:
+        raise ValueError(f"The checkpoint's state of {name} has no {missing[0]!r}; it is not one of an Adam optimizer")
+    fitted = {key: saved[key] for key in ("step", *MOMENTS)}
+    fitted["step"] = torch.as_tensor(saved["step"], dtype=torch.float32)
+    if saved["exp_avg"].shape != param.shape:
+        raise ValueError(_misfit(name, "exp_avg", saved["exp_avg"], tuple(param.shape)))
+    square = saved["exp_avg_sq"]
+    if group["second_moment"] == "vocabulary":
+        expected = (1, *param.shape[1:])
+        if square.shape == param.shape:
+            square = replicate_partial(square.to(state_dtype(param)).sum(0, keepdim=True)) / param.shape[0]
+            fitted["exp_avg_sq"] = square
+    else:
+        expected = tuple(param.shape)
+    if tuple(square.shape) != expected:
+        raise ValueError(_misfit(name, "exp_avg_sq", square, expected))
+    return fitted
+
+
+def _misfit(name: str, key: str, found: Tensor, expected: tuple[int, ...]) -> str:
+    shape = tuple(found.shape)
+    return f"The checkpoint's {key} of {name} has shape {shape}, not {expected}; it is of another model or grouping"
+
+
+def restore_precision(optimizer: Optimizer, prepared: dict[str, Any]) -> None:
+    """Put the moments back as ``prepared`` has them: torch's loading casts them to the parameters' dtype."""
+    for group, saved_group in zip(optimizer.param_groups, prepared["param_groups"], strict=True):
+        for param, key in zip(group["params"], saved_group["params"], strict=True):
+            for moment in MOMENTS if prepared["state"].get(key) else ():
+                value = prepared["state"][key][moment]
+                optimizer.state[param][moment] = value.to(param.device, state_dtype(param), copy=True)

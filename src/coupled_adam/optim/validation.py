@@ -1,0 +1,87 @@
+"""What a param group may hold. Every message names the value and the remedy."""
+
+import difflib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coupled_adam.optim.reductions import SECOND_MOMENT
+
+#: The keys of torch's own optimizers and schedulers that a group may carry beside ours, without effect here.
+FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "swa_lr", "name"})
+
+
+def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError for hyperparameters or parameters that a CoupledAdam group cannot have."""
+    _check_keys(group, defaults)
+    _check_number("learning rate (lr)", group["lr"])
+    _check_number("eps", group["eps"])
+    _check_number("weight_decay", group["weight_decay"])
+    _check_number("coupling_factor", group["coupling_factor"], maximum=1.0)
+    _check_number("coupling_scale", group["coupling_scale"])
+    if group["coupling_scale"] == 0:
+        raise ValueError("Invalid coupling_scale: 0; it multiplies the second moment and must be positive")
+    _check_betas(group["betas"])
+    if group["second_moment"] not in SECOND_MOMENT:
+        raise ValueError(f"Invalid second_moment: {group['second_moment']!r}; choose from {sorted(SECOND_MOMENT)}")
+    for i, param in enumerate(group["params"]):
+        check_param(param, parameter_name(group, i), coupled=group["second_moment"] == "vocabulary")
+
+
+def parameter_name(group: dict[str, Any], i: int) -> str:
+    """The name of the group's i-th parameter where the optimizer was given names, its index and shape otherwise."""
+    names = group.get("param_names")
+    return f"parameter {names[i]!r}" if names else f"parameter {i} of shape {tuple(group['params'][i].shape)}"
+
+
+def check_param(param: Tensor, name: str, *, coupled: bool) -> None:
+    """Raise TypeError or ValueError for a tensor that cannot be updated, or not with a coupled second moment."""
+    if not param.is_floating_point():
+        remedy = "give torch.view_as_real of it" if param.is_complex() else "give floating-point parameters only"
+        raise TypeError(f"{name} has dtype {param.dtype}, which CoupledAdam does not update; {remedy}")
+    if coupled and param.ndim != 2:
+        raise ValueError(
+            f"{name} has {param.ndim} dimension(s), but second_moment='vocabulary' couples the rows of a "
+            "(vocabulary, hidden) matrix; put it into a group with second_moment='elementwise'"
+        )
+
+
+def check_grad(grad: Tensor, name: str) -> None:
+    """Raise RuntimeError for a gradient that the update cannot use."""
+    if grad.is_sparse:
+        raise RuntimeError(
+            f"CoupledAdam does not support sparse gradients ({name}); build the nn.Embedding with sparse=False"
+        )
+
+
+def _check_keys(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    for key in group.keys() - defaults.keys() - FOREIGN_KEYS:
+        # A mistyped key would silently leave the default in force; a key of somebody else's is none of our business.
+        if near := difflib.get_close_matches(key, defaults, n=1, cutoff=0.8):
+            raise ValueError(f"Unknown key {key!r} in a param group; did you mean {near[0]!r}?")
+
+
+def _check_number(name: str, value: float | Tensor, maximum: float = math.inf) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Invalid {name}: a tensor of shape {tuple(value.shape)}; it must have one element")
+        # Reading a tensor on an accelerator would wait for it, and one that a compiler traces has no value.
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"Invalid {name}: {value!r}; it must be a number")
+    number = float(value)
+    if not (math.isfinite(number) and 0 <= number <= maximum):
+        bound = "non-negative" if maximum == math.inf else f"between 0 and {maximum:g}"
+        raise ValueError(f"Invalid {name}: {number}; it must be finite and {bound}")
+
+
+def _check_betas(betas: Any) -> None:
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r}; give two numbers, (β1, β2)")
+    for i, beta in enumerate(betas):
+        _check_number(f"betas[{i}]", beta)
+        if float(beta) >= 1:
+            raise ValueError(f"Invalid betas[{i}]: {float(beta)}; it must be at least 0 and less than 1")
