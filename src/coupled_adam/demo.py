@@ -162,8 +162,8 @@ def _write_report(
         },
         headline=(
             f"After {experiment.train.steps:,} steps the mean embedding lies at {adamw['mean_shift_ratio']:.3f} of the "
-            f"average embedding norm with AdamW and at {coupled['mean_shift_ratio']:.3f} with Coupled Adam; the validation "
-            f"losses are {adamw['validation_loss']:.2f} and {coupled['validation_loss']:.2f}."
+            f"average norm with AdamW and at {coupled['mean_shift_ratio']:.3f} with Coupled Adam; "
+            f"the validation losses are {adamw['validation_loss']:.2f} and {coupled['validation_loss']:.2f}."
         ),
         steps=f"{experiment.train.steps:,}",
         parameters=f"{results['parameters'] / 1e6:.1f}M",

@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from coupled_adam.lm.config import Model
 
+#: Positions whose logits exist at a time: (positions, vocabulary) in all would be the largest tensor of the step.
+LOSS_CHUNK = 128
+
 
 class Attention(nn.Module):
     """Causal self-attention with several heads."""
@@ -83,7 +86,8 @@ class LanguageModel(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross entropy in nats over all (batch, sequence) positions, a scalar."""
         hidden = self.hidden(tokens).flatten(0, 1)
-        return F.linear_cross_entropy(hidden, self.head.weight, targets.flatten(), reduction="sum")
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK)
+        return F.linear_cross_entropy(hidden, self.head.weight, targets.flatten(), reduction="sum", options=options)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,0 +1,38 @@
+"""Text and settings that several tests share."""
+
+import random
+
+import pytest
+
+from coupled_adam.lm.config import Experiment
+
+WORDS = "the of a river lake mountain sun moon king queen dog cat house street walked saw and over under quickly slowly"
+
+
+def paragraphs(count: int, seed: int = 0) -> str:
+    """Paragraphs of made-up sentences, separated by blank lines."""
+    rng, words = random.Random(seed), WORDS.split()
+    return "\n\n".join(" ".join(rng.choices(words, k=40)) + "." for _ in range(count))
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(paragraphs(200), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny() -> Experiment:
+    """A run that takes a second: two layers, 16 wide, 24 steps."""
+    return Experiment.from_dict(
+        {
+            "run": {"name": "tiny", "seed": 3},
+            "model": {"layers": 2, "heads": 2, "width": 16},
+            "data": {"vocabulary": 300, "sequence_length": 16},
+            "optimizer": {"embedding": {"name": "coupled_adam"}},
+            "schedule": {"warmup_steps": 4},
+            "train": {"steps": 24, "batch_tokens": 64, "checkpoint_every": 10},
+            "evaluation": {"every": 8, "batches": 2},
+        }
+    )

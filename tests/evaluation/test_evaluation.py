@@ -1,0 +1,53 @@
+"""Figures of a trained model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from coupled_adam import geometry
+from coupled_adam.evaluation.embeddings import embedding_figures, word_similarity_figures
+from coupled_adam.evaluation.validation import validation_loss
+from coupled_adam.lm.batches import Batches
+from coupled_adam.lm.config import Model
+from coupled_adam.lm.model import build_model
+
+BENCHMARK = geometry.Benchmark("small", tuple((f"w{i}", f"w{i + 1}", float(i % 5)) for i in range(15)))
+
+
+def token_of(word: str) -> int | None:
+    return int(word[1:]) if int(word[1:]) < 14 else None
+
+
+def test_the_validation_loss_is_the_mean_over_all_tokens() -> None:
+    model = build_model(Model(layers=1, heads=2, width=8), vocabulary_size=64, sequence_length=8, seed=0)
+    tokens = np.random.default_rng(0).integers(64, size=8 * 6 + 1).astype(np.uint16)
+    batches = Batches([tokens], sequence_length=8, batch_size=2, seed=0)
+    inputs = torch.tensor(tokens[:-1].astype(np.int64)).view(6, 8)
+    targets = torch.tensor(tokens[1:].astype(np.int64)).view(6, 8)
+    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item()
+    assert validation_loss(model, batches, 3) == pytest.approx(expected, rel=1e-5)
+    assert validation_loss(model, batches, 100) == pytest.approx(expected, rel=1e-5), "one pass is all there is"
+    assert validation_loss(model, batches, 1) != pytest.approx(expected, rel=1e-5)
+
+
+def test_the_figures_are_those_of_the_metrics() -> None:
+    embedding = np.random.default_rng(1).standard_normal((16, 4)) + 1
+    counts = np.arange(1, 17)
+    figures = embedding_figures(embedding, counts, token_of, [BENCHMARK])
+    assert figures["isotropy"] == geometry.isotropy(embedding)
+    assert figures["mean_shift_ratio"] == geometry.mean_shift_ratio(embedding)
+    assert figures["norm_frequency_spearman"] == geometry.norm_frequency_correlation(embedding, counts).spearman
+    assert figures["word_similarity"] == geometry.word_similarity(embedding, token_of, BENCHMARK).cosine
+    assert figures["word_similarity_pairs"] == 13
+    (row,) = word_similarity_figures(embedding, token_of, [BENCHMARK])
+    assert (row["benchmark"], row["covered"], row["pairs"]) == ("small", 13, 15)
+
+
+def test_what_is_not_defined_is_none() -> None:
+    figures = embedding_figures(np.ones((16, 4)), np.ones(16), lambda word: None, [BENCHMARK])
+    undefined = {name for name, value in figures.items() if value is None}
+    assert undefined == {"norm_frequency_pearson", "norm_frequency_spearman", "word_similarity"}
+    assert not any(math.isnan(value) for value in figures.values() if value is not None)

@@ -1,0 +1,180 @@
+"""The model and the loop: what they compute, and that a run is never lost."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from coupled_adam.errors import InputError
+from coupled_adam.lm import train as loop
+from coupled_adam.lm.checkpoint import latest_checkpoint
+from coupled_adam.lm.config import Experiment, Model, Schedule
+from coupled_adam.lm.corpus import Corpus, prepare
+from coupled_adam.lm.model import LanguageModel, build_model, parameter_count
+from coupled_adam.lm.sources import TextFiles
+
+
+@pytest.fixture
+def corpus(text_file: Path, tiny: Experiment, tmp_path: Path) -> Corpus:
+    return prepare(TextFiles(text_file), tiny.data, tmp_path / "corpus")
+
+
+def no_figures(model: LanguageModel) -> loop.Figures:
+    return {}
+
+
+def test_the_loss_is_the_summed_cross_entropy_of_the_logits() -> None:
+    model = build_model(Model(layers=2, heads=2, width=16), vocabulary_size=64, sequence_length=8, seed=0)
+    tokens = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(model.loss(inputs, targets), expected)
+    assert expected.item() / targets.numel() == pytest.approx(math.log(64), rel=0.02), "untrained: all tokens alike"
+
+
+def test_a_position_does_not_see_later_ones() -> None:
+    model = build_model(Model(layers=2, heads=2, width=16), vocabulary_size=64, sequence_length=8, seed=0)
+    tokens = torch.randint(64, (1, 8), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[0, 5:] = (changed[0, 5:] + 1) % 64
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.equal(before[:, 5], after[:, 5])
+
+
+def test_the_model_is_gpt2_without_biases() -> None:
+    width, layers, vocabulary, sequence = 32, 3, 512, 16
+    model = build_model(Model(layers=layers, heads=4, width=width), vocabulary, sequence, seed=0)
+    per_layer = 12 * width**2 + 2 * width
+    assert parameter_count(model) == (vocabulary + sequence) * width + layers * per_layer + width
+    assert not any("bias" in name for name, _ in model.named_parameters())
+    assert model.head.weight is model.token_embedding.weight
+    spread = {name: p.std().item() for name, p in model.named_parameters() if p.ndim == 2}
+    assert spread["token_embedding.weight"] == pytest.approx(0.02, rel=0.1)
+    assert spread["blocks.0.projection.weight"] == pytest.approx(0.02 / math.sqrt(6), rel=0.1)
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        return build_model(Model(layers=1, heads=2, width=8), 64, 8, seed).token_embedding.weight
+
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+    assert torch.equal(torch.rand(1), expected), "the global random state is left alone"
+
+
+def test_the_learning_rate_warms_up_from_0_and_falls_to_the_minimum() -> None:
+    schedule = Schedule(lr=1e-3, min_lr=1e-4, warmup_steps=10)
+    rates = [loop.learning_rate(step, schedule, 110) for step in range(111)]
+    assert rates[0] == 0 and rates[5] == pytest.approx(5e-4) and rates[10] == 1e-3
+    assert rates[60] == pytest.approx((1e-3 + 1e-4) / 2) and rates[110] == pytest.approx(1e-4)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_training_lowers_the_loss_and_writes_what_it_did(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
+    calls = []
+
+    def evaluate(model: LanguageModel) -> loop.Figures:
+        calls.append(model.token_embedding.weight.detach().clone())
+        return {"answer": 42.0}
+
+    loop.train(tiny, corpus, tmp_path / "run", evaluate)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(25))
+    assert [line["step"] for line in lines if "answer" in line] == [0, 8, 16, 24]
+    assert lines[-1]["tokens"] == 24 * 64
+    assert lines[-1]["loss"] < lines[1]["loss"] - 0.1
+    assert (tmp_path / "run" / "experiment.toml").read_text() == tiny.to_toml()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000024"]
+
+
+class Killed(BaseException):
+    """What kill -9 is to a process: nothing is tidied up after it."""
+
+
+@pytest.mark.parametrize("embedding", ["adamw", "coupled_adam"])
+@pytest.mark.parametrize("cut", [1, 10, 13, 24])
+def test_a_run_cut_at_any_step_ends_as_the_undisturbed_one(
+    cut: int, embedding: str, tiny: Experiment, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = tiny.with_values(optimizer__embedding__name=embedding)
+    whole = loop.train(experiment, corpus, tmp_path / "whole", no_figures)
+
+    write = loop.Metrics.write
+
+    def write_until_cut(self: loop.Metrics, line: dict) -> None:
+        write(self, line)
+        if line["step"] == cut:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop.Metrics, "write", write_until_cut)
+        loop.train(experiment, corpus, tmp_path / "cut", no_figures)
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2')  # half a line, as a killed process leaves it
+    (tmp_path / "cut" / "checkpoints" / ".step-00000020.1.tmp").mkdir(parents=True)  # and half a checkpoint
+    resumed = loop.train(experiment, corpus, tmp_path / "cut", no_figures)
+
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()[1:]]
+        for run in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends(number: int, tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
+    def interrupt(model: LanguageModel) -> loop.Figures:
+        if (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 8:
+            os.kill(os.getpid(), number)
+        return {}
+
+    before = signal.getsignal(number)
+    with pytest.raises(loop.Interrupted, match="saved at step 8 of 24"):
+        loop.train(tiny, corpus, tmp_path / "run", interrupt)
+    assert signal.getsignal(number) is before
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").name == "step-00000008"
+
+
+def test_a_finished_run_is_only_loaded(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
+    trained = loop.train(tiny, corpus, tmp_path / "run", no_figures)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+
+    def refuse(model: LanguageModel) -> loop.Figures:
+        raise AssertionError("a finished run is not evaluated again")
+
+    loaded = loop.train(tiny, corpus, tmp_path / "run", refuse)
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), loaded.parameters(), strict=True))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+
+
+def test_another_experiment_or_text_in_the_same_folder_is_refused(
+    tiny: Experiment, corpus: Corpus, text_file: Path, tmp_path: Path
+) -> None:
+    loop.train(tiny, corpus, tmp_path / "run", no_figures)
+    with pytest.raises(InputError, match=r"other settings .*train\.steps: 24, 30"):
+        loop.train(tiny.with_values(train__steps=30), corpus, tmp_path / "run", no_figures)
+    text_file.write_text(text_file.read_text().replace("king", "emperor"))
+    other = prepare(TextFiles(text_file), tiny.data, tmp_path / "other")
+    with pytest.raises(InputError, match="another text"):
+        loop.train(tiny, other, tmp_path / "run", no_figures)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
+    def poison(model: LanguageModel) -> loop.Figures:
+        if (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 16:
+            with torch.no_grad():
+                model.final_norm.weight.fill_(math.nan)
+        return {}
+
+    with pytest.raises(loop.DivergedError, match=r"step 17: loss nan.*Lower schedule\.lr"):
+        loop.train(tiny, corpus, tmp_path / "run", poison)
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").name == "step-00000010"

@@ -1,0 +1,371 @@
+"""CoupledAdam against a float64 reference, against torch, and against what the paper proves."""
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coupled_adam import CoupledAdam, param_groups
+
+V, H, STEPS = 37, 12, 100
+
+
+def learning_rate(step: int) -> float:
+    """Changes every step, and is 0 at times."""
+    return 3e-3 * max(math.sin(step / 7), 0.0)
+
+
+def gradients(seed: int = 0, rows: int = V) -> list[Tensor]:
+    """Rows of very different size, as those of rare and frequent tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.logspace(-3, 1, rows, dtype=torch.float64)[:, None]
+    return [size * torch.randn(rows, H, dtype=torch.float64, generator=generator) for _ in range(STEPS)]
+
+
+def reference(
+    theta: Tensor,
+    grads: list[Tensor],
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    scale: float = 1.0,
+    factor: float = 0.0,
+    coupled: bool = True,
+) -> Tensor:
+    """Section 4 of the paper line by line, in float64, with the full (V, H) second moment."""
+    theta, m, v = theta.clone(), torch.zeros_like(theta), torch.zeros_like(theta)
+    for t, g in enumerate(grads, start=1):
+        lr = learning_rate(t)
+        theta = theta * (1 - lr * weight_decay)
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * (g**2 + factor * m**2)
+        nu = scale * v.mean(0, keepdim=True) if coupled else v
+        theta = theta - lr * (m / (1 - beta1**t)) / ((nu / (1 - beta2**t)).sqrt() + eps)
+    return theta
+
+
+def trained(theta: Tensor, grads: list[Tensor], make: Callable[[nn.Parameter], torch.optim.Optimizer]) -> Tensor:
+    """``theta`` after one step per gradient, each with its learning rate."""
+    parameter = nn.Parameter(theta.clone())
+    optimizer = make(parameter)
+    for t, g in enumerate(grads, start=1):
+        optimizer.param_groups[0]["lr"] = learning_rate(t)
+        parameter.grad = g.to(parameter.dtype)
+        optimizer.step()
+    return parameter.detach()
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+SETTINGS = [
+    {},
+    {"weight_decay": 0.1},
+    {"scale": 2.0**-5},
+    {"scale": 2.0**5, "weight_decay": 0.1},
+    {"factor": 0.1},
+    {"factor": 1.0, "scale": 0.5, "weight_decay": 0.01},
+    {"coupled": False, "factor": 0.1},
+    {"coupled": False, "weight_decay": 0.1},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
+def test_agrees_with_the_float64_reference(settings: dict, dtype: torch.dtype, bound: float) -> None:
+    theta = torch.randn(V, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grads = [g.to(dtype).double() for g in gradients()]
+
+    def make(p: nn.Parameter) -> CoupledAdam:
+        moment = "vocabulary" if settings.get("coupled", True) else "elementwise"
+        return CoupledAdam(
+            [{"params": [p], "second_moment": moment}],
+            betas=(0.9, 0.99),
+            weight_decay=settings.get("weight_decay", 0.0),
+            coupling_scale=settings.get("scale", 1.0),
+            coupling_factor=settings.get("factor", 0.0),
+        )
+
+    assert relative_error(trained(theta, grads, make), reference(theta.double(), grads, **settings)) <= bound
+
+
+def test_one_step_by_hand() -> None:
+    # g² has the column means (1 + 9)/2 = 5 and (4 + 0)/2 = 2. At the first step m̂ = g and ν̂ = mean g².
+    parameter = nn.Parameter(torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=torch.float64))
+    parameter.grad = torch.tensor([[1.0, 2.0], [-3.0, 0.0]], dtype=torch.float64)
+    CoupledAdam([{"params": [parameter], "second_moment": "vocabulary"}], lr=0.1, eps=0.0, weight_decay=0.5).step()
+    expected = [[0.95 - 0.1 / math.sqrt(5), 0.95 - 0.2 / math.sqrt(2)], [0.95 + 0.3 / math.sqrt(5), 0.95]]
+    torch.testing.assert_close(parameter.detach(), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_uncoupled_is_adamw_bit_for_bit() -> None:
+    theta, grads = torch.randn(V, H, generator=torch.Generator().manual_seed(2)), gradients()
+    ours = trained(theta, grads, lambda p: CoupledAdam([p], weight_decay=0.1))
+    torchs = trained(theta, grads, lambda p: torch.optim.AdamW([p], weight_decay=0.1, fused=True))
+    assert torch.equal(ours, torchs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("moment", ["vocabulary", "elementwise"])
+def test_narrow_parameters_keep_float32_moments(dtype: torch.dtype, moment: str) -> None:
+    # A moving average of a constant 1 in bfloat16 sticks at 0.5 with β2 = 0.999; in float32 it arrives.
+    parameter = nn.Parameter(torch.zeros(4, 3, dtype=dtype))
+    optimizer = CoupledAdam([{"params": [parameter], "second_moment": moment}], lr=0.0, betas=(0.9, 0.999))
+    for _ in range(5000):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    state = optimizer.state[parameter]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
+    torch.testing.assert_close(state["exp_avg_sq"], torch.full_like(state["exp_avg_sq"], 1 - 0.999**5000))
+
+
+def test_the_documented_call_of_moment_coupling_runs_unchanged() -> None:
+    model = nn.Linear(H, V)
+    optimizer = CoupledAdam(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, coupling_factor=0.1
+    )
+    before = model.weight.detach().clone()
+    model(torch.ones(1, H)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
+
+
+class Softmax:
+    """A softmax head on its own: tokens drawn with Zipf's frequencies, hidden states that depend on them."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.frequency = 1.0 / torch.arange(1, V + 1, dtype=torch.float64)
+        self.table = torch.randn(V, H, dtype=torch.float64, generator=generator) + 0.5
+        self.head = nn.Parameter(torch.randn(V, H, dtype=torch.float64, generator=generator))
+        self.generator = generator
+
+    def backward(self) -> None:
+        tokens = torch.multinomial(self.frequency, 64, replacement=True, generator=self.generator)
+        self.head.grad = None
+        F.cross_entropy(self.table[tokens.roll(1)] @ self.head.T, tokens).backward()
+
+    def mean_shift(self, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> float:
+        """How far 200 steps move the mean embedding, over the mean norm of the rows."""
+        before, optimizer = self.head.detach().mean(0), make([self.head])
+        for _ in range(200):
+            self.backward()
+            optimizer.step()
+        rows = self.head.detach()
+        return ((rows.mean(0) - before).norm() / rows.norm(dim=1).mean()).item()
+
+
+def test_the_rows_of_a_softmax_heads_gradient_sum_to_zero() -> None:
+    problem = Softmax()
+    problem.backward()
+    gradient = problem.head.grad
+    assert gradient.sum(0).norm() <= 1e-14 * gradient.norm(dim=1).sum()
+    assert gradient.norm() > 1e-3
+
+
+def test_sgd_and_coupled_adam_leave_the_mean_embedding_where_it_is() -> None:
+    assert Softmax().mean_shift(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)) <= 1e-9
+    coupled = Softmax().mean_shift(lambda p: CoupledAdam([{"params": p, "second_moment": "vocabulary"}], lr=1e-2))
+    assert coupled <= 1e-9
+
+
+def test_adam_moves_the_mean_embedding() -> None:
+    assert Softmax().mean_shift(lambda p: torch.optim.Adam(p, lr=1e-2)) > 0.05
+    assert Softmax().mean_shift(lambda p: CoupledAdam(p, lr=1e-2)) > 0.05
+
+
+def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Embedding(V, H), nn.Linear(H, H), nn.Linear(H, V, bias=False)).to(dtype)
+
+
+def run(model: nn.Sequential, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for i in steps:
+        tokens = torch.randint(V, (32,), generator=torch.Generator().manual_seed(i))
+        optimizer.zero_grad()
+        F.cross_entropy(model(tokens).float(), tokens.roll(1)).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(dtype: torch.dtype, tmp_path) -> None:
+    whole = small_model(dtype)
+    run(whole, CoupledAdam(param_groups(whole, coupled=[whole[2]])), range(10))
+
+    first = small_model(dtype)
+    optimizer = CoupledAdam(param_groups(first, coupled=[first[2]]))
+    run(first, optimizer, range(6))
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    second = small_model(dtype)
+    second.load_state_dict(saved["model"])
+    optimizer = CoupledAdam(param_groups(second, coupled=[second[2]]))
+    optimizer.load_state_dict(saved["optimizer"])
+    run(second, optimizer, range(6, 10))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
+    moments = [optimizer.state[p][m].dtype for p in second.parameters() for m in ("exp_avg", "exp_avg_sq")]
+    assert set(moments) == {torch.float32}
+
+
+def test_a_running_adamw_job_goes_on_with_coupled_adam() -> None:
+    model = small_model()
+    adamw = torch.optim.AdamW(param_groups(model, coupled=[model[2]]), lr=5e-3, betas=(0.8, 0.9))
+    torch.optim.lr_scheduler.LinearLR(adamw)
+    run(model, adamw, range(5))
+    saved = copy.deepcopy(adamw.state_dict())
+
+    coupled = CoupledAdam(param_groups(model, coupled=[model[2]]))
+    coupled.load_state_dict(saved)
+    head, inner = coupled.state[model[2].weight], coupled.state[model[1].weight]
+    second_moment = adamw.state[model[2].weight]["exp_avg_sq"]
+    torch.testing.assert_close(head["exp_avg_sq"], second_moment.mean(0, keepdim=True))
+    assert torch.equal(inner["exp_avg_sq"], adamw.state[model[1].weight]["exp_avg_sq"])
+    assert head["step"] == 5
+    group = coupled.param_groups[0]
+    assert (group["second_moment"], group["lr"], group["betas"]) == (
+        "vocabulary",
+        adamw.param_groups[0]["lr"],
+        (0.8, 0.9),
+    )
+    assert "initial_lr" in group and "amsgrad" not in group
+    assert saved["state"][0]["exp_avg_sq"].shape == (V, H), "the caller's checkpoint is left as it was"
+    run(model, coupled, range(5, 7))
+
+
+def test_checkpoints_that_do_not_fit_name_the_parameter() -> None:
+    model = small_model()
+    optimizer = CoupledAdam(param_groups(model, coupled=[model[2]]))
+    run(model, optimizer, range(1))
+    saved = optimizer.state_dict()
+
+    with pytest.raises(ValueError, match=r"groups of \[1, 2, 1\] parameters, this optimizer of \[4\]"):
+        CoupledAdam(model.parameters()).load_state_dict(saved)
+    plain = [{**group, "second_moment": "elementwise"} for group in param_groups(model, coupled=[model[2]])]
+    with pytest.raises(ValueError, match=r"exp_avg_sq of parameter '2.weight' has shape \(1, 12\), not \(37, 12\)"):
+        CoupledAdam(plain).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"exp_avg of parameter '1.weight' has shape \(37, 12\), not \(12, 12\)"):
+        CoupledAdam(param_groups(model, coupled=[model[0]])).load_state_dict(saved)
+    broken = copy.deepcopy(saved)
+    del broken["state"][0]["exp_avg_sq"]
+    with pytest.raises(ValueError, match=r"parameter '2.weight' has no 'exp_avg_sq'"):
+        optimizer.load_state_dict(broken)
+    amsgrad = torch.optim.AdamW(param_groups(model, coupled=[model[2]]), amsgrad=True)
+    with pytest.raises(ValueError, match="amsgrad"):
+        optimizer.load_state_dict(amsgrad.state_dict())
+    assert optimizer.state[model[2].weight]["step"] == 1, "a refused checkpoint leaves the optimizer as it was"
+
+
+def test_state_exists_for_parameters_without_a_gradient_and_they_stay_where_they_are() -> None:
+    used, unused = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(5, 2))
+    optimizer = CoupledAdam([{"params": [used, unused], "second_moment": "vocabulary", "weight_decay": 0.1}])
+    used.grad = torch.ones_like(used)
+    optimizer.step()
+    assert torch.equal(unused, torch.ones(5, 2))
+    assert optimizer.state[unused]["step"] == 0
+    assert optimizer.state[unused]["exp_avg_sq"].shape == (1, 2)
+
+
+def test_a_step_with_zero_gradients_and_no_learning_rate_changes_no_parameter() -> None:
+    # Distributed checkpointing makes such a step to create the state.
+    parameter = nn.Parameter(torch.randn(5, 3))
+    before = parameter.detach().clone()
+    optimizer = CoupledAdam([{"params": [parameter], "second_moment": "vocabulary"}], lr=0.0, weight_decay=0.1)
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.equal(parameter, before)
+
+
+def test_gradients_are_not_modified_and_the_closure_is_called_once() -> None:
+    parameter = nn.Parameter(torch.randn(5, 3))
+    optimizer = CoupledAdam([{"params": [parameter], "second_moment": "vocabulary"}])
+    calls = []
+
+    def closure() -> float:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss.item()
+
+    expected, before = parameter.square().sum().item(), parameter.detach().clone()
+    assert optimizer.step(closure) == expected
+    assert calls == [True]
+    assert torch.equal(parameter.grad, 2 * before)
+
+
+def test_survives_deepcopy_and_pickle() -> None:
+    model = small_model()
+    optimizer = CoupledAdam(param_groups(model, coupled=[model[2]]))
+    run(model, optimizer, range(3))
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert copied.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+        for ours, theirs in zip(optimizer.state.values(), copied.state.values(), strict=True):
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        copied.step()
+
+
+MATRIX = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"lr": -1e-3}, ValueError, r"learning rate \(lr\): -0.001"),
+        ({"lr": float("nan")}, ValueError, "learning rate.*nan"),
+        ({"lr": "0.1"}, TypeError, "'0.1'"),
+        ({"lr": torch.ones(2)}, ValueError, "one element"),
+        ({"betas": (1.0, 0.9)}, ValueError, r"betas\[0\]: 1.0"),
+        ({"betas": (0.9, -0.1)}, ValueError, r"betas\[1\]: -0.1"),
+        ({"betas": 0.9}, ValueError, "two numbers"),
+        ({"eps": -1e-8}, ValueError, "eps: -1e-08"),
+        ({"weight_decay": float("inf")}, ValueError, "weight_decay: inf"),
+        ({"coupling_scale": 0.0}, ValueError, "coupling_scale: 0"),
+        ({"coupling_scale": -1.0}, ValueError, "coupling_scale: -1.0"),
+        ({"coupling_factor": 1.5}, ValueError, "coupling_factor: 1.5.*between 0 and 1"),
+        ({"coupling_factor": True}, TypeError, "True"),
+    ],
+)
+def test_bad_hyperparameters_are_refused_in_the_constructor_and_in_a_group(
+    settings: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        CoupledAdam([nn.Parameter(MATRIX)], **settings)
+    optimizer = CoupledAdam([nn.Parameter(MATRIX)])
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": [nn.Parameter(MATRIX)], **settings})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "error", "message"),
+    [
+        ({"params": [nn.Parameter(torch.zeros(3))], "second_moment": "vocabulary"}, ValueError, "1 dimension"),
+        ({"params": [nn.Parameter(torch.zeros(3, 2, 2))], "second_moment": "vocabulary"}, ValueError, "3 dimension"),
+        ({"params": [nn.Parameter(torch.zeros(3, 2, dtype=torch.complex64))]}, TypeError, "view_as_real"),
+        ({"params": [nn.Parameter(MATRIX)], "second_moment": "rowwise"}, ValueError, "'rowwise'; choose from"),
+        ({"params": [nn.Parameter(MATRIX)], "coupling_scal": 2.0}, ValueError, "did you mean 'coupling_scale'"),
+        ({"params": [("table", nn.Parameter(torch.zeros(3)))], "second_moment": "vocabulary"}, ValueError, "'table'"),
+    ],
+)
+def test_bad_groups_are_refused(group: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CoupledAdam([group])
+
+
+def test_a_sparse_gradient_is_refused_before_anything_moves() -> None:
+    first, table = nn.Parameter(torch.ones(2, 2)), nn.Embedding(V, H, sparse=True)
+    optimizer = CoupledAdam([{"params": [first, table.weight], "second_moment": "vocabulary"}])
+    first.grad = torch.ones_like(first)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step()
+    assert torch.equal(first, torch.ones(2, 2))

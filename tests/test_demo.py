@@ -1,0 +1,182 @@
+"""The demo through the real command line, and its report in a real browser."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import paragraphs
+from playwright.sync_api import Page, sync_playwright
+
+COMMAND = [sys.executable, "-m", "coupled_adam", "demo"]
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+def demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(paragraphs(1500), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a shortened demo on the user's own text."""
+    out = tmp_path_factory.mktemp("demo")
+    result = demo("--text", text, "--steps", "30", "--seed", "2", "--out", out)
+    assert result.returncode == 0, result.stderr
+    (out / "printed").write_text(result.stdout)
+    return out
+
+
+def test_the_table_shows_both_runs_beside_the_paper(finished: Path) -> None:
+    printed = (finished / "printed").read_text()
+    results = json.loads((finished / "results.json").read_text())
+    line = next(line for line in printed.splitlines() if "mean shift ratio" in line)
+    adamw, coupled = (results["runs"][m]["final"]["mean_shift_ratio"] for m in ("adamw", "coupled_adam"))
+    assert line.split()[-4:] == [f"{adamw:.3f}", f"{coupled:.3f}", "0.82", "0.03"]
+    assert coupled < 0.1 < adamw, "the effect shows after 30 steps already"
+
+
+def test_the_two_runs_differ_in_nothing_but_the_embeddings_optimizer(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    first = [results["runs"][m]["curve"][0] for m in ("adamw", "coupled_adam")]
+    assert first[0] == first[1], "the same initial weights"
+    experiments = [(finished / m / "experiment.toml").read_text().splitlines() for m in ("adamw", "coupled_adam")]
+    assert [pair for pair in zip(*experiments, strict=True) if pair[0] != pair[1]] == [
+        ('name = "adamw"', 'name = "coupled_adam"'),
+        ('name = "adamw"', 'name = "coupled_adam"'),
+    ]
+
+
+def test_a_second_call_reuses_everything_and_prints_json(finished: Path, text: Path) -> None:
+    before = json.loads((finished / "results.json").read_text())
+    result = demo("--text", text, "--steps", "30", "--seed", "2", "--out", finished, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == before == json.loads((finished / "results.json").read_text())
+    assert "step" not in result.stderr, "nothing was trained"
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished: Path, text: Path) -> None:
+    result = demo("--text", text, "--steps", "31", "--seed", "2", "--out", finished)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "train.steps: 30, 31" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no such file"), (b"", "empty"), (b"\0\1", "binary"), (b"x", "short")]
+)
+def test_bad_text_is_one_line_and_exit_code_2(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    result = demo("--text", path, "--out", tmp_path / "out")
+    assert result.returncode == 2
+    problem = [line for line in result.stderr.splitlines() if not line.startswith("Corpus:")]
+    assert len(problem) == 1 and str(path) in problem[0] and message in problem[0]
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_cleanly_and_the_next_call_finishes_the_same(finished: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ["--text", str(text), "--steps", "30", "--seed", "2", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "out" / "coupled_adam" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped and saved at step" in stderr.splitlines()[-1] and "Traceback" not in stderr
+
+    again = demo(*arguments)
+    assert again.returncode == 0, again.stderr
+    for method in ("adamw", "coupled_adam"):
+        final = [
+            json.loads((folder / "results.json").read_text())["runs"][method]["final"]
+            for folder in (finished, tmp_path / "out")
+        ]
+        for line in final:
+            del line["tokens_per_second"]
+        assert final[0] == final[1]
+
+
+@pytest.mark.long
+def test_two_processes_in_one_folder(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = subprocess.Popen([*COMMAND, "--text", str(text), "--out", str(out)], stderr=subprocess.DEVNULL)
+    try:
+        while first.poll() is None and not (out / "corpus").exists():
+            time.sleep(0.05)
+        second = demo("--text", text, "--out", out)
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 2
+    assert "another process is working there" in second.stderr
+
+
+@pytest.fixture(scope="module")
+def page(finished: Path):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian package: chromium)")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        opened = browser.new_page(viewport={"width": 1200, "height": 900})
+        opened.problems, opened.requested = [], []
+        opened.on(
+            "console", lambda message: message.type in ("error", "warning") and opened.problems.append(message.text)
+        )
+        opened.on("pageerror", lambda error: opened.problems.append(str(error)))
+        opened.on("request", lambda request: opened.requested.append(request.url))
+        opened.goto((finished / "report.html").as_uri())
+        yield opened
+        browser.close()
+
+
+def test_the_report_opens_without_errors_and_asks_for_nothing_else(page: Page) -> None:
+    assert page.problems == []
+    assert [url for url in page.requested if not url.startswith(("data:", "blob:"))] == [page.url]
+
+
+def test_the_charts_are_drawn(page: Page) -> None:
+    for name in ("mean_shift", "isotropy", "loss"):
+        assert page.locator(f"#chart-{name} .scatterlayer .trace .lines path").count() == 2
+    dots = page.locator("#chart-embeddings .scatterlayer .trace").evaluate_all(
+        "traces => traces.map(trace => trace.querySelectorAll('.point').length)"
+    )
+    assert sorted(dots)[:2] == [1, 1], "the origin, once a map"
+    assert min(sorted(dots)[2:]) > 250
+
+
+def test_hovering_over_a_dot_shows_its_token(page: Page) -> None:
+    dot = page.locator("#chart-embeddings .scatterlayer .trace").first.locator(".point").nth(5)
+    dot.scroll_into_view_if_needed()
+    box = dot.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)
+    text = page.locator("#chart-embeddings .hoverlayer .hovertext").first.text_content(timeout=5000)
+    assert "times" in text and "'" in text
+
+
+def test_the_table_is_that_of_the_terminal(page: Page, finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    row = page.locator("#figures tbody tr").filter(has_text="isotropy").locator("td").all_inner_texts()
+    runs = [f"{results['runs'][m]['final']['isotropy']:.3f}" for m in ("adamw", "coupled_adam")]
+    assert row == [*runs, "0.1", "0.83"]
+    assert page.locator("#benchmarks tbody tr").count() == 5
+
+
+def test_a_narrow_screen_does_not_scroll_sideways(page: Page) -> None:
+    page.set_viewport_size({"width": 380, "height": 800})
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380

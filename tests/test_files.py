@@ -1,0 +1,35 @@
+"""Files are written whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from coupled_adam.files import write_json, write_text, written_whole
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_fails_halfway_leaves_the_old_and_nothing_beside_it(folder: bool, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+
+    def write(text: str) -> None:
+        with written_whole(target) as aside:
+            if folder:
+                aside.mkdir()
+            (aside / "inner" if folder else aside).write_text(text)
+            if text == "bad":
+                raise OSError("disk full")
+
+    write("good")
+    with pytest.raises(OSError, match="disk full"):
+        write("bad")
+    assert (target / "inner" if folder else target).read_text() == "good"
+    write("better")
+    assert (target / "inner" if folder else target).read_text() == "better"
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_json_that_json_lacks_is_refused(tmp_path: Path) -> None:
+    write_text(tmp_path / "x.json", "old")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert (tmp_path / "x.json").read_text() == "old"

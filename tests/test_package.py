@@ -1,0 +1,37 @@
+"""What a user gets who installs the package with torch alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ["scipy", "gensim", "hyperhyper", "tokenizers", "pydantic", "typer", "rich", "plotly", "jinja2", "transformers"]
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_the_optimizers_need_torch_alone() -> None:
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({HEAVY}))"
+    result = python(f"{blocked}; import coupled_adam as c; print(c.__all__)")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "['CoupledAdam', '__version__', 'param_groups']"
+
+
+@pytest.mark.parametrize(
+    ("missing", "module", "extra"),
+    [("scipy", "geometry", "geometry"), ("tokenizers", "lm", "lm"), ("plotly", "report", "lm")],
+)
+def test_a_missing_extra_is_named(missing: str, module: str, extra: str) -> None:
+    result = python(f"import sys; sys.modules['{missing}'] = None; import coupled_adam.{module}")
+    assert result.stderr.splitlines()[-1] == (
+        f"ImportError: {missing} not installed: pip install 'coupled-adam[{extra}]'"
+    )
+
+
+def test_the_command_line_without_its_extra_is_one_line() -> None:
+    result = python("import sys; sys.modules['typer'] = None; from coupled_adam.__main__ import main; main()")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("coupled-adam: ") and line.endswith("pip install 'coupled-adam[lm]'")
