@@ -159,6 +159,13 @@ def test_the_charts_are_drawn(page: Page) -> None:
     assert min(sorted(dots)[2:]) > 250
 
 
+def test_no_chart_is_wider_than_its_place(page: Page) -> None:
+    overhang = page.locator(".js-plotly-plot").evaluate_all(
+        "charts => charts.map(c => c.querySelector('.main-svg').clientWidth - c.parentElement.clientWidth)"
+    )
+    assert len(overhang) == 4 and max(overhang) <= 0
+
+
 def test_hovering_over_a_dot_shows_its_token(page: Page) -> None:
     dot = page.locator("#chart-embeddings .scatterlayer .trace").first.locator(".point").nth(5)
     dot.scroll_into_view_if_needed()

@@ -42,7 +42,9 @@ def curves(
 
 
 def map_tokens(embedding: Matrix, labels: Sequence[str], counts: Sequence[int], limit: int = 3000) -> TokenMap:
-    """Project a (V, H) matrix onto the plane that shows its mean shift best; keep the ``limit`` most frequent tokens.
+    """Project a (V, H) matrix onto the plane that shows its mean shift best; keep ``limit`` tokens.
+
+    The tokens that are kept are evenly spread over the ranks of frequency, so that they stand for the whole vocabulary.
 
     The first axis points from the origin to the mean embedding μ, the second along the first principal component of
     what is orthogonal to μ. The plane passes through the origin, so distances from it are not distorted by centring.
@@ -53,9 +55,10 @@ def map_tokens(embedding: Matrix, labels: Sequence[str], counts: Sequence[int], 
     rest = (e - mean) - np.outer((e - mean) @ along, along)
     _, directions = np.linalg.eigh(rest.T @ rest)
     across = directions[:, -1] * np.sign(directions[np.abs(directions[:, -1]).argmax(), -1])
-    frequent = np.argsort(-np.asarray(counts), kind="stable")[:limit]
-    coordinates = np.stack([e @ along, e @ across], axis=1)[frequent]
-    return TokenMap(coordinates, [labels[i] for i in frequent], [int(counts[i]) for i in frequent])
+    ranked = np.argsort(-np.asarray(counts), kind="stable")
+    kept = ranked[np.linspace(0, len(e) - 1, min(limit, len(e))).round().astype(int)]
+    coordinates = np.stack([e @ along, e @ across], axis=1)[kept]
+    return TokenMap(coordinates, [labels[i] for i in kept], [int(counts[i]) for i in kept])
 
 
 def token_maps(maps: Mapping[str, TokenMap]) -> go.Figure:
