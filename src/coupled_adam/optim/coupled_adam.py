@@ -1,25 +1,15 @@
-"""The class: defaults, validation, and the loop over parameters. The maths is in update.py and reductions.py."""
+"""Coupled Adam."""
 
-from collections.abc import Callable
-from typing import Any, cast, overload
+import warnings
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
-from coupled_adam.optim import state as checkpoints
-from coupled_adam.optim.reductions import SECOND_MOMENT, local
-from coupled_adam.optim.update import update_
-from coupled_adam.optim.validation import check_grad, check_group, parameter_name
-
-Group = dict[str, Any]
-
-#: Where torch has a fused AdamW; elsewhere it chooses for itself.
-FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+from coupled_adam.optim.optimizer import AdamFamily
 
 
-class CoupledAdam(Optimizer):
+class CoupledAdam(AdamFamily):
     r"""Adam whose second moment is averaged over the vocabulary, for embedding matrices; AdamW for all the rest.
 
     A param group with ``second_moment="vocabulary"`` holds embedding matrices E of shape (V, H). All rows of one share
@@ -46,9 +36,16 @@ class CoupledAdam(Optimizer):
         coupling_scale: s > 0, multiplies a coupled second moment; 2^(−n) makes the effective learning rate 2^(n/2)
             times as large (section 6.1 of the paper). Without effect on groups that are not coupled.
         coupling_factor: κ in [0, 1], the share of the squared first moment in the second one; 0 is the paper's Adam.
+        max_grad_norm: bounds the norm of all gradients together, as ``clip_grad_norm_`` before the step would, but in
+            fewer passes. ``optimizer.grad_norm`` holds the norm of the last step, before it was bounded; ``p.grad``
+            keeps the gradients as they were. None: no bound.
+        maximize: maximize the objective.
+        state_dtype: ``torch.bfloat16`` keeps the first moment in two bytes a number, stochastically rounded; None: in
+            float32 (float64 for float64 parameters).
 
-    All of them may differ per param group. The moments are kept in float32 (float64 for float64 parameters), whatever
-    the dtype of the parameter; gradients are never modified.
+    All of them but ``max_grad_norm`` may differ per param group. The second moment is float32 (float64) always.
+    Gradients are never modified. Those of a coupled matrix may be sparse (``nn.Embedding(sparse=True)``); the step is
+    that of the dense gradient.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, coupling of anything but a 2-D parameter.
@@ -80,6 +77,9 @@ class CoupledAdam(Optimizer):
         *,
         coupling_scale: float = 1.0,
         coupling_factor: float = 0.0,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -87,126 +87,19 @@ class CoupledAdam(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "second_moment": "elementwise",
+            "direction": "ratio",
+            "decay": "decoupled",
             "coupling_scale": coupling_scale,
             "coupling_factor": coupling_factor,
+            "max_grad_norm": max_grad_norm,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
         }
         super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group. Its missing keys take the defaults of the constructor; it is checked like the others."""
-        super().add_param_group(param_group)
-        try:
-            check_group(self.param_groups[-1], self.defaults)
-        except (ValueError, TypeError):
-            self.param_groups.pop()  # a caller who catches the error keeps a working optimizer
-            raise
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient. ``closure``, if given, recomputes the loss, which is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._create_missing_state()
-        for group in self.param_groups:
-            with_grad = [(i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
-            for i, param in with_grad:
-                check_grad(cast(Tensor, param.grad), parameter_name(group, i))
-            params = [param for _, param in with_grad]
-            plain = [p for p in params if self._is_plain_adamw(p, group)]
-            if plain:
-                self._adamw_(plain, group)
-            for param in params:
-                if not self._is_plain_adamw(param, group):
-                    self._update_(param, group)
-        return loss
-
-    def _create_missing_state(self) -> None:
-        """For every parameter, with a gradient or not: a distributed checkpoint must be complete on every rank."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if not self.state[param]:
-                    zeros = torch.zeros_like(param, dtype=checkpoints.state_dtype(param))
-                    square = SECOND_MOMENT[group["second_moment"]](zeros, zeros, beta1=0.0, coupling_factor=0.0)
-                    # Where torch's fused kernels want it: beside the parameter. Our own update reads it as a number.
-                    device = param.device if self._is_plain_adamw(param, group) else torch.device("cpu")
-                    step = torch.zeros((), dtype=torch.float32, device=device)
-                    self.state[param] = {"step": step, "exp_avg": zeros, "exp_avg_sq": square}
-
-    @staticmethod
-    def _is_plain_adamw(param: Tensor, group: Group) -> bool:
-        """Whether torch's own AdamW does the same: nothing coupled, and moments of the parameter's dtype."""
-        uncoupled = group["second_moment"] == "elementwise" and group["coupling_factor"] == 0
-        return uncoupled and param.dtype == checkpoints.state_dtype(param)
-
-    def _adamw_(self, params: list[Tensor], group: Group) -> None:
-        states = [self.state[p] for p in params]
-        beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            [cast(Tensor, p.grad) for p in params],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            fused=params[0].device.type in FUSED_DEVICES or None,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-
-    def _update_(self, param: Tensor, group: Group) -> None:
-        state, grad = self.state[param], cast(Tensor, param.grad)
-        state["step"] += 1
-        beta1, beta2 = group["betas"]
-        square = SECOND_MOMENT[group["second_moment"]](
-            grad, state["exp_avg"], beta1=beta1, coupling_factor=group["coupling_factor"]
-        )
-        update_(
-            local(param),
-            local(state["exp_avg"]),
-            local(state["exp_avg_sq"]),
-            local(grad),
-            local(square),
-            state["step"].item(),
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            coupling_scale=group["coupling_scale"] if group["second_moment"] == "vocabulary" else 1.0,
-        )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this class, of ``torch.optim.AdamW``, or of the authors' reference implementation.
-
-        A full (V, H) second moment of a parameter that is coupled here is folded to its mean over the vocabulary, so a
-        running AdamW job can go on with Coupled Adam. The moments stay float32 whatever the parameters' dtype.
-
-        Raises:
-            ValueError: the groups or the shapes of the state do not fit; the message names the parameter.
-        """
-        prepared: dict[str, Any] = {}
-
-        def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            prepared.update(checkpoints.prepare(state_dict, self.param_groups))
-            return prepared
-
-        # As the last of the hooks: it must see what those of other libraries make of the checkpoint.
-        handle = self.register_load_state_dict_pre_hook(prepare)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        checkpoints.restore_precision(self, prepared)
+        if not any(g["second_moment"] == "vocabulary" or g["coupling_factor"] for g in self.param_groups):
+            warnings.warn(
+                "nothing is coupled, this is AdamW: give CoupledAdam the groups of coupled_adam.param_groups(model), or "
+                'put the embedding matrix into a group with second_moment="vocabulary"',
+                UserWarning,
+                stacklevel=2,
+            )

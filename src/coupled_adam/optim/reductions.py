@@ -1,16 +1,19 @@
 """What an update needs to know of the whole tensor. The only place of the optimizers that may communicate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from coupled_adam.optim.update import RankOne
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate
 
 
 def local(x: Tensor) -> Tensor:
-    """The part of ``x`` that this process holds: a view of the shard of a DTensor, any other tensor itself."""
+    """The part of ``x`` that this process holds: the shard of a DTensor, any other tensor itself."""
     if torch.distributed.is_available() and isinstance(x, DTensor):
         return x.to_local()
     return x
@@ -23,24 +26,57 @@ def replicate_partial(x: Tensor) -> Tensor:
     return x.redistribute(placements=[Replicate() if p.is_partial() else p for p in x.placements])
 
 
-def elementwise_square(grad: Tensor, exp_avg: Tensor, *, beta1: float, coupling_factor: float) -> Tensor:
-    """g² + κ·m², shape and dtype of ``exp_avg``; m is the first moment after this step's update of ``exp_avg``."""
-    grad = grad.to(exp_avg.dtype)
-    if coupling_factor == 0:
-        return grad.square()
-    m = exp_avg.lerp(grad, 1 - beta1)  # m = β1·m + (1 − β1)·g
-    return grad.square().add_(m.square(), alpha=coupling_factor)
+def vocabulary_mean_square(
+    grad: Tensor, exp_avg: Tensor, *, beta1: float, coupling_factor: float, grad_scale: float | Tensor = 1.0
+) -> Tensor:
+    """Mean of g² + κ·m² over the vocabulary: (V, H) -> (1, H), float32 or float64.
 
-
-def vocabulary_mean_square(grad: Tensor, exp_avg: Tensor, *, beta1: float, coupling_factor: float) -> Tensor:
-    """Mean of g² + κ·m² over the vocabulary: (V, H) -> (1, H), dtype of ``exp_avg``."""
-    square = elementwise_square(grad, exp_avg, beta1=beta1, coupling_factor=coupling_factor)
+    g is ``grad_scale·grad``, and m the first moment after this step's update of ``exp_avg``.
+    """
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    g = grad.to(dtype) * grad_scale
+    square = g.square()
+    if coupling_factor != 0:
+        m = exp_avg.to(dtype).lerp(g, 1 - beta1)  # m = β1·m + (1 − β1)·g
+        square.add_(m.square(), alpha=coupling_factor)
     # The sum over V divided by V: DTensor.mean gathers the matrix where the shards are uneven, sum is one all-reduce.
     return replicate_partial(square.sum(0, keepdim=True)) / grad.shape[0]
 
 
-#: What Adam's second moment averages, by the name that a param group carries.
-SECOND_MOMENT: dict[str, Callable[..., Tensor]] = {
-    "elementwise": elementwise_square,
+#: What a second moment averages over, by the name that a param group carries; None for nothing.
+SECOND_MOMENT: dict[str, Callable[..., Tensor] | None] = {
+    "elementwise": None,
     "vocabulary": vocabulary_mean_square,
 }
+
+
+def total_norm(grads: Sequence[Tensor], square_sums: Sequence[Tensor]) -> Tensor:
+    """Norm of all gradients together, a scalar; of some of them only the sums of squares are given."""
+    if not square_sums:
+        return get_total_norm(grads)
+    rest = [get_total_norm(grads).square()] if grads else []
+    return torch.stack([*square_sums, *rest]).sum().sqrt()
+
+
+def power_iteration_(u: Tensor, matrix: Tensor, step: int | Tensor) -> RankOne:
+    """One step of the power method from ``u``, which is modified in place: the matrix's leading singular triple, nearly.
+
+    Args:
+        u: (…, M), in the working precision; the estimate of the left singular vector that persists between steps.
+        matrix: (…, M, N); leading dimensions are a batch.
+        step: seeds the vector that takes the place of a ``u`` that the matrix maps to 0, as one of ones does where the
+            columns sum to 0: the power method would never leave it.
+
+    Returns:
+        √M·σ·u, and v: what Algorithm 1 of Adams subtracts, times η·λ.
+    """
+    w = matrix.to(u.dtype)
+    image = torch.einsum("...mn,...m->...n", w, u)
+    lost = image.norm(dim=-1, keepdim=True) == 0
+    signs = torch.cos(torch.arange(u.shape[-1], device=u.device, dtype=u.dtype).add(step).square()).expand_as(u)
+    image = torch.where(lost, torch.einsum("...mn,...m->...n", w, signs), image)
+    v = torch.nn.functional.normalize(image, dim=-1)  # v = Wᵀu / ‖Wᵀu‖
+    scaled = torch.einsum("...mn,...n->...m", w, v)  # W·v = σ·u
+    sigma = scaled.norm(dim=-1, keepdim=True)
+    u.copy_(torch.where(sigma > 0, scaled / sigma.where(sigma > 0, 1.0), u))  # u ← W·v / ‖W·v‖
+    return RankOne(column=scaled * matrix.shape[-2] ** 0.5, row=v)

@@ -12,14 +12,41 @@ from coupled_adam.optim.validation import parameter_name
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 #: What a group of torch.optim.AdamW holds beside the hyperparameters that we share.
-ADAMW_FLAGS = frozenset(
-    {"amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
-)
+ADAMW_FLAGS = frozenset({"amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"})
+
+#: The keys of a group that say what is computed and kept, not with which numbers.
+ALGORITHM = ("second_moment", "direction", "decay", "state_dtype")
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
     """float32, or float64 for a float64 parameter. A moving average in bfloat16 stalls: its steps round to nothing."""
     return torch.promote_types(param.dtype, torch.float32)
+
+
+def new_state(param: Tensor, group: dict[str, Any], on_device: bool) -> dict[str, Any]:
+    """The state before the first step.
+
+    Args:
+        param: the parameter.
+        group: its param group.
+        on_device: the step count lies beside the parameter, where torch's fused kernels want it; otherwise on the CPU,
+            where reading it costs nothing.
+    """
+    dtype = state_dtype(param)
+    state = {
+        "step": torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu"),
+        "exp_avg": torch.zeros_like(param, dtype=group["state_dtype"] or dtype),
+        "exp_avg_sq": torch.zeros_like(param if group["second_moment"] == "elementwise" else param[:1], dtype=dtype),
+    }
+    if group["decay"] == "spectral" and takes_spectral_decay(param):
+        state["u"] = torch.ones_like(param[..., 0], dtype=dtype)
+    return state
+
+
+def takes_spectral_decay(param: Tensor) -> bool:
+    """Whether spectral decay applies: a matrix with no dimension of 1 that is not marked otherwise."""
+    wanted = bool(getattr(param, "use_spectral_decay", True))
+    return wanted and param.ndim >= 2 and param.shape[-1] != 1 and param.shape[-2] != 1
 
 
 def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -38,15 +65,14 @@ def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[st
         )
     state, fitted_groups = dict(state_dict["state"]), []
     for group, saved in zip(groups, saved_groups, strict=True):
-        for flag in ("amsgrad", "maximize"):
-            if saved.get(flag):
-                raise ValueError(f"The checkpoint was made with {flag}=True, which has no counterpart here")
+        if saved.get("amsgrad"):
+            raise ValueError("The checkpoint was made with amsgrad=True, which has no counterpart here")
         for i, key in enumerate(saved["params"]):
             if state.get(key):
                 state[key] = _fit(state[key], group, i)
         fitted = {k: v for k, v in saved.items() if k not in ADAMW_FLAGS}
-        # As everywhere in torch the checkpoint's hyperparameters win. Which group is coupled is the optimizer's own.
-        fitted_groups.append({**group, **fitted, "second_moment": group["second_moment"]})
+        # As everywhere in torch the checkpoint's hyperparameters win. The algorithm is the optimizer's own.
+        fitted_groups.append({**group, **fitted, **{key: group[key] for key in ALGORITHM}})
     return {**state_dict, "state": state, "param_groups": fitted_groups}
 
 
@@ -56,6 +82,10 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
     if missing := [key for key in ("step", *MOMENTS) if key not in saved]:
         raise ValueError(f"The checkpoint's state of {name} has no {missing[0]!r}; it is not one of an Adam optimizer")
     fitted = {key: saved[key] for key in ("step", *MOMENTS)}
+    if group["decay"] == "spectral" and takes_spectral_decay(param):
+        fitted["u"] = saved.get("u", torch.ones_like(param[..., 0], dtype=state_dtype(param)))
+        if fitted["u"].shape != param.shape[:-1]:
+            raise ValueError(_misfit(name, "u", fitted["u"], tuple(param.shape[:-1])))
     fitted["step"] = torch.as_tensor(saved["step"], dtype=torch.float32)
     if saved["exp_avg"].shape != param.shape:
         raise ValueError(_misfit(name, "exp_avg", saved["exp_avg"], tuple(param.shape)))
@@ -81,6 +111,7 @@ def restore_precision(optimizer: Optimizer, prepared: dict[str, Any]) -> None:
     """Put the moments back as ``prepared`` has them: torch's loading casts them to the parameters' dtype."""
     for group, saved_group in zip(optimizer.param_groups, prepared["param_groups"], strict=True):
         for param, key in zip(group["params"], saved_group["params"], strict=True):
-            for moment in MOMENTS if prepared["state"].get(key) else ():
-                value = prepared["state"][key][moment]
-                optimizer.state[param][moment] = value.to(param.device, state_dtype(param), copy=True)
+            saved = prepared["state"].get(key) or {}
+            for name in saved.keys() & {"exp_avg", "exp_avg_sq", "u"}:
+                dtype = group["state_dtype"] if name == "exp_avg" and group["state_dtype"] else state_dtype(param)
+                optimizer.state[param][name] = saved[name].to(param.device, dtype, copy=True)

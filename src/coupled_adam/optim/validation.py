@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from coupled_adam.optim.reductions import SECOND_MOMENT
+from coupled_adam.optim.update import DIRECTION
+
+#: What the decay takes off: θ itself, or the leading singular triple of a matrix.
+DECAY = ("decoupled", "spectral")
 
 #: The keys of torch's own optimizers and schedulers that a group may carry beside ours, without effect here.
 FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "swa_lr", "name"})
 
 
-def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Raise ValueError or TypeError for hyperparameters or parameters that a CoupledAdam group cannot have."""
+def check_group(group: dict[str, Any], defaults: dict[str, Any], optimizer: str) -> None:
+    """Raise ValueError or TypeError for hyperparameters or parameters that a group of ``optimizer`` cannot have."""
     _check_keys(group, defaults)
     _check_number("learning rate (lr)", group["lr"])
     _check_number("eps", group["eps"])
@@ -24,10 +28,21 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
     if group["coupling_scale"] == 0:
         raise ValueError("Invalid coupling_scale: 0; it multiplies the second moment and must be positive")
     _check_betas(group["betas"])
-    if group["second_moment"] not in SECOND_MOMENT:
-        raise ValueError(f"Invalid second_moment: {group['second_moment']!r}; choose from {sorted(SECOND_MOMENT)}")
+    if "scalar_vector_weight_decay" in group:
+        _check_number("scalar_vector_weight_decay", group["scalar_vector_weight_decay"])
+    if group["max_grad_norm"] is not None:
+        _check_number("max_grad_norm", group["max_grad_norm"])
+        if group["max_grad_norm"] == 0:
+            raise ValueError("Invalid max_grad_norm: 0; it must be positive, or None not to bound the norm")
+    if not isinstance(group["maximize"], bool):
+        raise TypeError(f"Invalid maximize: {group['maximize']!r}; it must be True or False")
+    if group["state_dtype"] not in (None, torch.bfloat16):
+        raise ValueError(f"Invalid state_dtype: {group['state_dtype']}; choose torch.bfloat16, or None for float32")
+    for key, known in (("second_moment", SECOND_MOMENT), ("direction", DIRECTION), ("decay", DECAY)):
+        if group[key] not in known:
+            raise ValueError(f"Invalid {key}: {group[key]!r}; choose from {sorted(known)}")
     for i, param in enumerate(group["params"]):
-        check_param(param, parameter_name(group, i), coupled=group["second_moment"] == "vocabulary")
+        check_param(param, parameter_name(group, i), optimizer, coupled=group["second_moment"] == "vocabulary")
 
 
 def parameter_name(group: dict[str, Any], i: int) -> str:
@@ -36,11 +51,11 @@ def parameter_name(group: dict[str, Any], i: int) -> str:
     return f"parameter {names[i]!r}" if names else f"parameter {i} of shape {tuple(group['params'][i].shape)}"
 
 
-def check_param(param: Tensor, name: str, *, coupled: bool) -> None:
+def check_param(param: Tensor, name: str, optimizer: str, *, coupled: bool) -> None:
     """Raise TypeError or ValueError for a tensor that cannot be updated, or not with a coupled second moment."""
     if not param.is_floating_point():
         remedy = "give torch.view_as_real of it" if param.is_complex() else "give floating-point parameters only"
-        raise TypeError(f"{name} has dtype {param.dtype}, which CoupledAdam does not update; {remedy}")
+        raise TypeError(f"{name} has dtype {param.dtype}, which {optimizer} does not update; {remedy}")
     if coupled and param.ndim != 2:
         raise ValueError(
             f"{name} has {param.ndim} dimension(s), but second_moment='vocabulary' couples the rows of a "
@@ -48,11 +63,12 @@ def check_param(param: Tensor, name: str, *, coupled: bool) -> None:
         )
 
 
-def check_grad(grad: Tensor, name: str) -> None:
+def check_grad(grad: Tensor, name: str, *, coupled: bool) -> None:
     """Raise RuntimeError for a gradient that the update cannot use."""
-    if grad.is_sparse:
+    if grad.is_sparse and not coupled:
         raise RuntimeError(
-            f"CoupledAdam does not support sparse gradients ({name}); build the nn.Embedding with sparse=False"
+            f"the gradient of {name} is sparse, which only matrices with second_moment='vocabulary' may have: couple "
+            "it, or build the nn.Embedding with sparse=False"
         )
 
 

@@ -1,0 +1,83 @@
+"""Adams."""
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from coupled_adam.optim.optimizer import AdamFamily
+
+
+class Adams(AdamFamily):
+    r"""Adam with the bounded step atan2 and with weight decay on the leading singular value of a matrix.
+
+    A matrix W of shape (…, M, N), leading dimensions are a batch of matrices, with u of shape (…, M) that persists:
+
+    .. math::
+        v &= W^T u / \|W^T u\|, \quad u \leftarrow W v / \|W v\|, \quad \sigma = u^T W v \\
+        W &\leftarrow W - \eta\lambda \sqrt{M}\, \sigma\, u v^T - \eta\, \mathrm{atan2}(\hat m, \sqrt{\hat n})
+
+    with Adam's bias-corrected moments. Scalars, vectors, matrices with a dimension of 1, and parameters marked with
+    ``param.use_spectral_decay = False`` (embeddings, output heads) take decoupled decay by
+    ``scalar_vector_weight_decay`` instead. Per step no element moves by more than η·π/2 beside the decay.
+
+    A group with ``second_moment="vocabulary"`` shares the second moment over the rows, as in
+    :class:`coupled_adam.CoupledAdam`.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or param groups; floating point, not complex.
+        lr: learning rate η ≥ 0, a float or a tensor of one element.
+        betas: decay rates (β1, β2) of the moments, each in [0, 1).
+        weight_decay: spectral decay λ ≥ 0. A warning tells when η·λ·√M exceeds 1, where it overshoots; above 2 it
+            diverges.
+        scalar_vector_weight_decay: decoupled decay of the parameters that take no spectral decay.
+        coupling_scale, coupling_factor, max_grad_norm, maximize, state_dtype: as for
+            :class:`coupled_adam.CoupledAdam`.
+
+    Raises:
+        ValueError, TypeError: as :class:`coupled_adam.CoupledAdam`.
+
+    Source: Algorithm 1 of Adams (github.com/imoneoi/Adams, the package ``adams-torch``). Where that implementation
+    departs from its own Algorithm 1 this class follows the algorithm: atan2 is taken of the corrected moments, so the
+    first steps are bounded too; ``weight_decay=0`` leaves ``scalar_vector_weight_decay`` in force; u recovers from a
+    matrix that maps it to 0.
+
+    Example:
+        >>> import torch
+        >>> from coupled_adam import Adams
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 8), torch.nn.Linear(8, 100))
+        >>> model[0].weight.use_spectral_decay = False
+        >>> optimizer = Adams(model.parameters(), lr=1e-3)
+        >>> model(torch.tensor([1, 2])).sum().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        scalar_vector_weight_decay: float = 0.1,
+        *,
+        coupling_scale: float = 1.0,
+        coupling_factor: float = 0.0,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": 1e-8,  # of a group that takes direction="ratio"; atan2 has none
+            "weight_decay": weight_decay,
+            "scalar_vector_weight_decay": scalar_vector_weight_decay,
+            "second_moment": "elementwise",
+            "direction": "atan2",
+            "decay": "spectral",
+            "coupling_scale": coupling_scale,
+            "coupling_factor": coupling_factor,
+            "max_grad_norm": max_grad_norm,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
+        }
+        super().__init__(params, defaults)

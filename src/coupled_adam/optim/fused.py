@@ -1,0 +1,180 @@
+"""Fast paths with the signatures of update.py and reductions.py: CPU kernels (numba), torch.compile on accelerators.
+
+Each falls back to the plain function where it does not apply. Results are those of the plain functions within rounding.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coupled_adam.optim import reductions
+from coupled_adam.optim import update as plain
+from coupled_adam.optim.update import RankOne, hash_seed
+
+HAS_NUMBA = find_spec("numba") is not None
+HAS_TRITON = find_spec("triton") is not None
+
+#: Row length in which a kernel takes a tensor that has no rows of its own to respect.
+FLAT_ROW = 4096
+#: Below this many elements a second thread costs more than it brings.
+ELEMENTS_PER_THREAD = 65536
+
+
+def vocabulary_mean_square(
+    grad: Tensor, exp_avg: Tensor, *, beta1: float, coupling_factor: float, grad_scale: float = 1.0
+) -> Tensor:
+    """As :func:`coupled_adam.optim.reductions.vocabulary_mean_square`, reading the gradient once and nothing else."""
+    if coupling_factor != 0 or grad.numel() == 0 or not kernels_apply(grad):
+        return reductions.vocabulary_mean_square(
+            grad, exp_avg, beta1=beta1, coupling_factor=coupling_factor, grad_scale=grad_scale
+        )
+    threads = _threads(grad)
+    total = torch.empty(threads, grad.shape[1], dtype=torch.float64)
+    _kernels().sum_squares(grad.detach().numpy(), total.numpy(), threads)
+    return (total.sum(0, keepdim=True) * (grad_scale**2 / grad.shape[0])).to(torch.float32)
+
+
+def update_(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    square: Tensor | None,
+    step: float,
+    **hyperparameters: Any,
+) -> None:
+    """As :func:`coupled_adam.optim.update.update_`, in one pass and without temporary tensors."""
+    if param.numel() > 0 and kernels_apply(param, grad, exp_avg_sq, moment=exp_avg):
+        _kernel_update_(param, exp_avg, exp_avg_sq, grad, square, step, **hyperparameters)
+    elif param.is_cuda and HAS_TRITON and not torch.compiler.is_compiling():
+        compiled_update_(param, exp_avg, exp_avg_sq, grad, square, step, **hyperparameters)
+    else:
+        plain.update_(param, exp_avg, exp_avg_sq, grad, square, step, **hyperparameters)
+
+
+def compiled_update_(*args: Any, lr: float | Tensor, grad_scale: float | Tensor = 1.0, **hyperparameters: Any) -> None:
+    """The plain update, compiled. What changes from step to step goes in as tensors: no recompilation."""
+    *tensors, step = args
+    numbers = [torch.as_tensor(x, dtype=torch.float64) for x in (step, lr, grad_scale)]
+    _compiled()(*tensors, numbers[0], lr=numbers[1], grad_scale=numbers[2], **hyperparameters)
+
+
+@functools.cache
+def _compiled() -> Callable[..., None]:
+    return torch.compile(plain.update_, fullgraph=True)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The kernels' module, imported with the first tensor that they apply to: numba takes a second to load."""
+    from coupled_adam.optim import kernels
+
+    return kernels
+
+
+def kernels_apply(*tensors: Tensor, moment: Tensor | None = None) -> bool:
+    """Whether all are plain, contiguous float32 tensors on the CPU; the first ``moment`` may be bfloat16."""
+    if not HAS_NUMBA or torch.compiler.is_compiling():
+        return False
+    narrow = moment is not None and moment.dtype == torch.bfloat16
+    exact = tensors if moment is None or narrow else (*tensors, moment)
+    return all(x.dtype == torch.float32 for x in exact) and all(
+        x.device.type == "cpu" and x.is_contiguous() and type(x) in (Tensor, torch.nn.Parameter)
+        for x in (*tensors, *([] if moment is None else [moment]))
+    )
+
+
+def _threads(x: Tensor) -> int:
+    """How many threads share the work; also tells numba."""
+    import numba
+
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, x.numel() // ELEMENTS_PER_THREAD + 1)
+    numba.set_num_threads(threads)
+    return int(threads)
+
+
+def _kernel_update_(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    square: Tensor | None,
+    step: float,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    coupling_scale: float,
+    coupling_factor: float,
+    direction: str,
+    grad_scale: float | Tensor = 1.0,
+    spectral: RankOne | None = None,
+) -> None:
+    import numpy as np
+
+    lr, scale, f32 = float(lr), float(grad_scale), np.float32
+    bias1, bias2 = 1 - beta1**step, 1 - beta2**step
+    seed = None if exp_avg.dtype == torch.float32 else np.uint64(hash_seed(step))
+    moment = exp_avg.detach() if seed is None else exp_avg.detach().view(torch.uint16)
+    atan = True if direction == "atan2" else None
+    keep = f32(1 - lr * weight_decay if spectral is None else 1.0)
+    column = row = None
+    if spectral is not None:
+        column = spectral.column.reshape(-1).mul(lr * weight_decay).numpy()
+        row = spectral.row.reshape(-1, param.shape[-1]).numpy()
+    threads = _threads(param)
+    if square is not None:
+        exp_avg_sq.lerp_(square, 1 - beta2)
+        root = exp_avg_sq.double().mul_(coupling_scale / bias2).sqrt_()[0]  # √ν̂
+        if atan:
+            gain, factor = lr, root * bias1  # atan2(m/b, r) = atan2(m, b·r)
+        else:
+            gain, factor = lr / bias1, 1 / (root + eps)
+        factor = factor.clamp_(max=torch.finfo(torch.float32).max).to(torch.float32)
+        _kernels().update_rows(
+            param.detach().numpy(),
+            moment.numpy(),
+            grad.detach().numpy(),
+            factor.numpy(),
+            f32(gain),
+            keep,
+            f32(1 - beta1),
+            f32(scale),
+            atan,
+            seed,
+            column,
+            None if row is None else row[0],
+            threads,
+        )
+        return
+    if row is None:
+        row = np.empty((1, min(FLAT_ROW, param.numel())), f32)  # only its length counts
+    gain, correction = (lr, 1 / bias1) if atan else (lr / bias1, 1.0)
+    _kernels().update_elements(
+        param.detach().view(-1).numpy(),
+        moment.view(-1).numpy(),
+        exp_avg_sq.view(-1).numpy(),
+        grad.detach().view(-1).numpy(),
+        f32(gain),
+        keep,
+        f32(eps),
+        f32(1 - beta1),
+        f32(1 - beta2),
+        f32(coupling_factor),
+        f32(math.sqrt(coupling_scale / bias2)),
+        f32(correction),
+        f32(scale),
+        atan,
+        seed,
+        column,
+        row,
+        param.shape[-2] if spectral is not None else 1,
+        threads,
+    )
