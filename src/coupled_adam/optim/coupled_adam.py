@@ -98,8 +98,8 @@ class CoupledAdam(AdamFamily):
         super().__init__(params, defaults)
         if not any(g["second_moment"] == "vocabulary" or g["coupling_factor"] for g in self.param_groups):
             warnings.warn(
-                "nothing is coupled, this is AdamW: give CoupledAdam the groups of coupled_adam.param_groups(model), or "
-                'put the embedding matrix into a group with second_moment="vocabulary"',
+                "nothing is coupled, so this is AdamW: give CoupledAdam the groups of param_groups(model), "
+                'or put the embedding matrix into a group with second_moment="vocabulary"',
                 UserWarning,
                 stacklevel=2,
             )

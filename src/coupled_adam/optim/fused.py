@@ -26,7 +26,7 @@ ELEMENTS_PER_THREAD = 65536
 
 
 def vocabulary_mean_square(
-    grad: Tensor, exp_avg: Tensor, *, beta1: float, coupling_factor: float, grad_scale: float = 1.0
+    grad: Tensor, exp_avg: Tensor, *, beta1: float, coupling_factor: float, grad_scale: float | Tensor = 1.0
 ) -> Tensor:
     """As :func:`coupled_adam.optim.reductions.vocabulary_mean_square`, reading the gradient once and nothing else."""
     if coupling_factor != 0 or grad.numel() == 0 or not kernels_apply(grad):

@@ -1,8 +1,8 @@
 """CPU kernels (numba). Import this only where numba is installed; fused.py decides and prepares the arguments.
 
-Arrays are C-contiguous and float32. A first moment in bfloat16 comes as uint16, its bits, with ``seed`` set. An argument
-of None switches a part off: the compiler prunes it, so each combination is a kernel of its own, compiled on first use and
-kept on disk. ``threads`` is the number of parts in which the work is done.
+Arrays are C-contiguous and float32. A first moment in bfloat16 comes as uint16, its bits, with ``seed`` set. An
+argument of None switches a part off: the compiler prunes it, so each combination is a kernel of its own, compiled on
+first use and kept on disk. ``threads`` is the number of parts in which the work is done.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -92,10 +92,7 @@ def update_rows(param, exp_avg, grad, root, gain, keep, one_minus_beta1, grad_sc
                 if column is not None:
                     factor = column[i]
                 for j in range(columns):
-                    if seed is None:
-                        m = moment[j]
-                    else:
-                        m = _widened(moment[j])
+                    m = moment[j] if seed is None else _widened(moment[j])
                     m += one_minus_beta1 * (g[j] * grad_scale - m)
                     if seed is None:
                         moment[j] = m
@@ -135,8 +132,8 @@ def update_elements(
 ):
     """Parameter and both moments of flat arrays, taken as rows of the length of ``row`` (B, C); the last may be short.
 
-    θ ← keep·θ − column·row − gain·m/(√v·root_scale + ε), or with ``atan`` … − gain·atan2(m·m_scale, √v·root_scale). Row i
-    of the arrays belongs to matrix i // period of the batch.
+    θ ← keep·θ − column·row − gain·m/(√v·root_scale + ε), or with ``atan`` … − gain·atan2(m·m_scale, √v·root_scale).
+    Row i of the arrays belongs to matrix i // period of the batch.
     """
     size, columns = param.shape[0], row.shape[1]
     rows = (size + columns - 1) // columns
@@ -148,10 +145,7 @@ def update_elements(
                 factor, direction = column[i], row[i // period]
             for j in range(stop - start):
                 x = g[j] * grad_scale
-                if seed is None:
-                    m = moment[j]
-                else:
-                    m = _widened(moment[j])
+                m = moment[j] if seed is None else _widened(moment[j])
                 m += one_minus_beta1 * (x - m)
                 if seed is None:
                     moment[j] = m

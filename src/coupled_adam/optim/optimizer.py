@@ -1,4 +1,4 @@
-"""What CoupledAdam and Adams share: the step loop, the state, checkpoints. The maths is in update.py and reductions.py."""
+"""What CoupledAdam and Adams share: the step loop, the state, checkpoints. The maths is in update.py."""
 
 import math
 import warnings
@@ -31,7 +31,7 @@ class Work(NamedTuple):
 
     @property
     def coupled(self) -> bool:
-        return self.group["second_moment"] == "vocabulary"
+        return bool(self.group["second_moment"] == "vocabulary")
 
     @property
     def plain(self) -> bool:
@@ -40,7 +40,7 @@ class Work(NamedTuple):
 
 
 class AdamFamily(Optimizer):
-    """Adam and its relatives along three axes, the keys ``second_moment``, ``direction`` and ``decay`` of a param group."""
+    """Adam and its relatives, along the axes ``second_moment``, ``direction`` and ``decay`` of a param group."""
 
     grad_norm: Tensor | None = None
     """Global norm of the gradients of the last step, before clipping; None unless ``max_grad_norm`` is set."""
@@ -118,7 +118,7 @@ class AdamFamily(Optimizer):
         for param, square in squares.items():
             squares[param] = square * scale.square()
         # On an accelerator reading the number would wait for it.
-        return scale.item() if scale.device.type == "cpu" and not torch.compiler.is_compiling() else scale
+        return float(scale) if scale.device.type == "cpu" and not torch.compiler.is_compiling() else scale
 
     def _update_(self, item: Work, scale: float | Tensor, square: Tensor | None) -> None:
         param, grad, state, group = item
@@ -166,7 +166,7 @@ class AdamFamily(Optimizer):
                     self._warn_of_strong_decay(param, group, parameter_name(group, i))
 
     def _warn_of_strong_decay(self, param: Tensor, group: Group, name: str) -> None:
-        """Spectral decay takes η·λ·√M of the leading singular value per step: above 1 it overshoots, above 2 it diverges."""
+        """A step takes η·λ·√M of the leading singular value: above 1 it overshoots, above 2 it diverges."""
         lr = group["lr"]
         if torch.compiler.is_compiling() or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
             return
@@ -208,7 +208,7 @@ class AdamFamily(Optimizer):
 
 
 def is_plain_adamw(param: Tensor, group: Group) -> bool:
-    """Whether the group asks of this parameter what ``torch.optim.AdamW`` does, in the precision in which it does it."""
+    """Whether the group asks of this parameter what ``torch.optim.AdamW`` does, in the precision it has."""
     return bool(
         group["second_moment"] == "elementwise"
         and group["coupling_factor"] == 0
@@ -217,6 +217,12 @@ def is_plain_adamw(param: Tensor, group: Group) -> bool:
         and group["state_dtype"] is None
         and param.dtype == checkpoints.state_dtype(param)
     )
+
+
+def _fits_fused(item: Work) -> bool:
+    """Whether torch's fused kernel may be used: it walks memory, and mixes up elements where the layouts differ."""
+    layouts = {x.stride() for x in (item.param, item.grad, item.state["exp_avg"], item.state["exp_avg_sq"])}
+    return item.param.device.type in FUSED_DEVICES and len(layouts) == 1
 
 
 def _adamw_(work: Sequence[Work], scale: float | Tensor | None) -> None:
@@ -230,8 +236,8 @@ def _adamw_(work: Sequence[Work], scale: float | Tensor | None) -> None:
         [item.state["exp_avg_sq"] for item in work],
         [],
         [item.state["step"] for item in work],
-        foreach=True if compiling else None,
-        fused=None if compiling else work[0].param.device.type in FUSED_DEVICES or None,
+        foreach=compiling or None,
+        fused=not compiling and all(map(_fits_fused, work)),
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

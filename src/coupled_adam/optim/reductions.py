@@ -59,7 +59,7 @@ def total_norm(grads: Sequence[Tensor], square_sums: Sequence[Tensor]) -> Tensor
 
 
 def power_iteration_(u: Tensor, matrix: Tensor, step: int | Tensor) -> RankOne:
-    """One step of the power method from ``u``, which is modified in place: the matrix's leading singular triple, nearly.
+    """One step of the power method from ``u``, modified in place: nearly the matrix's leading singular triple.
 
     Args:
         u: (…, M), in the working precision; the estimate of the left singular vector that persists between steps.
