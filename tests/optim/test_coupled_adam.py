@@ -1,8 +1,10 @@
 """CoupledAdam against a float64 reference, against torch, and against what the paper proves."""
 
 import copy
+import gc
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -361,11 +363,126 @@ def test_bad_groups_are_refused(group: dict, error: type[Exception], message: st
         CoupledAdam([group])
 
 
-def test_a_sparse_gradient_is_refused_before_anything_moves() -> None:
+@pytest.mark.parametrize("factor", [0.0, 0.1])
+def test_a_sparse_gradient_of_a_coupled_embedding_steps_as_the_dense_one(factor: float) -> None:
+    results = []
+    for sparse in (False, True):
+        table = nn.Embedding(V, H, sparse=sparse)
+        with torch.no_grad():
+            table.weight.copy_(torch.randn(V, H, generator=torch.Generator().manual_seed(6)))
+        group = {"params": [table.weight], "second_moment": "vocabulary"}
+        optimizer = CoupledAdam([group], lr=1e-2, weight_decay=0.1, coupling_factor=factor, max_grad_norm=1.0)
+        for i in range(10):
+            tokens = torch.randint(V, (9,), generator=torch.Generator().manual_seed(i))
+            optimizer.zero_grad()
+            table(torch.cat([tokens, tokens[:3]])).square().sum().backward()  # some tokens twice
+            assert table.weight.grad.is_sparse is sparse
+            optimizer.step()
+        results.append(table.weight.detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+def test_a_sparse_gradient_elsewhere_is_refused_before_anything_moves() -> None:
     first, table = nn.Parameter(torch.ones(2, 2)), nn.Embedding(V, H, sparse=True)
-    optimizer = CoupledAdam([{"params": [first, table.weight], "second_moment": "vocabulary"}])
+    coupled = {"params": [("first", first)], "second_moment": "vocabulary"}
+    optimizer = CoupledAdam([coupled, {"params": [("table", table.weight)]}])
     first.grad = torch.ones_like(first)
     table(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match="sparse=False"):
+    with pytest.raises(RuntimeError, match=r"'table' is sparse.*sparse=False"):
         optimizer.step()
     assert torch.equal(first, torch.ones(2, 2))
+    assert optimizer.state[first]["step"] == 0
+
+
+def test_nothing_coupled_is_warned_of_with_the_remedy() -> None:
+    with pytest.warns(UserWarning, match=r"nothing is coupled.*param_groups\(model\)"):
+        CoupledAdam([nn.Parameter(MATRIX)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CoupledAdam([nn.Parameter(MATRIX)], coupling_factor=0.1)
+        CoupledAdam([{"params": [nn.Parameter(MATRIX)], "second_moment": "vocabulary"}])
+
+
+def test_maximize_climbs_as_fast_as_the_default_descends() -> None:
+    def moved(maximize: bool, moment: str) -> Tensor:
+        parameter = nn.Parameter(torch.zeros(V, H))
+        group = {"params": [parameter], "second_moment": moment}
+        optimizer = CoupledAdam([group], maximize=maximize, coupling_factor=0.1)
+        for g in gradients():
+            parameter.grad = g.float()
+            optimizer.step()
+        return parameter.detach()
+
+    for moment in ("vocabulary", "elementwise"):
+        torch.testing.assert_close(moved(True, moment), -moved(False, moment))
+        assert moved(True, moment).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("moment", ["vocabulary", "elementwise"])
+def test_a_tensor_learning_rate_is_followed(moment: str) -> None:
+    results = []
+    for lr in (0.1, torch.tensor(0.1)):
+        parameter = nn.Parameter(torch.ones(V, H))
+        optimizer = CoupledAdam([{"params": [parameter], "second_moment": moment}], lr=lr, weight_decay=0.1)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for g in gradients()[:5]:
+            parameter.grad = g.float()
+            optimizer.step()
+            scheduler.step()
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1 / 2**5)
+        results.append(parameter.detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+def test_a_grad_scaler_unscales_and_skips_the_step_on_an_overflow() -> None:
+    parameter = nn.Parameter(torch.ones(V, H))
+    optimizer = CoupledAdam([{"params": [parameter], "second_moment": "vocabulary"}], lr=0.1, eps=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((parameter * float("inf")).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(parameter, torch.ones(V, H)) and scaler.get_scale() == 512.0
+
+    optimizer.zero_grad()
+    scaler.scale((2 * parameter).sum()).backward()
+    scaler.step(optimizer)
+    expected = 1 - 0.1 * 2 / (2 + 1.0)  # as without scaling: ε makes the size of the gradient matter
+    torch.testing.assert_close(parameter.detach(), torch.full((V, H), expected))
+
+
+def test_hooks_see_every_step() -> None:
+    parameter = nn.Parameter(torch.ones(V, H))
+    optimizer = CoupledAdam([{"params": [parameter], "second_moment": "vocabulary"}])
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(parameter[0, 0].item()))
+    optimizer.register_step_post_hook(lambda *_: seen.append(parameter[0, 0].item()))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert seen[0] == 1.0 and seen[1] < 1.0
+
+
+def test_a_thousand_steps_take_no_more_memory_than_one() -> None:
+    model = small_model()
+    optimizer = CoupledAdam(param_groups(model, coupled=[model[2]]), max_grad_norm=1.0)
+    run(model, optimizer, range(3))
+
+    def tensors_alive() -> int:
+        gc.collect()
+        return sum(isinstance(x, Tensor) for x in gc.get_objects())
+
+    before = tensors_alive()
+    run(model, optimizer, range(3, 1003))
+    assert tensors_alive() <= before
+
+
+def test_the_state_of_a_coupled_matrix_is_half_of_adamws() -> None:
+    def state_bytes(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> int:
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        return sum(x.numel() * x.element_size() for x in optimizer.state[parameter].values())
+
+    parameter = nn.Parameter(torch.zeros(500, 64))
+    adamw = state_bytes(torch.optim.AdamW([parameter]), parameter)
+    for dtype, share in ((None, 0.51), (torch.bfloat16, 0.26)):
+        group = {"params": [parameter], "second_moment": "vocabulary"}
+        assert state_bytes(CoupledAdam([group], state_dtype=dtype), parameter) / adamw <= share

@@ -237,6 +237,7 @@ def _adamw_(work: Sequence[Work], scale: float | Tensor | None) -> None:
         [],
         [item.state["step"] for item in work],
         foreach=compiling or None,
+        capturable=compiling,
         fused=not compiling and all(map(_fits_fused, work)),
         amsgrad=False,
         beta1=beta1,

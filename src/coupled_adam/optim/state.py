@@ -86,7 +86,8 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
         fitted["u"] = saved.get("u", torch.ones_like(param[..., 0], dtype=state_dtype(param)))
         if fitted["u"].shape != param.shape[:-1]:
             raise ValueError(_misfit(name, "u", fitted["u"], tuple(param.shape[:-1])))
-    fitted["step"] = torch.as_tensor(saved["step"], dtype=torch.float32)
+    # A copy: torch's loading leaves the step count to be shared with whoever saved it.
+    fitted["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).clone()
     if saved["exp_avg"].shape != param.shape:
         raise ValueError(_misfit(name, "exp_avg", saved["exp_avg"], tuple(param.shape)))
     square = saved["exp_avg_sq"]

@@ -98,6 +98,8 @@ def _check_betas(betas: Any) -> None:
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas!r}; give two numbers, (β1, β2)")
     for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor):
+            raise TypeError(f"Invalid betas[{i}]: a tensor; give a number")
         _check_number(f"betas[{i}]", beta)
         if float(beta) >= 1:
             raise ValueError(f"Invalid betas[{i}]: {float(beta)}; it must be at least 0 and less than 1")

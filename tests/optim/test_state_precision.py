@@ -1,0 +1,103 @@
+"""The first moment in bfloat16, stochastically rounded."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from coupled_adam import Adams, CoupledAdam, param_groups
+from coupled_adam.optim import fused
+from coupled_adam.optim.update import stochastically_rounded
+
+
+def test_rounding_is_right_on_average_and_to_a_neighbour() -> None:
+    x = torch.tensor([1.0 + 2.0**-10, -3.0 - 2.0**-9, 1e-20, 0.0, 1.0])[:, None].expand(5, 20_000).contiguous()
+    rounded = stochastically_rounded(x, step=1).float()
+    # One eighth of the way from 1 to its upper neighbour 1 + 2^-7, so up in one case out of eight.
+    assert rounded[0].unique().tolist() == [1.0, 1.0 + 2.0**-7]
+    assert ((rounded[0] > 1).float().mean() - 1 / 8).abs() < 0.01
+    assert rounded[1].unique().tolist() == [-3.0 - 2.0**-6, -3.0]
+    torch.testing.assert_close(rounded.mean(1), x.mean(1), rtol=1e-3, atol=0)
+    assert torch.equal(rounded[3:], x[3:]), "what bfloat16 can represent stays"
+
+
+def test_the_dice_differ_by_step_and_element_and_never_by_chance() -> None:
+    x = torch.full((1000,), 1.0 + 2.0**-8)
+    one, again, two = (stochastically_rounded(x, step) for step in (1, 1, 2))
+    assert torch.equal(one, again)
+    agreement = (one == two).float().mean()
+    assert 0.4 < agreement < 0.6, "independent coins agree half the time"
+    assert 0.4 < (one[1:] == one[:-1]).float().mean() < 0.6
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_stays_so(value: float) -> None:
+    assert not torch.isfinite(stochastically_rounded(torch.full((100,), value), step=3)).any()
+
+
+@pytest.mark.parametrize("numba", [True, False])
+def test_a_moving_average_arrives_where_plain_rounding_sticks(numba: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "HAS_NUMBA", numba)
+    parameter = nn.Parameter(torch.zeros(50, 40))
+    optimizer = CoupledAdam(
+        [{"params": [parameter], "second_moment": "vocabulary"}],
+        lr=0.0,
+        betas=(0.999, 0.999),
+        state_dtype=torch.bfloat16,
+    )
+    parameter.grad = torch.ones_like(parameter)
+    for _ in range(2000):
+        optimizer.step()
+    moment = optimizer.state[parameter]["exp_avg"]
+    assert moment.dtype == torch.bfloat16
+    assert moment.float().mean().item() == pytest.approx(1 - 0.999**2000, rel=0.01)
+
+    stuck = torch.zeros((), dtype=torch.bfloat16)
+    for _ in range(2000):
+        stuck.lerp_(torch.ones((), dtype=torch.bfloat16), 0.001)
+    assert stuck < 0.6
+
+
+@pytest.mark.parametrize("cls", [CoupledAdam, Adams])
+def test_training_is_about_as_good_as_in_float32(cls: type) -> None:
+    losses = {}
+    for dtype in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 40, bias=False))
+        optimizer = cls(param_groups(model, coupled=[model[1]]), lr=1e-2, state_dtype=dtype)
+        for i in range(200):
+            tokens = torch.randint(40, (64,), generator=torch.Generator().manual_seed(i))
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(tokens), (tokens * 7 + 3) % 40)
+            loss.backward()
+            optimizer.step()
+        losses[dtype] = loss.item()
+    assert losses[None] < 1.0
+    assert losses[torch.bfloat16] == pytest.approx(losses[None], rel=0.05, abs=0.01)
+
+
+def test_a_resumed_run_and_a_replica_agree_bit_for_bit(tmp_path) -> None:
+    def steps(optimizer: CoupledAdam, parameter: nn.Parameter, numbers: range) -> None:
+        for i in numbers:
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+            optimizer.step()
+
+    def make() -> tuple[CoupledAdam, nn.Parameter]:
+        parameter = nn.Parameter(torch.zeros(30, 8))
+        group = {"params": [parameter], "second_moment": "vocabulary"}
+        return CoupledAdam([group], state_dtype=torch.bfloat16), parameter
+
+    whole, replica = make(), make()
+    torch.manual_seed(1)
+    steps(*whole, range(10))
+    torch.manual_seed(2)
+    steps(*replica, range(6))
+    torch.save(copy.deepcopy(replica[0].state_dict()), tmp_path / "checkpoint.pt")
+    optimizer, parameter = make()
+    with torch.no_grad():
+        parameter.copy_(replica[1])
+    optimizer.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    assert optimizer.state[parameter]["exp_avg"].dtype == torch.bfloat16
+    steps(optimizer, parameter, range(6, 10))
+    assert torch.equal(parameter, whole[1])
