@@ -57,11 +57,12 @@ def update_(
         plain.update_(param, exp_avg, exp_avg_sq, grad, square, step, **hyperparameters)
 
 
-def compiled_update_(*args: Any, lr: float | Tensor, grad_scale: float | Tensor = 1.0, **hyperparameters: Any) -> None:
-    """The plain update, compiled. What changes from step to step goes in as tensors: no recompilation."""
-    *tensors, step = args
-    numbers = [torch.as_tensor(x, dtype=torch.float64) for x in (step, lr, grad_scale)]
-    _compiled()(*tensors, numbers[0], lr=numbers[1], grad_scale=numbers[2], **hyperparameters)
+def compiled_update_(*args: Any, lr: float | Tensor, **hyperparameters: Any) -> None:
+    """The plain update, compiled: twice in all, since the second call shows that step and learning rate change."""
+    # A tensor on the CPU would draw the arithmetic of scalars there, and need a compiler for it.
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        lr = lr.item()
+    _compiled()(*args, lr=lr, **hyperparameters)
 
 
 @functools.cache

@@ -1,0 +1,210 @@
+"""Time and memory of an optimizer step, ours against its peer, alternately in one process.
+
+    python benchmarks/optimizer_step.py [--rounds 15] [--threads 2] [--only TEXT]
+
+Every round runs ours, theirs, theirs, ours; the figures are medians of the paired ratios, so a slow spell of the machine
+hits both sides. Needs the extra `fast`; `adams-torch` for the comparison of Adams.
+"""
+
+import argparse
+import gc
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from coupled_adam import Adams, CoupledAdam, param_groups
+from coupled_adam.lm.config import Model
+from coupled_adam.lm.model import LanguageModel
+
+warnings.simplefilter("ignore")
+
+EMBEDDINGS = ((50_304, 768), (49_152, 576), (128_256, 1_024))
+#: The settings of the paper; the learning rate is so small that the parameters hardly move over the rounds.
+SETTINGS = {"lr": 1e-6, "betas": (0.9, 0.95), "eps": 1e-8}
+MAX_NORM = 1.0
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    name: str
+    make: Callable[[], tuple[Step, Step]]
+    """Builds both sides anew and returns a step of ours and one of theirs."""
+    target: float | None = None
+
+
+def with_gradients(parameters: list[nn.Parameter], seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator).mul_(1e-3)
+    return parameters
+
+
+def embedding(shape: tuple[int, int]) -> nn.Parameter:
+    (parameter,) = with_gradients([nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))])
+    return parameter
+
+
+def coupled(parameter: nn.Parameter, **settings: object) -> CoupledAdam:
+    return CoupledAdam([{"params": [parameter], "second_moment": "vocabulary"}], **SETTINGS, **settings)
+
+
+def one_matrix(shape: tuple[int, int], clip: bool = False, **flags: object) -> tuple[Step, Step]:
+    ours, theirs = embedding(shape), embedding(shape)
+    optimizer = coupled(ours, max_grad_norm=MAX_NORM if clip else None)
+    peer = torch.optim.AdamW([theirs], weight_decay=0.0, **SETTINGS, **flags)
+    return optimizer.step, clipped([theirs], peer) if clip else peer.step
+
+
+def clipped(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Step:
+    def step() -> None:
+        clip_grad_norm_(parameters, MAX_NORM)
+        optimizer.step()
+
+    return step
+
+
+def gpt2() -> LanguageModel:
+    """The 124M parameters of the paper's smallest model: no biases, 50,304 tokens, tied embeddings."""
+    model = LanguageModel(Model(layers=12, heads=12, width=768), 50_304, 1_024)
+    with_gradients(list(model.parameters()))
+    return model
+
+
+def whole_gpt2(clip: bool, **flags: object) -> tuple[Step, Step]:
+    ours, theirs = gpt2(), gpt2()
+    optimizer = CoupledAdam(param_groups(ours), max_grad_norm=MAX_NORM if clip else None, **SETTINGS)
+    peer = torch.optim.AdamW(param_groups(theirs), **SETTINGS, **flags)
+    return optimizer.step, clipped(list(theirs.parameters()), peer) if clip else peer.step
+
+
+def adams_gpt2() -> tuple[Step, Step]:
+    from adams import Adams_ZeRO
+
+    ours, theirs = gpt2(), gpt2()
+    for model in (ours, theirs):
+        model.token_embedding.weight.use_spectral_decay = False
+    return Adams(ours.parameters(), lr=1e-6).step, Adams_ZeRO(theirs.parameters(), lr=1e-6).step
+
+
+def comparisons() -> Iterator[Comparison]:
+    fused, foreach = {"fused": True}, {"foreach": True}
+    for i, (rows, width) in enumerate(EMBEDDINGS):
+        shape, label = (rows, width), f"{rows:,} × {width:,}"
+        first = i == 0
+        yield Comparison(
+            f"coupled ÷ fused AdamW, {label}", lambda s=shape: one_matrix(s, **fused), 0.95 if first else None
+        )
+        yield Comparison(f"coupled ÷ foreach AdamW, {label}", lambda s=shape: one_matrix(s, **foreach))
+        yield Comparison(
+            f"clip + coupled ÷ clip + fused AdamW, {label}",
+            lambda s=shape: one_matrix(s, clip=True, **fused),
+            0.70 if first else None,
+        )
+    yield Comparison("GPT-2 124M: step ÷ fused AdamW", lambda: whole_gpt2(False, **fused))
+    yield Comparison("GPT-2 124M: clip + step ÷ clip + fused AdamW", lambda: whole_gpt2(True, **fused), 0.85)
+    yield Comparison("GPT-2 124M: clip + step ÷ clip + foreach AdamW", lambda: whole_gpt2(True, **foreach))
+    yield Comparison("GPT-2 124M: Adams ÷ adams-torch", adams_gpt2, 0.5)
+
+
+def seconds(step: Step) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def measure(comparison: Comparison, rounds: int) -> str:
+    ours, theirs = comparison.make()
+    for step in (ours, theirs, ours, theirs):  # compiles, makes the state, touches the memory
+        step()
+    gc.disable()
+    pairs = []
+    for _ in range(rounds):
+        a, b, c, d = seconds(ours), seconds(theirs), seconds(theirs), seconds(ours)
+        pairs += [(a, b), (d, c)]
+    gc.enable()
+    ratios = sorted(a / b for a, b in pairs)
+    ratio, quarter = statistics.median(ratios), len(ratios) // 4
+    spread = f"{ratios[quarter]:.2f}–{ratios[-quarter - 1]:.2f}"
+    milliseconds = [1e3 * statistics.median(side) for side in zip(*pairs, strict=True)]
+    return row(comparison.name, *(f"{t:.1f} ms" for t in milliseconds), f"{ratio:.2f}", spread, comparison.target)
+
+
+def row(name: str, ours: str, theirs: str, ratio: str, spread: str, target: float | None) -> str:
+    return f"| {name} | {ours} | {theirs} | {ratio} | {spread} | {'' if target is None else f'≤ {target}'} |"
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    optimizer.step()
+    return sum(x.numel() * x.element_size() for state in optimizer.state.values() for x in state.values())
+
+
+def memory_rows() -> Iterator[str]:
+    shape = EMBEDDINGS[0]
+    theirs = state_bytes(torch.optim.AdamW([embedding(shape)], fused=True))
+    for label, dtype, target in (("", None, 0.51), (", bf16 first moment", torch.bfloat16, 0.26)):
+        ours = state_bytes(coupled(embedding(shape), state_dtype=dtype))
+        sizes = f"{ours / 2**20:.1f} MiB", f"{theirs / 2**20:.1f} MiB"
+        yield row(f"state of a coupled matrix{label} ÷ AdamW", *sizes, f"{ours / theirs:.3f}", "", target)
+    for clip in (False, True):
+        parameter = embedding(shape)
+        optimizer = coupled(parameter, max_grad_norm=MAX_NORM if clip else None)
+        optimizer.step()
+        extra, whole = peak_extra_bytes(optimizer.step), parameter.numel() * parameter.element_size()
+        label = f"peak extra memory of a {'clipped ' if clip else ''}coupled step ÷ the matrix"
+        yield row(label, f"{extra / 2**20:.2f} MiB", f"{whole / 2**20:.1f} MiB", f"{extra / whole:.4f}", "", 0.01)
+
+
+def peak_extra_bytes(step: Step) -> int:
+    """How far the resident memory of this process rises above its level before the step (Linux)."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest level so far
+    before = resident("VmRSS")
+    step()
+    return max(resident("VmHWM") - before, 0)
+
+
+def resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="of four steps each (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--only", default="", help="comparisons whose name contains this text")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numba", "numpy"))
+    print(
+        f"{processor()}, {os.cpu_count()} CPUs, {arguments.threads} threads; Python {platform.python_version()}, {versions}\n"
+    )
+    print("| work | ours | theirs | ratio | middle half | target |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+    for comparison in comparisons():
+        if arguments.only in comparison.name:
+            print(measure(comparison, arguments.rounds), flush=True)
+            gc.collect()
+    if not arguments.only:
+        for line in memory_rows():
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
