@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from torch.nn.utils import get_total_norm
 
 from coupled_adam.optim.update import RankOne
@@ -64,19 +65,16 @@ def power_iteration_(u: Tensor, matrix: Tensor, step: int | Tensor) -> RankOne:
     Args:
         u: (…, M), in the working precision; the estimate of the left singular vector that persists between steps.
         matrix: (…, M, N); leading dimensions are a batch.
-        step: seeds the vector that takes the place of a ``u`` that the matrix maps to 0, as one of ones does where the
-            columns sum to 0: the power method would never leave it.
+        step: seeds the vector that takes the place of a ``u`` that the matrix maps to 0, as it maps a vector of ones
+            where its columns sum to 0: the power method would never leave it.
 
     Returns:
-        √M·σ·u, and v: what Algorithm 1 of Adams subtracts, times η·λ.
+        √M·σ·u, and v: what Algorithm 1 of Adams subtracts, times η·λ. Both 0 where the matrix maps ``u`` to 0.
     """
     w = matrix.to(u.dtype)
-    image = torch.einsum("...mn,...m->...n", w, u)
-    lost = image.norm(dim=-1, keepdim=True) == 0
-    signs = torch.cos(torch.arange(u.shape[-1], device=u.device, dtype=u.dtype).add(step).square()).expand_as(u)
-    image = torch.where(lost, torch.einsum("...mn,...m->...n", w, signs), image)
-    v = torch.nn.functional.normalize(image, dim=-1)  # v = Wᵀu / ‖Wᵀu‖
+    v = normalize(torch.einsum("...mn,...m->...n", w, u), dim=-1)  # v = Wᵀu / ‖Wᵀu‖
     scaled = torch.einsum("...mn,...n->...m", w, v)  # W·v = σ·u
     sigma = scaled.norm(dim=-1, keepdim=True)
-    u.copy_(torch.where(sigma > 0, scaled / sigma.where(sigma > 0, 1.0), u))  # u ← W·v / ‖W·v‖
-    return RankOne(column=scaled * matrix.shape[-2] ** 0.5, row=v)
+    fresh = torch.cos(torch.arange(u.shape[-1], device=u.device, dtype=u.dtype).add(step).square()).expand_as(u)
+    u.copy_(torch.where(sigma > 0, scaled / sigma, fresh))  # u ← W·v / ‖W·v‖
+    return RankOne(column=scaled * matrix.shape[-2] ** 0.5, row=v)  # √M·σ·u, v
