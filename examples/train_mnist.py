@@ -41,7 +41,7 @@ LOCAL_PROCESSES = int(os.environ.get("LOCAL_WORLD_SIZE", PROCESSES)) if LAUNCHED
 #: This process's share of the machine's cores.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CORES = max(1, CORES // LOCAL_PROCESSES)
-LAYOUT = torch.channels_last  #: the channels of a pixel side by side, which makes convolutions faster
+LAYOUT = torch.channels_last  #: the channels of a pixel side by side, as convolution kernels want them
 
 #: Lowest and highest value of every option that is a number.
 LIMITS = {"batch_size": (1, math.inf), "test_batch_size": (1, math.inf), "epochs": (1, math.inf), "lr": (0, math.inf)}
@@ -67,7 +67,7 @@ def parse_options() -> Options:
     parser.error = fail
     add = parser.add_argument
     text = (
-        "coupled_adam (default): moment coupling; adams: bounded steps, spectral decay; or torch's (sgd: momentum 0.9)"
+        "coupled_adam (default): moment coupling; adams: bounded steps, spectral decay; or of torch (sgd: momentum 0.9)"
     )
     add("--optimizer", default="coupled_adam", choices=["coupled_adam", "adams", "adam", "adamw", "sgd"], help=text)
     add("--batch-size", type=int, default=64, help="training images a step, over all processes and GPUs (64)")
@@ -145,19 +145,15 @@ def batches(train: Images, test: Images, options: Options) -> tuple[DataLoader, 
     share = Subset(test, range(RANK, len(test), PROCESSES))
     # Images of MNIST are decoded one by one, best while the network computes; digits are tensors in memory already.
     workers = CORES if options.dataset == "mnist" else 0
-    common = {
-        "num_workers": workers,
-        "persistent_workers": workers > 0,
-        "pin_memory": options.gpu_id != -1 and torch.cuda.is_available(),
-    }
+    common = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_initialized()}
     train_batches = DataLoader(train, options.batch_size // PROCESSES, sampler=sampler, **common)
     return train_batches, DataLoader(share, options.test_batch_size, **common)
 
 
 def build_network(side: int) -> nn.Sequential:
     """A network from images (batch, 1, side, side) to logits (batch, 10); its last layer is the output head."""
-    convolutions = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()]
-    dense = [nn.Flatten(), nn.Linear(64 * (side // 2) ** 2, 128), nn.ReLU(), nn.Linear(128, 10)]
+    convolutions = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()]
+    dense = [nn.Flatten(), nn.Linear(32 * (side // 2) ** 2, 128), nn.ReLU(), nn.Linear(128, 10)]
     return nn.Sequential(*convolutions, *dense)
 
 

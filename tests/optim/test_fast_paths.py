@@ -167,16 +167,22 @@ def test_the_kernels_are_taken_where_they_apply(monkeypatch: pytest.MonkeyPatch)
     assert taken == ["update_elements", "update_elements"]
 
 
-def test_a_step_without_numba_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("factor", [0.0, 0.1])
+def test_a_step_without_numba_is_the_same(
+    factor: float, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     param, *grads = tensors((40, 8), 2, 6)
     outcomes = []
     for numba in (True, False):
         monkeypatch.setattr(fused, "HAS_NUMBA", numba)
+        monkeypatch.setattr(fused, "BLOCK_ELEMENTS", 100)  # 12 rows a block, and one of 4
         parameter = param.clone().requires_grad_()
-        group = {"params": [parameter], "second_moment": "vocabulary"}
-        optimizer = CoupledAdam([group], lr=0.01, weight_decay=0.1, max_grad_norm=1.0, state_dtype=torch.bfloat16)
+        group = {"params": [parameter], "second_moment": "vocabulary", "coupling_factor": factor}
+        optimizer = CoupledAdam([group], lr=0.01, weight_decay=0.1, max_grad_norm=1.0, state_dtype=dtype)
         for grad in grads:
             parameter.grad = grad
             optimizer.step()
         outcomes.append(parameter.detach())
-    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-4)
+    tolerance = 1e-6 if dtype is None else 1e-4
+    torch.testing.assert_close(*outcomes, rtol=tolerance, atol=tolerance)

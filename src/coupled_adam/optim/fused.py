@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from coupled_adam.optim import reductions
 from coupled_adam.optim import update as plain
@@ -21,6 +22,8 @@ HAS_TRITON = find_spec("triton") is not None
 
 #: Row length in which a kernel takes a tensor that has no rows of its own to respect.
 FLAT_ROW = 4096
+#: Elements of a block of rows in which a plain function takes a coupled matrix: few beside the matrix, many to a call.
+BLOCK_ELEMENTS = 2**18
 #: Below this many elements a second thread costs more than it brings.
 ELEMENTS_PER_THREAD = 65536
 
@@ -28,15 +31,19 @@ ELEMENTS_PER_THREAD = 65536
 def vocabulary_mean_square(
     grad: Tensor, exp_avg: Tensor, *, beta1: float, coupling_factor: float, grad_scale: float | Tensor = 1.0
 ) -> Tensor:
-    """As :func:`coupled_adam.optim.reductions.vocabulary_mean_square`, reading the gradient once and nothing else."""
-    if coupling_factor != 0 or grad.numel() == 0 or not kernels_apply(grad):
-        return reductions.vocabulary_mean_square(
-            grad, exp_avg, beta1=beta1, coupling_factor=coupling_factor, grad_scale=grad_scale
-        )
-    threads = _threads(grad)
-    total = torch.empty(threads, grad.shape[1], dtype=torch.float64)
-    _kernels().sum_squares(grad.detach().numpy(), total.numpy(), threads)
-    return (total.sum(0, keepdim=True) * (grad_scale**2 / grad.shape[0])).to(torch.float32)
+    """As :func:`coupled_adam.optim.reductions.vocabulary_mean_square`, without temporary tensors of the matrix's
+    size."""
+    numbers: dict[str, Any] = {"beta1": beta1, "coupling_factor": coupling_factor, "grad_scale": grad_scale}
+    if coupling_factor == 0 and grad.numel() > 0 and kernels_apply(grad):
+        threads = _threads(grad)
+        total = torch.empty(threads, grad.shape[1], dtype=torch.float64)
+        _kernels().sum_squares(grad.detach().numpy(), total.numpy(), threads)
+        return (total.sum(0, keepdim=True) * (grad_scale**2 / grad.shape[0])).to(torch.float32)
+    if not _in_blocks(grad):
+        return reductions.vocabulary_mean_square(grad, exp_avg, **numbers)
+    blocks = zip(*(torch.split(x, _block(grad)) for x in (grad, exp_avg)), strict=True)
+    sums = [reductions.vocabulary_mean_square(g, m, **numbers) * len(g) for g, m in blocks]
+    return torch.cat(sums).sum(0, keepdim=True) / grad.shape[0]
 
 
 def update_(
@@ -48,13 +55,30 @@ def update_(
     step: float,
     **hyperparameters: Any,
 ) -> None:
-    """As :func:`coupled_adam.optim.update.update_`, in one pass and without temporary tensors."""
+    """As :func:`coupled_adam.optim.update.update_`, in one pass and without temporary tensors of the matrix's size."""
     if param.numel() > 0 and kernels_apply(param, grad, exp_avg_sq, moment=exp_avg):
         _kernel_update_(param, exp_avg, exp_avg_sq, grad, square, step, **hyperparameters)
-    elif param.is_cuda and HAS_TRITON and not torch.compiler.is_compiling():
+    elif param.is_cuda and HAS_TRITON and not is_compiling():
         compiled_update_(param, exp_avg, exp_avg_sq, grad, square, step, **hyperparameters)
-    else:
+    elif (
+        square is None or hyperparameters.get("spectral") or exp_avg.dtype != exp_avg_sq.dtype or not _in_blocks(param)
+    ):
         plain.update_(param, exp_avg, exp_avg_sq, grad, square, step, **hyperparameters)
+    else:
+        before = exp_avg_sq.clone()
+        for rows in zip(*(torch.split(x, _block(param)) for x in (param, exp_avg, grad)), strict=True):
+            exp_avg_sq.copy_(before)  # every block makes the same update of it
+            plain.update_(rows[0], rows[1], exp_avg_sq, rows[2], square, step, **hyperparameters)
+
+
+def _in_blocks(matrix: Tensor) -> bool:
+    """Whether the plain functions take the matrix in blocks of rows."""
+    return type(matrix) in (Tensor, torch.nn.Parameter) and len(matrix) > _block(matrix) and not is_compiling()
+
+
+def _block(matrix: Tensor) -> int:
+    """Rows of a block."""
+    return max(BLOCK_ELEMENTS // max(matrix.shape[1], 1), 1)
 
 
 def compiled_update_(*args: Any, lr: float | Tensor, **hyperparameters: Any) -> None:
@@ -80,7 +104,7 @@ def _kernels() -> Any:
 
 def kernels_apply(*tensors: Tensor, moment: Tensor | None = None) -> bool:
     """Whether all are plain, contiguous float32 tensors on the CPU; the first ``moment`` may be bfloat16."""
-    if not HAS_NUMBA or torch.compiler.is_compiling():
+    if not HAS_NUMBA or is_compiling():
         return False
     narrow = moment is not None and moment.dtype == torch.bfloat16
     exact = tensors if moment is None or narrow else (*tensors, moment)

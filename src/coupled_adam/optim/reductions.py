@@ -41,7 +41,7 @@ def vocabulary_mean_square(
         m = exp_avg.to(dtype).lerp(g, 1 - beta1)  # m = β1·m + (1 − β1)·g
         square.add_(m.square(), alpha=coupling_factor)
     # The sum over V divided by V: DTensor.mean gathers the matrix where the shards are uneven, sum is one all-reduce.
-    return replicate_partial(square.sum(0, keepdim=True)) / grad.shape[0]
+    return replicate_partial(square.sum(0, keepdim=True)) / max(grad.shape[0], 1)
 
 
 #: What a second moment averages over, by the name that a param group carries; None for nothing.

@@ -1,0 +1,148 @@
+"""The example programs as a user starts them, on the digits inside scikit-learn and on the CPU."""
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parents[1] / "examples" / "train_mnist.py"
+ON_CPU = ["--dataset", "digits", "--gpu-id", "-1"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+#: What stands in for an installed package: a module that cannot be imported, a data set that cannot be downloaded.
+NOT_INSTALLED = "raise ImportError('not installed')"
+NO_NETWORK = """
+from types import SimpleNamespace
+
+def download(*_, **__):
+    print("Failed to download (trying next)")
+    raise RuntimeError("Error downloading images:\\nTried the first address\\nTried the second")
+
+datasets = SimpleNamespace(MNIST=download)
+transforms = SimpleNamespace(Compose=list, ToTensor=int, Normalize=lambda *_: None)
+"""
+
+#: Arguments, environment, modules in place of installed ones, and what the message must name.
+BAD_INPUTS: dict[str, tuple[list[str], dict[str, str], dict[str, str], list[str]]] = {
+    "no such GPU": (["--gpu-id", "99"], {}, {}, ["--gpu-id", "99", "-1 is the CPU"]),
+    "empty batches": (["--batch-size", "0"], {}, {}, ["--batch-size", "0", "1 or more"]),
+    "no number": (["--epochs", "many"], {}, {}, ["--epochs", "'many'", "int"]),
+    "negative learning rate": (["--lr", "-0.1"], {}, {}, ["--lr", "-0.1", "0 or more"]),
+    "infinite learning rate": (["--lr", "inf"], {}, {}, ["--lr", "inf", "0 or more"]),
+    "coupling factor out of range": (["--coupling-factor", "2"], {}, {}, ["--coupling-factor", "2.0", "0 to 1"]),
+    "unknown data set": (["--dataset", "cifar"], {}, {}, ["--dataset", "'cifar'", "mnist", "digits"]),
+    "unknown optimizer": (["--optimizer", "lion"], {}, {}, ["--optimizer", "'lion'", "coupled_adam", "sgd"]),
+    "no torchvision": (["--gpu-id", "-1"], {}, {"torchvision": NOT_INSTALLED}, ["mnist", "pip install torchvision"]),
+    "no scikit-learn": (ON_CPU, {}, {"sklearn": NOT_INSTALLED}, ["digits", "pip install scikit-learn"]),
+    "no network": (["--data-dir", "no/folder"], {}, {"torchvision": NO_NETWORK}, ["no/folder", "--dataset digits"]),
+    "a batch that processes cannot share": (
+        [*ON_CPU, "--batch-size", "3"],
+        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+        {},
+        ["--batch-size", "3", "2 processes"],
+    ),
+}
+
+
+def run(
+    *arguments: str, start: list[str] | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(start or []), str(PROGRAM), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | (env or {}))
+
+
+def train(*arguments: str, start: list[str] | None = None) -> str:
+    result = run(*ON_CPU, *arguments, start=start)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def epochs(printed: str, optimizer: str) -> list[tuple[float, float, float]]:
+    """Training loss, test loss and accuracy in percent of every epoch."""
+    pattern = rf"^{optimizer} epoch \d+: train loss (\S+), test loss (\S+), accuracy (\S+)%$"
+    return [tuple(map(float, figures)) for figures in re.findall(pattern, printed, re.MULTILINE)]
+
+
+def comparison(printed: str) -> dict[str, tuple[float, float]]:
+    """Test loss and accuracy by optimizer, from the last lines."""
+    pattern = r"^(\w+) +test loss (\S+)  accuracy (\S+)%  training \d+\.\d s$"
+    last = printed.split("From the same initial weights, on the same batches:\n")[1]
+    return {name: (float(loss), float(accuracy)) for name, loss, accuracy in re.findall(pattern, last, re.MULTILINE)}
+
+
+@pytest.fixture(scope="module")
+def by_default() -> str:
+    """What a run with all defaults prints."""
+    return train()
+
+
+def test_moment_coupling_learns_the_digits(by_default: str) -> None:
+    assert by_default.startswith("digits: 1437 training and 360 test images, on cpu\n")
+    assert len(epochs(by_default, "coupled_adam")) == 10
+    assert epochs(by_default, "coupled_adam")[-1][2] > 95
+
+
+def test_the_run_ends_with_a_comparison_with_adam(by_default: str) -> None:
+    figures = {name: epochs(by_default, name)[-1][1:] for name in ("coupled_adam", "adam")}
+    assert comparison(by_default) == figures
+    coupled, adam = (epochs(by_default, name)[0][0] for name in figures)
+    assert coupled == pytest.approx(adam, rel=0.01) and coupled != adam, "same weights and batches, another optimizer"
+
+
+@pytest.mark.long
+def test_adams_learns_the_digits() -> None:
+    printed = train("--optimizer", "adams")
+    assert comparison(printed)["adams"][1] > 95 and comparison(printed)["adam"][1] > 95
+
+
+def test_the_same_seed_prints_the_same_and_another_does_not(by_default: str) -> None:
+    again, other = train("--epochs", "1"), train("--epochs", "1", "--seed", "7")
+    for name in ("coupled_adam", "adam"):
+        assert epochs(again, name) == epochs(by_default, name)[:1] != epochs(other, name)
+
+
+@pytest.mark.parametrize(("name", "compared"), [("sgd", ["sgd", "adam"]), ("adam", ["adam"])])
+def test_an_optimizer_of_torch_by_its_name(name: str, compared: list[str]) -> None:
+    assert list(comparison(train("--optimizer", name, "--epochs", "1"))) == compared
+
+
+@pytest.mark.long
+def test_two_processes_of_torchrun_do_what_one_does(by_default: str) -> None:
+    printed = train("--epochs", "2", start=TORCHRUN)
+    assert printed.count("test images") == 1, "one process prints"
+    for name in ("coupled_adam", "adam"):
+        for two, one in zip(epochs(printed, name), epochs(by_default, name)[:2], strict=True):
+            # They share the batches of the one process; only rounding and a repeated image make a difference.
+            assert two[:2] == pytest.approx(one[:2], rel=0.02)
+            assert two[2] == pytest.approx(one[2], abs=1)
+            assert round(two[2] * 3.6, 1) % 1 in (0, 0.9, 0.1), "a whole number of all 360 test images"
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
+    """Every bad input, two at a time: most of it is the import of torch."""
+
+    def attempt(name: str) -> subprocess.CompletedProcess[str]:
+        arguments, env, modules, _ = BAD_INPUTS[name]
+        folder = tmp_path_factory.mktemp("modules")
+        for module, content in modules.items():
+            (folder / f"{module}.py").write_text(content)
+        path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+        return run(*arguments, env={**env, "PYTHONPATH": path})
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(BAD_INPUTS, pool.map(attempt, BAD_INPUTS), strict=True))
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_one_line_and_exit_code_2(
+    name: str, failures: dict[str, subprocess.CompletedProcess[str]]
+) -> None:
+    result = failures[name]
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("train_mnist.py: ")
+    assert [part for part in BAD_INPUTS[name][-1] if part not in result.stderr] == []
