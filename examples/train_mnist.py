@@ -66,19 +66,17 @@ def parse_options() -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
-    text = (
-        "coupled_adam (default): moment coupling; adams: bounded steps, spectral decay; or of torch (sgd: momentum 0.9)"
-    )
+    text = "coupled_adam (default): moment coupling; adams: bounded steps, spectral decay; the others: of torch.optim"
     add("--optimizer", default="coupled_adam", choices=["coupled_adam", "adams", "adam", "adamw", "sgd"], help=text)
-    add("--batch-size", type=int, default=64, help="training images a step, over all processes and GPUs (64)")
-    add("--test-batch-size", type=int, default=1000, help="test images that a process takes at once (1000)")
-    add("--epochs", type=int, default=10, help="passes over the training images (10)")
-    add("--lr", type=float, default=0.001, help="learning rate, of Adam too (0.001)")
-    add("--coupling-factor", type=float, default=0.1, help="of coupled_adam, from 0 (AdamW) to 1 (0.1)")
-    add("--gpu-id", type=int, help="use this GPU, or with -1 the CPU (default: all GPUs found)")
-    add("--seed", type=int, default=42, help="of initial weights, batches and the split of the digits (42)")
-    add("--dataset", default="mnist", choices=["mnist", "digits"], help="digits: 8x8, inside scikit-learn (mnist)")
-    add("--data-dir", type=Path, default=Path("runs/mnist"), help="where MNIST is or will be (runs/mnist)")
+    add("--batch-size", type=int, default=64, help="training images a step, over all processes and GPUs; default 64")
+    add("--test-batch-size", type=int, default=1000, help="test images that a process takes at once; default 1000")
+    add("--epochs", type=int, default=10, help="passes over the training images; default 10")
+    add("--lr", type=float, default=0.001, help="learning rate, of Adam too; default 0.001")
+    add("--coupling-factor", type=float, default=0.1, help="of coupled_adam, from 0 (AdamW) to 1; default 0.1")
+    add("--gpu-id", type=int, help="use this GPU, or with -1 the CPU; default all GPUs found")
+    add("--seed", type=int, default=42, help="of initial weights, batches and the split of the digits; default 42")
+    add("--dataset", default="mnist", choices=["mnist", "digits"], help="digits are of scikit-learn; default mnist")
+    add("--data-dir", type=Path, default=Path("runs/mnist"), help="where MNIST is or will be; default runs/mnist")
     options = parser.parse_args()
     for name, (low, high) in LIMITS.items():
         value = getattr(options, name)
@@ -227,7 +225,7 @@ def main() -> None:
         torch.backends.cudnn.deterministic = True  # the same losses every time
     torch.set_flush_denormal(True)  # arithmetic with moments that fade out is slow on the CPU
     if LAUNCHED or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1, which would leave cores idle
-        torch.set_num_threads(CORES)
+        torch.set_num_threads(CORES if options.dataset == "mnist" else 1)  # threads would only wait for 8x8 images
     load = partial(digits, options.seed) if options.dataset == "digits" else partial(mnist, options.data_dir)
     images = load() if LOCAL_RANK == 0 else None
     if LAUNCHED:

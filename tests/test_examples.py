@@ -30,12 +30,10 @@ transforms = SimpleNamespace(Compose=list, ToTensor=int, Normalize=lambda *_: No
 BAD_INPUTS: dict[str, tuple[list[str], dict[str, str], dict[str, str], list[str]]] = {
     "no such GPU": (["--gpu-id", "99"], {}, {}, ["--gpu-id", "99", "-1 is the CPU"]),
     "empty batches": (["--batch-size", "0"], {}, {}, ["--batch-size", "0", "1 or more"]),
-    "no number": (["--epochs", "many"], {}, {}, ["--epochs", "'many'", "int"]),
     "negative learning rate": (["--lr", "-0.1"], {}, {}, ["--lr", "-0.1", "0 or more"]),
     "infinite learning rate": (["--lr", "inf"], {}, {}, ["--lr", "inf", "0 or more"]),
     "coupling factor out of range": (["--coupling-factor", "2"], {}, {}, ["--coupling-factor", "2.0", "0 to 1"]),
     "unknown data set": (["--dataset", "cifar"], {}, {}, ["--dataset", "'cifar'", "mnist", "digits"]),
-    "unknown optimizer": (["--optimizer", "lion"], {}, {}, ["--optimizer", "'lion'", "coupled_adam", "sgd"]),
     "no torchvision": (["--gpu-id", "-1"], {}, {"torchvision": NOT_INSTALLED}, ["mnist", "pip install torchvision"]),
     "no scikit-learn": (ON_CPU, {}, {"sklearn": NOT_INSTALLED}, ["digits", "pip install scikit-learn"]),
     "no network": (["--data-dir", "no/folder"], {}, {"torchvision": NO_NETWORK}, ["no/folder", "--dataset digits"]),
@@ -99,15 +97,20 @@ def test_adams_learns_the_digits() -> None:
     assert comparison(printed)["adams"][1] > 95 and comparison(printed)["adam"][1] > 95
 
 
-def test_the_same_seed_prints_the_same_and_another_does_not(by_default: str) -> None:
-    again, other = train("--epochs", "1"), train("--epochs", "1", "--seed", "7")
+def test_the_same_seed_prints_the_same(by_default: str) -> None:
+    again = train("--epochs", "1")
     for name in ("coupled_adam", "adam"):
-        assert epochs(again, name) == epochs(by_default, name)[:1] != epochs(other, name)
+        assert epochs(again, name) == epochs(by_default, name)[:1]
 
 
-@pytest.mark.parametrize(("name", "compared"), [("sgd", ["sgd", "adam"]), ("adam", ["adam"])])
-def test_an_optimizer_of_torch_by_its_name(name: str, compared: list[str]) -> None:
-    assert list(comparison(train("--optimizer", name, "--epochs", "1"))) == compared
+def test_adam_is_not_compared_with_itself_and_another_seed_prints_something_else(by_default: str) -> None:
+    printed = train("--optimizer", "adam", "--epochs", "1", "--seed", "7")
+    assert list(comparison(printed)) == ["adam"]
+    assert epochs(printed, "adam") != epochs(by_default, "adam")[:1]
+
+
+def test_an_optimizer_of_torch_by_its_name() -> None:
+    assert list(comparison(train("--optimizer", "sgd", "--epochs", "1"))) == ["sgd", "adam"]
 
 
 @pytest.mark.long
@@ -119,7 +122,7 @@ def test_two_processes_of_torchrun_do_what_one_does(by_default: str) -> None:
             # They share the batches of the one process; only rounding and a repeated image make a difference.
             assert two[:2] == pytest.approx(one[:2], rel=0.02)
             assert two[2] == pytest.approx(one[2], abs=1)
-            assert round(two[2] * 3.6, 1) % 1 in (0, 0.9, 0.1), "a whole number of all 360 test images"
+            assert two[2] * 3.6 == pytest.approx(round(two[2] * 3.6), abs=0.02), "a part of the 360 images, each once"
 
 
 @pytest.fixture(scope="module")

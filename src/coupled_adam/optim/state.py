@@ -33,10 +33,13 @@ def new_state(param: Tensor, group: dict[str, Any], on_device: bool) -> dict[str
             where reading it costs nothing.
     """
     dtype = state_dtype(param)
+    zeros = torch.zeros_like(param, dtype=group["state_dtype"] or dtype)
+    # The sum of the rows: a slice of a sharded matrix would gather it.
+    row = replicate_partial(zeros.sum(0, keepdim=True)).to(dtype) if group["second_moment"] == "vocabulary" else None
     state = {
         "step": torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu"),
-        "exp_avg": torch.zeros_like(param, dtype=group["state_dtype"] or dtype),
-        "exp_avg_sq": torch.zeros_like(param if group["second_moment"] == "elementwise" else param[:1], dtype=dtype),
+        "exp_avg": zeros,
+        "exp_avg_sq": torch.zeros_like(param, dtype=dtype) if row is None else row,
     }
     if group["decay"] == "spectral" and takes_spectral_decay(param):
         state["u"] = torch.ones_like(param[..., 0], dtype=dtype)
