@@ -31,7 +31,6 @@ BAD_INPUTS: dict[str, tuple[list[str], dict[str, str], dict[str, str], list[str]
     "no such GPU": (["--gpu-id", "99"], {}, {}, ["--gpu-id", "99", "-1 is the CPU"]),
     "empty batches": (["--batch-size", "0"], {}, {}, ["--batch-size", "0", "1 or more"]),
     "negative learning rate": (["--lr", "-0.1"], {}, {}, ["--lr", "-0.1", "0 or more"]),
-    "infinite learning rate": (["--lr", "inf"], {}, {}, ["--lr", "inf", "0 or more"]),
     "coupling factor out of range": (["--coupling-factor", "2"], {}, {}, ["--coupling-factor", "2.0", "0 to 1"]),
     "unknown data set": (["--dataset", "cifar"], {}, {}, ["--dataset", "'cifar'", "mnist", "digits"]),
     "no torchvision": (["--gpu-id", "-1"], {}, {"torchvision": NOT_INSTALLED}, ["mnist", "pip install torchvision"]),
@@ -109,16 +108,12 @@ def test_adam_is_not_compared_with_itself_and_another_seed_prints_something_else
     assert epochs(printed, "adam") != epochs(by_default, "adam")[:1]
 
 
-def test_an_optimizer_of_torch_by_its_name() -> None:
-    assert list(comparison(train("--optimizer", "sgd", "--epochs", "1"))) == ["sgd", "adam"]
-
-
 @pytest.mark.long
 def test_two_processes_of_torchrun_do_what_one_does(by_default: str) -> None:
-    printed = train("--epochs", "2", start=TORCHRUN)
+    printed = train("--epochs", "1", start=TORCHRUN)
     assert printed.count("test images") == 1, "one process prints"
     for name in ("coupled_adam", "adam"):
-        for two, one in zip(epochs(printed, name), epochs(by_default, name)[:2], strict=True):
+        for two, one in zip(epochs(printed, name), epochs(by_default, name)[:1], strict=True):
             # They share the batches of the one process; only rounding and a repeated image make a difference.
             assert two[:2] == pytest.approx(one[:2], rel=0.02)
             assert two[2] == pytest.approx(one[2], abs=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coupled_adam import Adams, CoupledAdam
+from coupled_adam import Adams, CoupledAdam, param_groups
 
 M, N, STEPS = 24, 16, 100
 
@@ -123,6 +123,33 @@ def test_a_step_is_bounded_from_the_first_on(dtype: torch.dtype) -> None:
         optimizer.param_groups[0]["weight_decay"] = 0.0
         optimizer.step()
         assert (parameter - before).abs().max() <= 0.1 * math.pi / 2 * (1 + 1e-6)
+
+
+def test_nan_is_not_hidden() -> None:
+    parameter = nn.Parameter(torch.zeros(4, 3))
+    parameter.grad = torch.ones_like(parameter)
+    parameter.grad[0] = math.nan
+    Adams([{"params": [parameter], "second_moment": "vocabulary"}]).step()
+    assert parameter.isnan().all(), "the shared second moment is NaN"
+
+
+def test_param_groups_decide_what_is_decayed() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 9, bias=False))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = Adams(param_groups(model, coupled=[model[2]]), lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert moved == [True, False, False, False, False], "the matrix alone"
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4), (0,), (1, 1)])
+def test_empty_and_tiny_parameters(shape: tuple) -> None:
+    parameter = nn.Parameter(torch.ones(shape))
+    parameter.grad = torch.ones_like(parameter)
+    Adams([parameter], lr=torch.tensor([0.1])).step()
+    assert torch.isfinite(parameter).all()
 
 
 def test_power_iteration_finds_the_leading_singular_value() -> None:

@@ -53,6 +53,22 @@ def test_equals_clip_then_step(
         torch.testing.assert_close(a, b, rtol=rtol * 10, atol=rtol)
 
 
+def test_half_precision_gradients_do_not_overflow_the_norm() -> None:
+    for limit, expected in ((1.0, True), (1e4, False)):
+        matrix = nn.Parameter(torch.zeros(4, 3))
+        vector = nn.Parameter(torch.zeros(3, dtype=torch.float16))
+        groups = [{"params": [matrix], "second_moment": "vocabulary"}, {"params": [vector]}]
+        optimizer = CoupledAdam(groups, lr=0.1, max_grad_norm=limit)
+        matrix.grad, vector.grad = torch.ones_like(matrix), torch.full_like(vector, 300.0)
+        optimizer.step()
+        norm = math.sqrt(12 + 3 * 300**2)
+        assert optimizer.grad_norm.item() == pytest.approx(norm, rel=1e-3)
+        assert (norm > limit) is expected
+        assert matrix[0, 0].item() == pytest.approx(-0.1, rel=1e-3) and vector[0].item() == pytest.approx(
+            -0.1, rel=1e-2
+        )
+
+
 def test_the_gradients_stay_as_they_were() -> None:
     m = model()
     optimizer = make("coupled", m, max_grad_norm=1e-3)

@@ -243,13 +243,127 @@ def test_a_running_adamw_job_goes_on_with_coupled_adam() -> None:
     run(model, coupled, range(5, 7))
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_an_adamw_job_with_other_groups_goes_on_too(named: bool) -> None:
+    model = small_model()
+    ordered = list(model.named_parameters()) if named else [model[2].weight, *list(model.parameters())[:-1]]
+    groups = [{"params": ordered[::-1] if named else ordered, "weight_decay": 0.3}]
+    adamw = torch.optim.AdamW(groups, lr=5e-3)
+    run(model, adamw, range(3))
+    coupled = CoupledAdam(param_groups(model, coupled=[model[2]]), lr=1e-3)
+    coupled.load_state_dict(adamw.state_dict())
+    for parameter in model.parameters():
+        assert torch.equal(coupled.state[parameter]["exp_avg"], adamw.state[parameter]["exp_avg"])
+    assert [g["weight_decay"] for g in coupled.param_groups] == [0.0, 0.1, 0.0], "the groups keep what they are for"
+    run(model, coupled, range(3, 5))
+
+
+def test_named_parameters_are_matched_by_their_names() -> None:
+    x, y = nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(3, 2))
+    adamw = torch.optim.AdamW([("x", x), ("y", y)])
+    x.grad, y.grad = torch.full_like(x, 1.0), torch.full_like(y, 5.0)
+    adamw.step()
+    optimizer = CoupledAdam([("y", y), ("x", x)], coupling_factor=0.1)
+    optimizer.load_state_dict(adamw.state_dict())
+    assert optimizer.state[x]["exp_avg"][0, 0] == pytest.approx(0.1)
+    assert optimizer.param_groups[0]["param_names"] == ["y", "x"]
+    with pytest.raises(ValueError, match="Parameter 'z' is in the checkpoint or in this optimizer"):
+        CoupledAdam([("x", x), ("z", y)], coupling_factor=0.1).load_state_dict(adamw.state_dict())
+
+
+def test_a_checkpoint_in_the_form_of_the_reference_implementation_loads() -> None:
+    # Its groups carry keys of their own, and its step counts may be plain numbers.
+    model = small_model()
+    adamw = torch.optim.AdamW(param_groups(model, coupled=[model[2]]), lr=5e-3)
+    run(model, adamw, range(3))
+    saved = copy.deepcopy(adamw.state_dict())
+    for group in saved["param_groups"]:
+        group |= {"avg_idx": [0], "avg_scale": 1.0}
+        del group["param_names"]
+    for state in saved["state"].values():
+        state["step"] = 3
+    optimizer = CoupledAdam(param_groups(model, coupled=[model[2]]))
+    optimizer.load_state_dict(saved)
+    folded = adamw.state[model[2].weight]["exp_avg_sq"].mean(0, keepdim=True)
+    torch.testing.assert_close(optimizer.state[model[2].weight]["exp_avg_sq"], folded)
+    run(model, optimizer, range(3, 5))
+    assert optimizer.state[model[2].weight]["step"] == 5
+
+
+def test_checkpoints_with_impossible_hyperparameters_are_refused() -> None:
+    model = small_model()
+    optimizer = CoupledAdam(param_groups(model, coupled=[model[2]]))
+    run(model, optimizer, range(1))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["betas"] = (1.0, 1.0)
+    with pytest.raises(ValueError, match=r"betas\[0\]: 1.0"):
+        optimizer.load_state_dict(saved)
+    adam = torch.optim.Adam(param_groups(model, coupled=[model[2]]), weight_decay=0.1)
+    with pytest.raises(ValueError, match="L2"):
+        optimizer.load_state_dict(adam.state_dict())
+
+
+def test_every_group_has_hyperparameters_of_its_own() -> None:
+    grads = gradients()
+    settings = [
+        {"scale": 4.0, "factor": 0.5, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.3},
+        {"scale": 0.25, "factor": 0.0, "beta1": 0.95, "beta2": 0.99, "weight_decay": 0.0},
+        {"factor": 0.2, "coupled": False, "beta1": 0.7, "weight_decay": 0.1},
+        {"coupled": False, "beta1": 0.9, "weight_decay": 0.5},
+    ]
+    theta = torch.randn(V, H, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    parameters = [nn.Parameter(theta.clone()) for _ in settings]
+    optimizer = CoupledAdam(
+        {
+            "params": [parameter],
+            "second_moment": "vocabulary" if s.get("coupled", True) else "elementwise",
+            "betas": (s["beta1"], s.get("beta2", 0.99)),
+            "weight_decay": s["weight_decay"],
+            "coupling_scale": s.get("scale", 1.0),
+            "coupling_factor": s.get("factor", 0.0),
+        }
+        for parameter, s in zip(parameters, settings, strict=True)
+    )
+    for t, g in enumerate(grads, start=1):
+        for group, parameter in zip(optimizer.param_groups, parameters, strict=True):
+            group["lr"], parameter.grad = learning_rate(t), g
+        optimizer.step()
+    for parameter, s in zip(parameters, settings, strict=True):
+        assert relative_error(parameter.detach(), reference(theta, grads, **s)) <= 1e-6
+
+
+def test_frozen_parameters_have_no_state() -> None:
+    frozen, free = nn.Parameter(torch.ones(3, 2), requires_grad=False), nn.Parameter(torch.ones(3, 2))
+    optimizer = CoupledAdam([{"params": [frozen, free], "second_moment": "vocabulary"}])
+    free.grad = torch.ones_like(free)
+    optimizer.step()
+    assert free in optimizer.state and frozen not in optimizer.state
+    frozen.requires_grad_()
+    frozen.grad = torch.ones_like(frozen)
+    optimizer.step()
+    assert optimizer.state[frozen]["step"] == 1
+
+
+@pytest.mark.parametrize("moment", ["vocabulary", "elementwise"])
+def test_a_backward_pass_through_what_the_step_changed_is_refused(moment: str) -> None:
+    parameter = nn.Parameter(torch.ones(V, H))
+    optimizer = CoupledAdam([{"params": [parameter], "second_moment": moment}], coupling_factor=0.1)
+    loss = (parameter**3).sum()
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_checkpoints_that_do_not_fit_name_the_parameter() -> None:
     model = small_model()
     optimizer = CoupledAdam(param_groups(model, coupled=[model[2]]))
     run(model, optimizer, range(1))
     saved = optimizer.state_dict()
 
-    with pytest.raises(ValueError, match=r"groups of \[1, 2, 1\] parameters, this optimizer of \[4\]"):
+    with pytest.raises(ValueError, match=r"groups of \[1, 2, 1\] parameters, this optimizer of \[3\]"):
+        CoupledAdam(list(model.parameters())[:3]).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"exp_avg_sq of parameter 0 of shape \(37, 12\) has shape \(1, 12\)"):
         CoupledAdam(model.parameters()).load_state_dict(saved)
     plain = [{**group, "second_moment": "elementwise"} for group in param_groups(model, coupled=[model[2]])]
     with pytest.raises(ValueError, match=r"exp_avg_sq of parameter '2.weight' has shape \(1, 12\), not \(37, 12\)"):

@@ -1,5 +1,7 @@
 """The fast paths give what the plain functions give, over shapes, layouts and settings; and they are taken."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -119,6 +121,39 @@ def test_the_compiled_update_is_not_compiled_anew_for_every_step() -> None:
             **numbers,
         )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_one_compiled_update_serves_many_shapes_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on an accelerator, where torch gives up with too many variants of one function.
+    torch._dynamo.reset()
+    compiled = torch.compile(update.update_, dynamic=True, backend="eager")
+    monkeypatch.setattr(fused, "_compiled", lambda: compiled)
+    monkeypatch.setattr(fused, "update_", fused.compiled_update_)
+    shapes = [(), (3,), (5, 4), (4, 3, 2), (2, 3, 4, 5), (7, 1), (30, 6)]
+    for options in ({}, {"state_dtype": torch.bfloat16}, {"coupling_factor": 0.1}, {"max_grad_norm": 0.1}):
+        for dtype in (torch.float32, torch.bfloat16):
+            parameters = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+            optimizer = Adams(parameters, **options)
+            for _ in range(3):
+                for p in parameters:
+                    p.grad = torch.randn_like(p)
+                optimizer.step()
+            assert all(torch.isfinite(p).all() for p in parameters)
+    torch._dynamo.reset()
+
+
+def test_an_unusable_numba_is_said_once_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "coupled_adam.optim.kernels", None)
+    monkeypatch.delattr("coupled_adam.optim.kernels", raising=False)
+    fused._kernels.cache_clear()
+    parameter = torch.ones(4, 3, requires_grad=True)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = CoupledAdam([{"params": [parameter], "second_moment": "vocabulary"}], lr=0.1)
+    with pytest.warns(UserWarning, match="numba cannot be used"):
+        optimizer.step()
+    optimizer.step()
+    fused._kernels.cache_clear()
+    assert parameter[0, 0].item() == pytest.approx(0.8)
 
 
 LAYOUTS = {

@@ -5,12 +5,14 @@ Each falls back to the plain function where it does not apply. Results are those
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from coupled_adam.optim import reductions
@@ -37,7 +39,7 @@ def vocabulary_mean_square(
     if coupling_factor == 0 and grad.numel() > 0 and kernels_apply(grad):
         threads = _threads(grad)
         total = torch.empty(threads, grad.shape[1], dtype=torch.float64)
-        _kernels().sum_squares(grad.detach().numpy(), total.numpy(), threads)
+        _run(_kernels().sum_squares, grad.detach().numpy(), total.numpy(), threads=threads)
         return (total.sum(0, keepdim=True) * (grad_scale**2 / grad.shape[0])).to(torch.float32)
     if not _in_blocks(grad):
         return reductions.vocabulary_mean_square(grad, exp_avg, **numbers)
@@ -58,6 +60,8 @@ def update_(
     """As :func:`coupled_adam.optim.update.update_`, in one pass and without temporary tensors of the matrix's size."""
     if param.numel() > 0 and kernels_apply(param, grad, exp_avg_sq, moment=exp_avg):
         _kernel_update_(param, exp_avg, exp_avg_sq, grad, square, step, **hyperparameters)
+        # The kernels write past autograd, which must know, to refuse a backward pass through what has changed.
+        increment_version([param, exp_avg, exp_avg_sq])
     elif param.is_cuda and HAS_TRITON and not is_compiling():
         compiled_update_(param, exp_avg, exp_avg_sq, grad, square, step, **hyperparameters)
     elif (
@@ -82,7 +86,7 @@ def _block(matrix: Tensor) -> int:
 
 
 def compiled_update_(*args: Any, lr: float | Tensor, **hyperparameters: Any) -> None:
-    """The plain update, compiled: twice in all, since the second call shows that step and learning rate change."""
+    """The plain update, compiled for any shape. Past torch's limit of variants it runs uncompiled."""
     # A tensor on the CPU would draw the arithmetic of scalars there, and need a compiler for it.
     if isinstance(lr, Tensor) and lr.device.type == "cpu":
         lr = lr.item()
@@ -91,20 +95,23 @@ def compiled_update_(*args: Any, lr: float | Tensor, **hyperparameters: Any) -> 
 
 @functools.cache
 def _compiled() -> Callable[..., None]:
-    return torch.compile(plain.update_, fullgraph=True)
+    return torch.compile(plain.update_, dynamic=True)
 
 
 @functools.cache
 def _kernels() -> Any:
-    """The kernels' module, imported with the first tensor that they apply to: numba takes a second to load."""
-    from coupled_adam.optim import kernels
-
+    """The kernels' module, or None. Imported with the first tensor that they apply to: numba takes a second to load."""
+    try:
+        from coupled_adam.optim import kernels
+    except Exception as error:  # an installed numba may refuse the numpy beside it, in its own ways
+        warnings.warn(f"numba cannot be used ({error}); the optimizer's step takes longer", UserWarning, stacklevel=2)
+        return None
     return kernels
 
 
 def kernels_apply(*tensors: Tensor, moment: Tensor | None = None) -> bool:
     """Whether all are plain, contiguous float32 tensors on the CPU; the first ``moment`` may be bfloat16."""
-    if not HAS_NUMBA or is_compiling():
+    if not HAS_NUMBA or is_compiling() or _kernels() is None:
         return False
     narrow = moment is not None and moment.dtype == torch.bfloat16
     exact = tensors if moment is None or narrow else (*tensors, moment)
@@ -115,12 +122,22 @@ def kernels_apply(*tensors: Tensor, moment: Tensor | None = None) -> bool:
 
 
 def _threads(x: Tensor) -> int:
-    """How many threads share the work; also tells numba."""
+    """How many threads share the work."""
     import numba
 
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, x.numel() // ELEMENTS_PER_THREAD + 1)
+    return int(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, x.numel() // ELEMENTS_PER_THREAD + 1))
+
+
+def _run(kernel: Callable[..., None], *arguments: Any, threads: int) -> None:
+    """Call a kernel with so many threads, and leave numba's setting as the user has it."""
+    import numba
+
+    before = numba.get_num_threads()
     numba.set_num_threads(threads)
-    return int(threads)
+    try:
+        kernel(*arguments, threads)
+    finally:
+        numba.set_num_threads(before)
 
 
 def _kernel_update_(
@@ -163,7 +180,8 @@ def _kernel_update_(
         else:
             gain, factor = lr / bias1, 1 / (root + eps)
         factor = factor.clamp_(max=torch.finfo(torch.float32).max).to(torch.float32)
-        _kernels().update_rows(
+        _run(
+            _kernels().update_rows,
             param.detach().numpy(),
             moment.numpy(),
             grad.detach().numpy(),
@@ -176,13 +194,14 @@ def _kernel_update_(
             seed,
             column,
             None if row is None else row[0],
-            threads,
+            threads=threads,
         )
         return
     if row is None:
         row = np.empty((1, min(FLAT_ROW, param.numel())), f32)  # only its length counts
     gain, correction = (lr, 1 / bias1) if atan else (lr / bias1, 1.0)
-    _kernels().update_elements(
+    _run(
+        _kernels().update_elements,
         param.detach().view(-1).numpy(),
         moment.view(-1).numpy(),
         exp_avg_sq.view(-1).numpy(),
@@ -201,5 +220,5 @@ def _kernel_update_(
         column,
         row,
         param.shape[-2] if spectral is not None else 1,
-        threads,
+        threads=threads,
     )

@@ -18,7 +18,7 @@ def param_groups(
     * vectors and scalars: no weight decay
 
     Groups without parameters are left out. They hold (name, parameter) pairs and fit any optimizer of torch, which
-    takes no notice of the key ``second_moment``.
+    takes no notice of the keys ``second_moment`` and ``decay``.
 
     Args:
         model: any module. The output embedding is what its ``get_output_embeddings()`` returns, as every causal
@@ -48,9 +48,14 @@ def param_groups(
             "params": [(n, p) for n, p in named if id(p) in is_coupled],
             "weight_decay": 0.0,
             "second_moment": "vocabulary",
+            "decay": "decoupled",
         },
         {"params": [(n, p) for n, p in named if id(p) not in is_coupled and p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [(n, p) for n, p in named if id(p) not in is_coupled and p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [(n, p) for n, p in named if id(p) not in is_coupled and p.ndim < 2],
+            "weight_decay": 0.0,
+            "decay": "decoupled",  # Adams would take its scalar_vector_weight_decay
+        },
     ]
     return [group for group in groups if group["params"]]
 

@@ -20,6 +20,9 @@ BACKWARD = 512
 
 ZERO, ONE, HALF_PI = np.float32(0), np.float32(1), np.float32(np.pi / 2)
 
+#: The bits of a float32 that are all set in NaN and infinity alone.
+EXPONENT = np.uint32(0x7F800000)
+
 #: atan(z)/z on [0, 1] as a polynomial in z² with the least relative error, 1e-7; from a weighted least-squares fit.
 A0, A1, A2, A3 = np.float32(0.99999990), np.float32(-0.33331991), np.float32(0.19969724), np.float32(-0.14019481)
 A4, A5, A6, A7 = np.float32(0.09914292), np.float32(-0.05948638), np.float32(0.02425239), np.float32(-0.00469327)
@@ -32,7 +35,7 @@ def _atan2(y, x):
     steep = size > x
     numerator = x if steep else size
     denominator = size if steep else x
-    z = numerator / (denominator if denominator > ZERO else ONE)
+    z = numerator / (ONE if denominator == ZERO else denominator)  # NaN goes on as NaN
     s = z * z
     angle = z * (A0 + s * (A1 + s * (A2 + s * (A3 + s * (A4 + s * (A5 + s * (A6 + s * A7)))))))
     angle = HALF_PI - angle if steep else angle
@@ -53,7 +56,8 @@ def _rounded(x, index, seed):
     h = np.uint32((h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35))
     h = np.uint32(h ^ (h >> np.uint32(16)))
     bits = np.float32(x).view(np.uint32)
-    return np.uint16((bits + (h & np.uint32(0xFFFF))) >> np.uint32(16))
+    dice = np.uint32(0) if (bits & EXPONENT) == EXPONENT else h & np.uint32(0xFFFF)  # NaN and infinity stay
+    return np.uint16((bits + dice) >> np.uint32(16))
 
 
 @njit(parallel=True, fastmath=MATHS, cache=True)

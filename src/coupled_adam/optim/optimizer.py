@@ -36,7 +36,7 @@ class Work(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether torch's own AdamW does the same: nothing coupled, and moments of the parameter's dtype."""
-        return is_plain_adamw(self.param, self.group)
+        return checkpoints.is_plain_adamw(self.param, self.group)
 
 
 class AdamFamily(Optimizer):
@@ -47,6 +47,8 @@ class AdamFamily(Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group. Its missing keys take the defaults of the constructor; it is checked like the others."""
+        if self.param_groups:
+            param_group.setdefault("max_grad_norm", self.param_groups[0]["max_grad_norm"])  # a checkpoint may set it
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1], self.defaults, type(self).__name__)
@@ -144,7 +146,7 @@ class AdamFamily(Optimizer):
             local(grad),
             None if square is None else local(square),
             step,
-            lr=group["lr"],
+            lr=group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"],
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
@@ -152,7 +154,7 @@ class AdamFamily(Optimizer):
             coupling_scale=group["coupling_scale"] if item.coupled else 1.0,
             coupling_factor=group["coupling_factor"],
             direction=group["direction"],
-            grad_scale=scale,
+            grad_scale=_beside(scale, grad),
             spectral=spectral,
         )
 
@@ -160,8 +162,10 @@ class AdamFamily(Optimizer):
         """For every parameter, with a gradient or not: a distributed checkpoint must be complete on every rank."""
         for group in self.param_groups:
             for i, param in enumerate(group["params"]):
+                if not (param.requires_grad or param.grad is not None):
+                    continue  # frozen; its state is made when it thaws
                 if not self.state[param]:
-                    self.state[param] = checkpoints.new_state(param, group, is_plain_adamw(param, group))
+                    self.state[param] = checkpoints.new_state(param, group)
                 if "u" in self.state[param]:
                     self._warn_of_strong_decay(param, group, parameter_name(group, i))
 
@@ -179,7 +183,7 @@ class AdamFamily(Optimizer):
                 f"diverges. Keep lr·weight_decay below {1 / math.sqrt(param.shape[-2]):.2g}, or set "
                 "param.use_spectral_decay = False",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=6,
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,16 +211,9 @@ class AdamFamily(Optimizer):
         checkpoints.restore_precision(self, prepared)
 
 
-def is_plain_adamw(param: Tensor, group: Group) -> bool:
-    """Whether the group asks of this parameter what ``torch.optim.AdamW`` does, in the precision it has."""
-    return bool(
-        group["second_moment"] == "elementwise"
-        and group["coupling_factor"] == 0
-        and group["direction"] == "ratio"
-        and group["decay"] == "decoupled"
-        and group["state_dtype"] is None
-        and param.dtype == checkpoints.state_dtype(param)
-    )
+def _beside(scale: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number on the device of ``x``."""
+    return scale.to(x.device) if isinstance(scale, Tensor) else scale
 
 
 def _fits_fused(item: Work) -> bool:
@@ -231,7 +228,7 @@ def _adamw_(work: Sequence[Work], scale: float | Tensor | None) -> None:
     beta1, beta2 = group["betas"]
     adamw(
         [item.param for item in work],
-        [item.grad if scale is None else item.grad * scale for item in work],
+        [item.grad if scale is None else item.grad * _beside(scale, item.grad) for item in work],
         [item.state["exp_avg"] for item in work],
         [item.state["exp_avg_sq"] for item in work],
         [],

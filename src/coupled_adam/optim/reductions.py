@@ -55,8 +55,10 @@ def total_norm(grads: Sequence[Tensor], square_sums: Sequence[Tensor]) -> Tensor
     """Norm of all gradients together, a scalar; of some of them only the sums of squares are given."""
     if not square_sums:
         return get_total_norm(grads)
-    rest = [get_total_norm(grads).square()] if grads else []
-    return torch.stack([*square_sums, *rest]).sum().sqrt()
+    device = square_sums[0].device
+    rest = [get_total_norm(grads)] if grads else []
+    rest = [norm.to(device, torch.promote_types(norm.dtype, torch.float32)).square() for norm in rest]
+    return torch.stack([*(s.to(device) for s in square_sums), *rest]).sum().sqrt()
 
 
 def power_iteration_(u: Tensor, matrix: Tensor, step: int | Tensor) -> RankOne:

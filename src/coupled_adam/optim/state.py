@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from coupled_adam.optim.reductions import replicate_partial
-from coupled_adam.optim.validation import parameter_name
+from coupled_adam.optim.validation import check_group, parameter_name
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -23,21 +23,26 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def new_state(param: Tensor, group: dict[str, Any], on_device: bool) -> dict[str, Any]:
-    """The state before the first step.
+def is_plain_adamw(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the group asks of this parameter what ``torch.optim.AdamW`` does, in the precision it has."""
+    return bool(
+        group["second_moment"] == "elementwise"
+        and group["coupling_factor"] == 0
+        and group["direction"] == "ratio"
+        and group["decay"] == "decoupled"
+        and group["state_dtype"] is None
+        and param.dtype == state_dtype(param)
+    )
 
-    Args:
-        param: the parameter.
-        group: its param group.
-        on_device: the step count lies beside the parameter, where torch's fused kernels want it; otherwise on the CPU,
-            where reading it costs nothing.
-    """
+
+def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    """The state before the first step."""
     dtype = state_dtype(param)
     zeros = torch.zeros_like(param, dtype=group["state_dtype"] or dtype)
     # The sum of the rows: a slice of a sharded matrix would gather it.
     row = replicate_partial(zeros.sum(0, keepdim=True)).to(dtype) if group["second_moment"] == "vocabulary" else None
     state = {
-        "step": torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu"),
+        "step": torch.zeros((), dtype=torch.float32, device=step_device(param, group)),
         "exp_avg": zeros,
         "exp_avg_sq": torch.zeros_like(param, dtype=dtype) if row is None else row,
     }
@@ -46,10 +51,15 @@ def new_state(param: Tensor, group: dict[str, Any], on_device: bool) -> dict[str
     return state
 
 
+def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
+    """Where the step count lies: beside the parameter for torch's fused kernels, on the CPU where we read it."""
+    return param.device if is_plain_adamw(param, group) else torch.device("cpu")
+
+
 def takes_spectral_decay(param: Tensor) -> bool:
     """Whether spectral decay applies: a matrix with no dimension of 1 that is not marked otherwise."""
     wanted = bool(getattr(param, "use_spectral_decay", True))
-    return wanted and param.ndim >= 2 and param.shape[-1] != 1 and param.shape[-2] != 1
+    return wanted and param.ndim >= 2 and min(param.shape[-2:]) > 1
 
 
 def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -59,24 +69,48 @@ def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[st
         ValueError: the number of groups or parameters differs, a moment has another shape than its parameter needs, or
             the checkpoint was made with ``amsgrad``.
     """
-    saved_groups = state_dict["param_groups"]
-    sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"The checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}; "
-            "build the optimizer with the groups of the run that saved the checkpoint"
-        )
+    saved_groups = _matched(state_dict["param_groups"], groups)
     state, fitted_groups = dict(state_dict["state"]), []
     for group, saved in zip(groups, saved_groups, strict=True):
         if saved.get("amsgrad"):
             raise ValueError("The checkpoint was made with amsgrad=True, which has no counterpart here")
+        if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay", 0) != 0:
+            raise ValueError(
+                "The checkpoint is one of torch.optim.Adam with L2 regularization; here decay is decoupled"
+            )
         for i, key in enumerate(saved["params"]):
             if state.get(key):
                 state[key] = _fit(state[key], group, i)
         fitted = {k: v for k, v in saved.items() if k not in ADAMW_FLAGS}
         # As everywhere in torch the checkpoint's hyperparameters win. The algorithm is the optimizer's own.
         fitted_groups.append({**group, **fitted, **{key: group[key] for key in ALGORITHM}})
+        check_group({**fitted_groups[-1], "params": group["params"]}, group, "this optimizer")
     return {**state_dict, "state": state, "param_groups": fitted_groups}
+
+
+def _matched(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved groups in the order and sizes of ``groups``: matched by name where both have names, else by position.
+
+    Where the groups differ, the hyperparameters are those of ``groups``.
+    """
+    sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
+    names, saved_names = ([n for g in gs for n in g.get("param_names", ())] for gs in (groups, saved_groups))
+    if sizes == saved_sizes and (names == saved_names or not (names and saved_names)):
+        return saved_groups
+    keys = [key for g in saved_groups for key in g["params"]]
+    if sorted(names) == sorted(saved_names) and names:
+        by_name = dict(zip(saved_names, keys, strict=True))
+        keys = [by_name[name] for name in names]
+    elif names and saved_names:
+        first = next(iter(set(names) ^ set(saved_names)))
+        raise ValueError(f"Parameter {first!r} is in the checkpoint or in this optimizer, but not in both")
+    elif len(keys) != sum(sizes):
+        raise ValueError(
+            f"The checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}; "
+            "build the optimizer for the model of the run that saved the checkpoint"
+        )
+    position = iter(keys)
+    return [{**group, "params": [next(position) for _ in group["params"]]} for group in groups]
 
 
 def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]:
@@ -97,7 +131,7 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
     if group["second_moment"] == "vocabulary":
         expected = (1, *param.shape[1:])
         if square.shape == param.shape:
-            square = replicate_partial(square.to(state_dtype(param)).sum(0, keepdim=True)) / param.shape[0]
+            square = replicate_partial(square.to(state_dtype(param)).sum(0, keepdim=True)) / max(param.shape[0], 1)
             fitted["exp_avg_sq"] = square
     else:
         expected = tuple(param.shape)
@@ -112,10 +146,12 @@ def _misfit(name: str, key: str, found: Tensor, expected: tuple[int, ...]) -> st
 
 
 def restore_precision(optimizer: Optimizer, prepared: dict[str, Any]) -> None:
-    """Put the moments back as ``prepared`` has them: torch's loading casts them to the parameters' dtype."""
+    """Put the state back as ``prepared`` has it: torch's loading casts moments to the parameters' dtype."""
     for group, saved_group in zip(optimizer.param_groups, prepared["param_groups"], strict=True):
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             saved = prepared["state"].get(key) or {}
             for name in saved.keys() & {"exp_avg", "exp_avg_sq", "u"}:
                 dtype = group["state_dtype"] if name == "exp_avg" and group["state_dtype"] else state_dtype(param)
                 optimizer.state[param][name] = saved[name].to(param.device, dtype, copy=True)
+            if saved:
+                optimizer.state[param]["step"] = saved["step"].to(step_device(param, group))

@@ -88,7 +88,8 @@ def stochastically_rounded(x: Tensor, step: float | Tensor) -> Tensor:
     index = torch.arange(x.numel(), device=x.device).view(x.shape)
     dice = _hash(index * 0x9E3779B1 + hash_seed(step)) & 0xFFFF
     bits = x.to(torch.float32).contiguous().view(torch.int32) + dice.to(torch.int32)
-    return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
+    rounded = (bits & -0x10000).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
 def hash_seed(step: float | Tensor) -> int | Tensor:

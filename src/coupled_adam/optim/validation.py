@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -79,14 +80,14 @@ def _check_keys(group: dict[str, Any], defaults: dict[str, Any]) -> None:
             raise ValueError(f"Unknown key {key!r} in a param group; did you mean {near[0]!r}?")
 
 
-def _check_number(name: str, value: float | Tensor, maximum: float = math.inf) -> None:
+def _check_number(name: str, value: object, maximum: float = math.inf) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"Invalid {name}: a tensor of shape {tuple(value.shape)}; it must have one element")
         # Reading a tensor on an accelerator would wait for it, and one that a compiler traces has no value.
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return
-    elif isinstance(value, bool) or not isinstance(value, int | float):
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"Invalid {name}: {value!r}; it must be a number")
     number = float(value)
     if not (math.isfinite(number) and 0 <= number <= maximum):
