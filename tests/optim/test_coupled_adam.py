@@ -368,7 +368,7 @@ def test_checkpoints_that_do_not_fit_name_the_parameter() -> None:
     plain = [{**group, "second_moment": "elementwise"} for group in param_groups(model, coupled=[model[2]])]
     with pytest.raises(ValueError, match=r"exp_avg_sq of parameter '2.weight' has shape \(1, 12\), not \(37, 12\)"):
         CoupledAdam(plain).load_state_dict(saved)
-    with pytest.raises(ValueError, match=r"exp_avg of parameter '1.weight' has shape \(37, 12\), not \(12, 12\)"):
+    with pytest.raises(ValueError, match=r"exp_avg_sq of parameter '2.weight' has shape \(1, 12\), not \(37, 12\)"):
         CoupledAdam(param_groups(model, coupled=[model[0]])).load_state_dict(saved)
     broken = copy.deepcopy(saved)
     del broken["state"][0]["exp_avg_sq"]
