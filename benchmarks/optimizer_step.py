@@ -2,8 +2,8 @@
 
     python benchmarks/optimizer_step.py [--rounds 15] [--threads 2] [--only TEXT]
 
-Every round runs ours, theirs, theirs, ours; the figures are medians of the paired ratios, so a slow spell of the machine
-hits both sides. Needs the extra `fast`; `adams-torch` for the comparison of Adams.
+Every round runs ours, theirs, theirs, ours; the figures are medians of the paired ratios, so a slow spell of the
+machine hits both sides. Needs the extra `fast`; `adams-torch` for the comparison of Adams.
 """
 
 import argparse
@@ -193,9 +193,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numba", "numpy"))
-    print(
-        f"{processor()}, {os.cpu_count()} CPUs, {arguments.threads} threads; Python {platform.python_version()}, {versions}\n"
-    )
+    machine = f"{processor()}, {os.cpu_count()} CPUs, {arguments.threads} threads"
+    print(f"{machine}; Python {platform.python_version()}, {versions}\n")
     print("| work | ours | theirs | ratio | middle half | target |\n| --- | ---: | ---: | ---: | ---: | ---: |")
     for comparison in comparisons():
         if arguments.only in comparison.name:
