@@ -17,8 +17,10 @@ class Adams(AdamFamily):
         W &\leftarrow W - \eta\lambda \sqrt{M}\, \sigma\, u v^T - \eta\, \mathrm{atan2}(\hat m, \sqrt{\hat n})
 
     with Adam's bias-corrected moments. Scalars, vectors, matrices with a dimension of 1, and parameters marked with
-    ``param.use_spectral_decay = False`` (embeddings, output heads) take decoupled decay by
-    ``scalar_vector_weight_decay`` instead. Per step no element moves by more than η·π/2 beside the decay.
+    ``param.use_spectral_decay = False`` before the first step (embeddings, output heads) take decoupled decay by
+    ``scalar_vector_weight_decay`` instead; a group with ``decay="decoupled"``, as :func:`coupled_adam.param_groups`
+    makes for embeddings and vectors, takes its own ``weight_decay``. Per step no element moves by more than
+    η·π/2 beside the decay.
 
     A group with ``second_moment="vocabulary"`` shares the second moment over the rows, as in
     :class:`coupled_adam.CoupledAdam`.

@@ -33,8 +33,7 @@ ELEMENTS_PER_THREAD = 65536
 def vocabulary_mean_square(
     grad: Tensor, exp_avg: Tensor, *, beta1: float, coupling_factor: float, grad_scale: float | Tensor = 1.0
 ) -> Tensor:
-    """As :func:`coupled_adam.optim.reductions.vocabulary_mean_square`, without temporary tensors of the matrix's
-    size."""
+    """As :func:`coupled_adam.optim.reductions.vocabulary_mean_square`, without a temporary tensor of that size."""
     numbers: dict[str, Any] = {"beta1": beta1, "coupling_factor": coupling_factor, "grad_scale": grad_scale}
     if coupling_factor == 0 and grad.numel() > 0 and kernels_apply(grad):
         threads = _threads(grad)
@@ -111,14 +110,15 @@ def _kernels() -> Any:
 
 def kernels_apply(*tensors: Tensor, moment: Tensor | None = None) -> bool:
     """Whether all are plain, contiguous float32 tensors on the CPU; the first ``moment`` may be bfloat16."""
-    if not HAS_NUMBA or is_compiling() or _kernels() is None:
+    if not HAS_NUMBA or is_compiling():
         return False
     narrow = moment is not None and moment.dtype == torch.bfloat16
     exact = tensors if moment is None or narrow else (*tensors, moment)
-    return all(x.dtype == torch.float32 for x in exact) and all(
+    fit = all(x.dtype == torch.float32 for x in exact) and all(
         x.device.type == "cpu" and x.is_contiguous() and type(x) in (Tensor, torch.nn.Parameter)
         for x in (*tensors, *([] if moment is None else [moment]))
     )
+    return fit and _kernels() is not None
 
 
 def _threads(x: Tensor) -> int:

@@ -193,6 +193,9 @@ class AdamFamily(Optimizer):
         running AdamW job can go on with Coupled Adam. Moments keep their precision whatever the parameters' dtype. The
         checkpoint's hyperparameters replace this optimizer's, but which groups are coupled does not change.
 
+        Parameters are matched by name where both sides have names (``param_groups`` gives them), else by position.
+        Where the checkpoint has other groups (an AdamW of one group, say), the hyperparameters stay this optimizer's.
+
         Raises:
             ValueError: the groups or the shapes of the state do not fit; the message names the parameter.
         """
