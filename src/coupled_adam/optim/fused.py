@@ -121,6 +121,11 @@ def kernels_apply(*tensors: Tensor, moment: Tensor | None = None) -> bool:
     return fit and _kernels() is not None
 
 
+def kernel_pays(param: Tensor, grad: Tensor) -> bool:
+    """Whether a kernel applies and has enough to do to be worth a call of its own."""
+    return param.numel() >= ELEMENTS_PER_THREAD and kernels_apply(param, grad)
+
+
 def _threads(x: Tensor) -> int:
     """How many threads share the work."""
     import numba

@@ -83,12 +83,16 @@ class AdamFamily(Optimizer):
             scale = self._clip(work, squares)
         clipped = not (isinstance(scale, float) and scale == 1.0)
         for group in self.param_groups:
-            of_group = [item for item in work if item.group is group]
-            plain = [item for item in of_group if item.plain]
-            if plain and not (clipped and all(fused.kernels_apply(item.param, item.grad) for item in plain)):
-                _adamw_(plain, scale if clipped else None)
-                of_group = [item for item in of_group if not item.plain]
-            for item in of_group:
+            torchs: list[Work] = []
+            ours: list[Work] = []
+            for item in work:
+                if item.group is group:
+                    # torch's AdamW takes clipped gradients as copies; our kernel scales large ones as it reads them.
+                    by_torch = item.plain and not (clipped and fused.kernel_pays(item.param, item.grad))
+                    (torchs if by_torch else ours).append(item)
+            if torchs:
+                _adamw_(torchs, scale if clipped else None)
+            for item in ours:
                 self._update_(item, scale, squares.get(item.param))
         return loss
 
