@@ -26,9 +26,7 @@ class TokenMap:
     counts: list[int]
 
 
-def curves(
-    title: str, series: Mapping[str, Points], *, logarithmic: bool = False, highest: float | None = None
-) -> go.Figure:
+def curves(title: str, series: Mapping[str, Points], *, highest: float | None = None) -> go.Figure:
     """One line a run over training steps."""
     figure = go.Figure()
     for (name, points), colour in zip(series.items(), COLOURS, strict=False):
@@ -37,7 +35,7 @@ def curves(
         line = {"color": colour, "width": 2.5}
         figure.add_scatter(x=x, y=y, name=name, mode="lines+markers", line=line, hovertemplate=hover)
     figure.update_xaxes(title="training step")
-    figure.update_yaxes(type="log" if logarithmic else "linear", range=None if highest is None else [0, highest])
+    figure.update_yaxes(range=None if highest is None else [0, highest])
     return _styled(figure, title, height=340)
 
 
