@@ -267,7 +267,7 @@ def test_named_parameters_are_matched_by_their_names() -> None:
     optimizer.load_state_dict(adamw.state_dict())
     assert optimizer.state[x]["exp_avg"][0, 0] == pytest.approx(0.1)
     assert optimizer.param_groups[0]["param_names"] == ["y", "x"]
-    with pytest.raises(ValueError, match="Parameter 'z' is in the checkpoint or in this optimizer"):
+    with pytest.raises(ValueError, match="Parameter 'y' is in the checkpoint or in this optimizer"):
         CoupledAdam([("x", x), ("z", y)], coupling_factor=0.1).load_state_dict(adamw.state_dict())
 
 

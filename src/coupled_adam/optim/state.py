@@ -102,7 +102,7 @@ def _matched(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -
         by_name = dict(zip(saved_names, keys, strict=True))
         keys = [by_name[name] for name in names]
     elif names and saved_names:
-        first = next(iter(set(names) ^ set(saved_names)))
+        first = min(set(names) ^ set(saved_names))
         raise ValueError(f"Parameter {first!r} is in the checkpoint or in this optimizer, but not in both")
     elif len(keys) != sum(sizes):
         raise ValueError(
