@@ -1,4 +1,4 @@
-"""Fast paths with the signatures of update.py and reductions.py: CPU kernels (numba), torch.compile on accelerators.
+"""Fast paths with the signatures of update.py: CPU kernels (numba), torch.compile on accelerators.
 
 Each falls back to the plain function where it does not apply. Results are those of the plain functions within rounding.
 """
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from coupled_adam.optim import reductions
 from coupled_adam.optim import update as plain
 from coupled_adam.optim.update import RankOne, hash_seed
 
@@ -30,21 +29,20 @@ BLOCK_ELEMENTS = 2**18
 ELEMENTS_PER_THREAD = 65536
 
 
-def vocabulary_mean_square(
+def sum_squares(
     grad: Tensor, exp_avg: Tensor, *, beta1: float, coupling_factor: float, grad_scale: float | Tensor = 1.0
 ) -> Tensor:
-    """As :func:`coupled_adam.optim.reductions.vocabulary_mean_square`, without a temporary tensor of that size."""
+    """As :func:`coupled_adam.optim.update.sum_squares`, without a temporary tensor of that size."""
     numbers: dict[str, Any] = {"beta1": beta1, "coupling_factor": coupling_factor, "grad_scale": grad_scale}
     if coupling_factor == 0 and grad.numel() > 0 and kernels_apply(grad):
         threads = _threads(grad)
         total = torch.empty(threads, grad.shape[1], dtype=torch.float64)
         _run(_kernels().sum_squares, grad.detach().numpy(), total.numpy(), threads=threads)
-        return (total.sum(0, keepdim=True) * (grad_scale**2 / grad.shape[0])).to(torch.float32)
+        return (total.sum(0, keepdim=True) * grad_scale**2).to(torch.float32)
     if not _in_blocks(grad):
-        return reductions.vocabulary_mean_square(grad, exp_avg, **numbers)
+        return plain.sum_squares(grad, exp_avg, **numbers)
     blocks = zip(*(torch.split(x, _block(grad)) for x in (grad, exp_avg)), strict=True)
-    sums = [reductions.vocabulary_mean_square(g, m, **numbers) * len(g) for g, m in blocks]
-    return torch.cat(sums).sum(0, keepdim=True) / grad.shape[0]
+    return torch.cat([plain.sum_squares(g, m, **numbers) for g, m in blocks]).sum(0, keepdim=True)
 
 
 def update_(
@@ -53,12 +51,12 @@ def update_(
     exp_avg_sq: Tensor,
     grad: Tensor,
     square: Tensor | None,
-    step: float,
+    step: float | Tensor,
     **hyperparameters: Any,
 ) -> None:
     """As :func:`coupled_adam.optim.update.update_`, in one pass and without temporary tensors of the matrix's size."""
     if param.numel() > 0 and kernels_apply(param, grad, exp_avg_sq, moment=exp_avg):
-        _kernel_update_(param, exp_avg, exp_avg_sq, grad, square, step, **hyperparameters)
+        _kernel_update_(param, exp_avg, exp_avg_sq, grad, square, float(step), **hyperparameters)
         # The kernels write past autograd, which must know, to refuse a backward pass through what has changed.
         increment_version([param, exp_avg, exp_avg_sq])
     elif param.is_cuda and HAS_TRITON and not is_compiling():

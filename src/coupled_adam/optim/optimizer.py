@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast, overload
+from dataclasses import dataclass
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch.optim.optimizer import Optimizer
 
 from coupled_adam.optim import fused, reductions
 from coupled_adam.optim import state as checkpoints
-from coupled_adam.optim.reductions import local
+from coupled_adam.optim.reductions import Groups, local
+from coupled_adam.optim.update import RankOne
 from coupled_adam.optim.validation import check_grad, check_group, parameter_name
 
 Group = dict[str, Any]
@@ -21,13 +23,28 @@ Group = dict[str, Any]
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-class Work(NamedTuple):
+@dataclass(eq=False)
+class Work:
     """A parameter that has a gradient, and what its step needs."""
 
     param: Tensor
     grad: Tensor
     state: dict[str, Any]
     group: Group
+    shared: Groups
+    """The process groups over which the reductions of this parameter communicate."""
+    present: bool = True
+    """Whether there is a gradient in this process; where only others have one, ``grad`` is 0."""
+    square: Tensor | None = None
+    """The step's contribution to a shared second moment, once it is known."""
+    spectral: RankOne | None = None
+    """What spectral decay takes off, once it is known."""
+
+    @property
+    def steps(self) -> float | Tensor:
+        """The number of steps taken."""
+        step: Tensor = self.state["step"]
+        return step.double() if torch.compiler.is_compiling() else step.item()
 
     @property
     def coupled(self) -> bool:
@@ -76,11 +93,7 @@ class AdamFamily(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._create_missing_state()
-        work = self._work()
-        squares: dict[Tensor, Tensor] = {}
-        scale: float | Tensor = 1.0
-        if self.param_groups and self.param_groups[0]["max_grad_norm"] is not None:
-            scale = self._clip(work, squares)
+        work, scale = self._reduce_ahead(self._work())
         clipped = not (isinstance(scale, float) and scale == 1.0)
         for group in self.param_groups:
             torchs: list[Work] = []
@@ -88,79 +101,97 @@ class AdamFamily(Optimizer):
             for item in work:
                 if item.group is group:
                     # torch's AdamW takes clipped gradients as copies; our kernel scales large ones as it reads them.
-                    by_torch = item.plain and not (clipped and fused.kernel_pays(item.param, item.grad))
+                    by_torch = item.plain and not (clipped and fused.kernel_pays(local(item.param), local(item.grad)))
                     (torchs if by_torch else ours).append(item)
             if torchs:
                 _adamw_(torchs, scale if clipped else None)
             for item in ours:
-                self._update_(item, scale, squares.get(item.param))
+                _update_(item, scale)
         return loss
 
     def _work(self) -> list[Work]:
         work = []
         for group in self.param_groups:
             for i, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    check_grad(param.grad, parameter_name(group, i), coupled=group["second_moment"] == "vocabulary")
-                    grad = param.grad.coalesce().to_dense() if param.grad.is_sparse else param.grad
-                    work.append(Work(param, grad, self.state[param], group))
+                grad = param.grad
+                if grad is None and not param.requires_grad:
+                    continue
+                state = self.state[param]
+                shared = _shared(param, state, group)
+                if grad is not None:
+                    check_grad(grad, parameter_name(group, i), coupled=group["second_moment"] == "vocabulary")
+                    grad = grad.coalesce().to_dense() if grad.is_sparse else reductions.placed_like(param, grad)
+                    work.append(Work(param, grad, state, group, shared))
+                elif shared:
+                    # Other processes may have a gradient, and wait for this one's part of their sums.
+                    work.append(Work(param, torch.zeros_like(param), state, group, shared, present=False))
         return work
 
-    def _clip(self, work: Sequence[Work], squares: dict[Tensor, Tensor]) -> float | Tensor:
-        """The factor that brings the norm of all gradients to ``max_grad_norm``, as ``clip_grad_norm_`` computes it.
+    def _reduce_ahead(self, work: list[Work]) -> tuple[list[Work], float | Tensor]:
+        """Make the reductions that communicate, all at once, and those that clipping needs.
 
-        The pass over a coupled gradient also yields the mean square that its update needs: it goes into ``squares``.
+        Returns:
+            The work without parameters of which no process has a gradient, and the factor of the gradients that brings
+            their norm to ``max_grad_norm``, as ``clip_grad_norm_`` computes it.
         """
-        rest, square_sums = [], []
-        for item in work:
-            if item.coupled and item.group["coupling_factor"] == 0:
-                square = fused.vocabulary_mean_square(item.grad, item.state["exp_avg"], beta1=0.0, coupling_factor=0.0)
-                squares[item.param] = square
-                square_sums.append(square.sum() * item.grad.shape[0])
-            else:
-                rest.append(item.grad)
-        self.grad_norm = reductions.total_norm(rest, square_sums)
-        scale = (self.param_groups[0]["max_grad_norm"] / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        for param, square in squares.items():
-            squares[param] = square * scale.square()
-        # On an accelerator reading the number would wait for it.
-        return float(scale) if scale.device.type == "cpu" and not torch.compiler.is_compiling() else scale
-
-    def _update_(self, item: Work, scale: float | Tensor, square: Tensor | None) -> None:
-        param, grad, state, group = item
-        state["step"] += 1
-        step = state["step"].double() if torch.compiler.is_compiling() else state["step"].item()
-        beta1, beta2 = group["betas"]
-        if group["maximize"]:
-            scale = -scale
-        if item.coupled and square is None:
-            square = fused.vocabulary_mean_square(
-                grad, state["exp_avg"], beta1=beta1, coupling_factor=group["coupling_factor"], grad_scale=scale
-            )
-        weight_decay, spectral = group["weight_decay"], None
-        if group["decay"] == "spectral":
-            if "u" not in state:
-                weight_decay = group.get("scalar_vector_weight_decay", weight_decay)
-            elif weight_decay != 0:
-                spectral = reductions.power_iteration_(state["u"], param, step)
-        fused.update_(
-            local(param),
-            local(state["exp_avg"]),
-            local(state["exp_avg_sq"]),
-            local(grad),
-            None if square is None else local(square),
-            step,
-            lr=group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=weight_decay,
-            coupling_scale=group["coupling_scale"] if item.coupled else 1.0,
-            coupling_factor=group["coupling_factor"],
-            direction=group["direction"],
-            grad_scale=_beside(scale, grad),
-            spectral=spectral,
+        bound = self.param_groups[0]["max_grad_norm"] if self.param_groups else None
+        shared = [item for item in work if item.shared]
+        coupled = [item for item in (shared if bound is None else work) if item.coupled]
+        # With κ the mean square is one of clipped gradients, which are not known yet.
+        early = [item for item in coupled if bound is None or item.group["coupling_factor"] == 0]
+        sums = {item.param: _sum_squares(item, 1.0) for item in early}
+        spectral = [item for item in shared if _is_spectral(item.state, item.group)]
+        norms = {} if bound is None else self._partial_norms(work, sums)
+        here = norms.pop((), torch.zeros(()))
+        squares, iterations, counts, totals = reductions.run(
+            [reductions.vocabulary_mean(sums[item.param], item.param) for item in early],
+            [reductions.power_iteration(item.state["u"], item.param, item.steps) for item in spectral],
+            [reductions.complete(_flag(item), item.shared) for item in shared],
+            [reductions.complete(norm.square(), over) for over, norm in norms.items()],
         )
+        absent = {item.param for item, n in zip(shared, counts, strict=True) if not item.present and n.item() == 0}
+        for item, square in zip(early, squares, strict=True):
+            item.square = square
+        for item, (triple, u) in zip(spectral, iterations, strict=True):
+            if item.param not in absent:
+                item.spectral = triple
+                local(item.state["u"]).copy_(u)
+        work = [item for item in work if item.param not in absent]
+        if bound is None:
+            return work, 1.0
+        self.grad_norm = reductions.norm([here], totals, device=(totals or [here])[0].device)
+        clip = (bound / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        for item in early:
+            item.square = cast(Tensor, item.square) * clip.to(item.grad.device).square()
+        # On an accelerator reading the number would wait for it.
+        scale = float(clip) if clip.device.type == "cpu" and not torch.compiler.is_compiling() else clip
+        late = [item for item in shared if item.coupled and item.square is None]
+        (squares,) = reductions.run(
+            [reductions.vocabulary_mean(_sum_squares(item, scale), item.param) for item in late]
+        )
+        for item, square in zip(late, squares, strict=True):
+            item.square = square
+        return work, scale
+
+    def _partial_norms(self, work: Sequence[Work], sums: dict[Tensor, Tensor]) -> dict[Groups, Tensor]:
+        """For every set of processes that share parameters, the norm of this process's part of their gradients.
+
+        Every process has the same keys, whichever gradients it has. ``sums`` are sums of squares that are known.
+        """
+        grads = {item.param: item.grad for item in work}
+        sets: dict[Groups, list[Tensor]] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in grads or param.requires_grad:
+                    sets.setdefault(reductions.holders(param), []).append(param)
+        return {
+            over: reductions.norm(
+                [local(grads[p]) for p in params if p in grads and p not in sums],
+                [sums[p].sum() for p in params if p in sums],
+                device=local(params[0]).device,
+            )
+            for over, params in sets.items()
+        }
 
     def _create_missing_state(self) -> None:
         """For every parameter, with a gradient or not: a distributed checkpoint must be complete on every rank."""
@@ -218,6 +249,68 @@ class AdamFamily(Optimizer):
         checkpoints.restore_precision(self, prepared)
 
 
+def _is_spectral(state: dict[str, Any], group: Group) -> bool:
+    """Whether this parameter's step takes off its leading singular triple."""
+    return "u" in state and group["weight_decay"] != 0
+
+
+def _shared(param: Tensor, state: dict[str, Any], group: Group) -> Groups:
+    """The process groups over which the reductions of a parameter communicate."""
+    if _is_spectral(state, group):
+        return reductions.holders(param)
+    return reductions.holders(param, 0) if group["second_moment"] == "vocabulary" else ()
+
+
+def _flag(item: Work) -> Tensor:
+    """What a process adds to the number of those that have a gradient."""
+    return local(item.param).new_full((1,), float(item.present), dtype=torch.float32)
+
+
+def _sum_squares(item: Work, scale: float | Tensor) -> Tensor:
+    """This process's part of the sum over the vocabulary of g² + κ·m², g being the gradient times ``scale``."""
+    group = item.group
+    return fused.sum_squares(
+        local(item.grad),
+        local(item.state["exp_avg"]),
+        beta1=group["betas"][0],
+        coupling_factor=group["coupling_factor"],
+        grad_scale=_beside(-scale if group["maximize"] else scale, item.grad),
+    )
+
+
+def _update_(item: Work, scale: float | Tensor) -> None:
+    """One step of one parameter, with its gradient times ``scale``."""
+    param, grad, state, group = item.param, item.grad, item.state, item.group
+    if item.coupled and item.square is None:
+        ((item.square,),) = reductions.run([reductions.vocabulary_mean(_sum_squares(item, scale), param)])
+    weight_decay = group["weight_decay"]
+    if group["decay"] == "spectral":
+        if "u" not in state:
+            weight_decay = group.get("scalar_vector_weight_decay", weight_decay)
+        elif weight_decay != 0 and item.spectral is None:
+            (((item.spectral, u),),) = reductions.run([reductions.power_iteration(state["u"], param, item.steps)])
+            state["u"].copy_(u)
+    state["step"] += 1
+    fused.update_(
+        local(param),
+        local(state["exp_avg"]),
+        local(state["exp_avg_sq"]),
+        local(grad),
+        item.square,
+        item.steps,
+        lr=group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        eps=group["eps"],
+        weight_decay=weight_decay,
+        coupling_scale=group["coupling_scale"] if item.coupled else 1.0,
+        coupling_factor=group["coupling_factor"],
+        direction=group["direction"],
+        grad_scale=_beside(-scale if group["maximize"] else scale, grad),
+        spectral=item.spectral,
+    )
+
+
 def _beside(scale: float | Tensor, x: Tensor) -> float | Tensor:
     """A number on the device of ``x``."""
     return scale.to(x.device) if isinstance(scale, Tensor) else scale
@@ -225,7 +318,8 @@ def _beside(scale: float | Tensor, x: Tensor) -> float | Tensor:
 
 def _fits_fused(item: Work) -> bool:
     """Whether torch's fused kernel may be used: it walks memory, and mixes up elements where the layouts differ."""
-    layouts = {x.stride() for x in (item.param, item.grad, item.state["exp_avg"], item.state["exp_avg_sq"])}
+    tensors = (item.param, item.grad, item.state["exp_avg"], item.state["exp_avg_sq"])
+    layouts = {local(x).stride() for x in tensors}
     return item.param.device.type in FUSED_DEVICES and len(layouts) == 1
 
 
@@ -234,10 +328,10 @@ def _adamw_(work: Sequence[Work], scale: float | Tensor | None) -> None:
     group, compiling = work[0].group, torch.compiler.is_compiling()
     beta1, beta2 = group["betas"]
     adamw(
-        [item.param for item in work],
-        [item.grad if scale is None else item.grad * _beside(scale, item.grad) for item in work],
-        [item.state["exp_avg"] for item in work],
-        [item.state["exp_avg_sq"] for item in work],
+        [local(item.param) for item in work],
+        [local(item.grad) if scale is None else local(item.grad) * _beside(scale, item.grad) for item in work],
+        [local(item.state["exp_avg"]) for item in work],
+        [local(item.state["exp_avg_sq"]) for item in work],
         [],
         [item.state["step"] for item in work],
         foreach=compiling or None,

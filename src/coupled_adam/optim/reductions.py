@@ -1,16 +1,63 @@
-"""What an update needs to know of the whole tensor. The only place of the optimizers that may communicate."""
+"""What an update needs to know of the whole tensor. The only place of the optimizers that may communicate.
 
-from collections.abc import Callable, Sequence
+A reduction is a generator: it computes this process's part of a sum, yields it, and is sent the whole sum; the last
+that it yields is its result. :func:`run` runs many of them in step, so that the sums which they need at the same time
+travel in one all-reduce.
+"""
+
+import functools
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from torch.nn.utils import get_total_norm
 
 from coupled_adam.optim.update import RankOne
 
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+T = TypeVar("T")
+
+#: Process groups, whose members hold the other parts of something.
+Groups = tuple[Any, ...]
+
+
+class Sum(NamedTuple):
+    """A sum that is not complete yet."""
+
+    part: Tensor
+    """What this process adds, of the same shape everywhere."""
+    over: Groups
+    """The process groups to sum over, one after the other; empty if ``part`` is the whole."""
+
+
+Reduction = Generator[Sum | T, Tensor, None]
+
+
+def run(*batches: Sequence[Reduction[Any]]) -> list[list[Any]]:
+    """The results of all reductions, batch by batch. Every process must run the same ones, in the same order."""
+    reductions = [reduction for batch in batches for reduction in batch]
+    yielded: list[Any] = [next(reduction) for reduction in reductions]
+    while waiting := [i for i, y in enumerate(yielded) if isinstance(y, Sum)]:
+        for i, whole in zip(waiting, _complete([yielded[i] for i in waiting]), strict=True):
+            yielded[i] = reductions[i].send(whole)
+    results = iter(yielded)
+    return [[next(results) for _ in batch] for batch in batches]
+
+
+def _complete(sums: Sequence[Sum]) -> list[Tensor]:
+    """The whole sums: one all-reduce for each process group."""
+    parts = [s.part for s in sums]
+    for group in dict.fromkeys(group for s in sums for group in s.over):
+        members = [i for i, s in enumerate(sums) if group in s.over]
+        flat = torch.cat([parts[i].reshape(-1) for i in members])
+        torch.distributed.all_reduce(flat, group=group)
+        pieces = torch.split(flat, [parts[i].numel() for i in members])
+        for i, piece in zip(members, pieces, strict=True):
+            parts[i] = piece.view(parts[i].shape).to(parts[i].dtype)
+    return parts
 
 
 def local(x: Tensor) -> Tensor:
@@ -20,63 +67,108 @@ def local(x: Tensor) -> Tensor:
     return x
 
 
-def replicate_partial(x: Tensor) -> Tensor:
-    """Complete the sums that are pending over a device mesh. Leaves sharded dimensions as they are."""
+def holders(x: Tensor, dim: int | None = None) -> Groups:
+    """The process groups that share ``x`` along dimension ``dim``, or any if None; empty for a whole tensor."""
     if not (torch.distributed.is_available() and isinstance(x, DTensor)):
-        return x
-    return x.redistribute(placements=[Replicate() if p.is_partial() else p for p in x.placements])
+        return ()
+    mesh = x.device_mesh
+    return tuple(
+        mesh.get_group(i)
+        for i, cut in enumerate(_cuts(x))
+        if cut is not None and mesh.size(i) > 1 and (dim is None or cut == dim % x.ndim)
+    )
 
 
-def vocabulary_mean_square(
-    grad: Tensor, exp_avg: Tensor, *, beta1: float, coupling_factor: float, grad_scale: float | Tensor = 1.0
-) -> Tensor:
-    """Mean of g² + κ·m² over the vocabulary: (V, H) -> (1, H), float32 or float64.
+def _cuts(x: "DTensor") -> list[int | None]:
+    """Which dimension of ``x`` each dimension of its mesh cuts; None where it replicates."""
+    return [getattr(p, "dim", -1) % x.ndim if hasattr(p, "dim") else None for p in x.placements]
 
-    g is ``grad_scale·grad``, and m the first moment after this step's update of ``exp_avg``.
+
+def placed_like(param: Tensor, grad: Tensor) -> Tensor:
+    """``grad`` in the placements of ``param``. Communicates if a sum over processes is still pending in it."""
+    if not (torch.distributed.is_available() and isinstance(param, DTensor) and isinstance(grad, DTensor)):
+        return grad
+    return grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)
+
+
+def reduced_like(param: Tensor, part: Tensor, dim: int) -> Tensor:
+    """``part``, from a reduction of the local part of ``param`` over ``dim``, as the kind of tensor that ``param`` is.
+
+    The reduction keeps the dimension, or is over the last one.
     """
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    g = grad.to(dtype) * grad_scale
-    square = g.square()
-    if coupling_factor != 0:
-        m = exp_avg.to(dtype).lerp(g, 1 - beta1)  # m = β1·m + (1 − β1)·g
-        square.add_(m.square(), alpha=coupling_factor)
-    # The sum over V divided by V: DTensor.mean gathers the matrix where the shards are uneven, sum is one all-reduce.
-    return replicate_partial(square.sum(0, keepdim=True)) / max(grad.shape[0], 1)
+    if not (torch.distributed.is_available() and isinstance(param, DTensor)):
+        return part
+    dim %= param.ndim
+    shape = torch.Size([*param.shape[:dim], *([1] if part.ndim == param.ndim else []), *param.shape[dim + 1 :]])
+    cuts = zip(_cuts(param), param.placements, strict=True)
+    placements = [Replicate() if cut is None or cut == dim else placement for cut, placement in cuts]
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, param.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def vocabulary_mean(part: Tensor, matrix: Tensor) -> Reduction[Tensor]:
+    """Mean over the vocabulary, the rows of ``matrix`` (V, H); ``part``, (1, H), is the sum over those held here."""
+    total = yield Sum(part, holders(matrix, 0))
+    yield total / max(matrix.shape[0], 1)
 
 
 #: What a second moment averages over, by the name that a param group carries; None for nothing.
-SECOND_MOMENT: dict[str, Callable[..., Tensor] | None] = {
+SECOND_MOMENT: dict[str, Callable[..., Reduction[Tensor]] | None] = {
     "elementwise": None,
-    "vocabulary": vocabulary_mean_square,
+    "vocabulary": vocabulary_mean,
 }
 
 
-def total_norm(grads: Sequence[Tensor], square_sums: Sequence[Tensor]) -> Tensor:
-    """Norm of all gradients together, a scalar; of some of them only the sums of squares are given."""
+def norm(tensors: Sequence[Tensor], square_sums: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Norm of all tensors together, a scalar; of some of them only the sums of squares are given."""
     if not square_sums:
-        return get_total_norm(grads)
-    device = square_sums[0].device
-    rest = [get_total_norm(grads)] if grads else []
-    rest = [norm.to(device, torch.promote_types(norm.dtype, torch.float32)).square() for norm in rest]
-    return torch.stack([*(s.to(device) for s in square_sums), *rest]).sum().sqrt()
+        return get_total_norm(tensors).to(device)
+    rest = [get_total_norm(tensors)] if tensors else []
+    squares = [r.to(device, torch.promote_types(r.dtype, torch.float32)).square() for r in rest]
+    return torch.stack([*(s.to(device) for s in square_sums), *squares]).sum().sqrt()
 
 
-def power_iteration_(u: Tensor, matrix: Tensor, step: int | Tensor) -> RankOne:
-    """One step of the power method from ``u``, modified in place: nearly the matrix's leading singular triple.
+def complete(part: Tensor, over: Groups) -> Reduction[Tensor]:
+    """The whole sum that this is a part of."""
+    yield (yield Sum(part, over))
+
+
+def power_iteration(u: Tensor, matrix: Tensor, step: float | Tensor) -> Reduction[tuple[RankOne, Tensor]]:
+    """One step of the power method from ``u``: nearly the matrix's leading singular triple.
 
     Args:
-        u: (…, M), in the working precision; the estimate of the left singular vector that persists between steps.
+        u: (…, M), in the working precision; the direction of the left singular vector, which persists between steps.
+            Its length does not count.
         matrix: (…, M, N); leading dimensions are a batch.
         step: seeds the vector that takes the place of a ``u`` that the matrix maps to 0, as it maps a vector of ones
             where its columns sum to 0: the power method would never leave it.
 
     Returns:
-        √M·σ·u, and v: what Algorithm 1 of Adams subtracts, times η·λ. Both 0 where the matrix maps ``u`` to 0.
+        √M·σ·u and v, which Algorithm 1 of Adams subtracts, times η·λ (both 0 where the matrix maps ``u`` to 0), and the
+        next ``u``; of the rows and columns held here.
     """
-    w = matrix.to(u.dtype)
-    v = normalize(torch.einsum("...mn,...m->...n", w, u), dim=-1)  # v = Wᵀu / ‖Wᵀu‖
-    scaled = torch.einsum("...mn,...n->...m", w, v)  # W·v = σ·u
-    sigma = scaled.norm(dim=-1, keepdim=True)
-    fresh = torch.cos(torch.arange(u.shape[-1], device=u.device, dtype=u.dtype).add(step).square()).expand_as(u)
-    u.copy_(torch.where(sigma > 0, scaled / sigma, fresh))  # u ← W·v / ‖W·v‖
-    return RankOne(column=scaled * matrix.shape[-2] ** 0.5, row=v)  # √M·σ·u, v
+    w, direction = local(matrix).to(u.dtype), local(u)
+    x = yield Sum(torch.einsum("...mn,...m->...n", w, direction), holders(matrix, -2))  # x = Wᵀu
+    y = torch.einsum("...mn,...n->...m", w, x)  # W·x
+    both = yield Sum(torch.cat([y, x.square().sum(-1, keepdim=True)], -1), holders(matrix, -1))
+    y, length = both[..., :-1], both[..., -1:].sqrt()  # W·x, ‖x‖
+    inverse = torch.where(length > 0, 1 / length, 0)
+    column = y * inverse  # W·v = σ·u, where v = x / ‖x‖
+    fresh = torch.cos(_positions(u).to(u.dtype).add(step).square()).expand_as(column)
+    direction = torch.where(length > 0, column, fresh)  # u ← W·v
+    yield RankOne(column=column * matrix.shape[-2] ** 0.5, row=x * inverse), direction  # √M·σ·u, v
+
+
+def _positions(u: Tensor) -> Tensor:
+    """Where in the whole vector the elements of ``u`` stand that this process holds."""
+    if not (torch.distributed.is_available() and isinstance(u, DTensor)):
+        return torch.arange(u.shape[-1], device=u.device)
+    placements = tuple(p if cut == u.ndim - 1 else Replicate() for cut, p in zip(_cuts(u), u.placements, strict=True))
+    return _shard_positions(u.shape[-1], u.device_mesh, placements, u.ndim)
+
+
+@functools.lru_cache(maxsize=256)
+def _shard_positions(size: int, mesh: Any, placements: Any, ndim: int) -> Tensor:
+    """The positions of one shard, by torch's own rule. Every process cuts for itself, so nothing is sent."""
+    whole = torch.arange(size, device=mesh.device_type).reshape(*[1] * (ndim - 1), size)
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local().reshape(-1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from coupled_adam.optim.reductions import replicate_partial
+from coupled_adam.optim.reductions import local, reduced_like, run, vocabulary_mean
 from coupled_adam.optim.validation import check_group, parameter_name
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,17 +38,23 @@ def is_plain_adamw(param: Tensor, group: dict[str, Any]) -> bool:
 def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     """The state before the first step."""
     dtype = state_dtype(param)
-    zeros = torch.zeros_like(param, dtype=group["state_dtype"] or dtype)
-    # The sum of the rows: a slice of a sharded matrix would gather it.
-    row = replicate_partial(zeros.sum(0, keepdim=True)).to(dtype) if group["second_moment"] == "vocabulary" else None
+    part = local(param)
+    coupled = group["second_moment"] == "vocabulary"
+    row = reduced_like(param, part.new_zeros((1, *part.shape[1:]), dtype=dtype), 0) if coupled else None
     state = {
         "step": torch.zeros((), dtype=torch.float32, device=step_device(param, group)),
-        "exp_avg": zeros,
+        "exp_avg": torch.zeros_like(param, dtype=group["state_dtype"] or dtype),
         "exp_avg_sq": torch.zeros_like(param, dtype=dtype) if row is None else row,
     }
     if group["decay"] == "spectral" and takes_spectral_decay(param):
-        state["u"] = torch.ones_like(param[..., 0], dtype=dtype)
+        state["u"] = _first_u(param)
     return state
+
+
+def _first_u(param: Tensor) -> Tensor:
+    """Ones, one a row of the matrix."""
+    part = local(param)
+    return reduced_like(param, part.new_ones(part.shape[:-1], dtype=state_dtype(param)), -1)
 
 
 def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
@@ -120,7 +126,7 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
         raise ValueError(f"The checkpoint's state of {name} has no {missing[0]!r}; it is not one of an Adam optimizer")
     fitted = {key: saved[key] for key in ("step", *MOMENTS)}
     if group["decay"] == "spectral" and takes_spectral_decay(param):
-        fitted["u"] = saved.get("u", torch.ones_like(param[..., 0], dtype=state_dtype(param)))
+        fitted["u"] = saved["u"] if "u" in saved else _first_u(param)
         if fitted["u"].shape != param.shape[:-1]:
             raise ValueError(_misfit(name, "u", fitted["u"], tuple(param.shape[:-1])))
     # A copy: torch's loading leaves the step count to be shared with whoever saved it.
@@ -131,13 +137,19 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
     if group["second_moment"] == "vocabulary":
         expected = (1, *param.shape[1:])
         if square.shape == param.shape:
-            square = replicate_partial(square.to(state_dtype(param)).sum(0, keepdim=True)) / max(param.shape[0], 1)
-            fitted["exp_avg_sq"] = square
+            square = fitted["exp_avg_sq"] = _folded(square, param)
     else:
         expected = tuple(param.shape)
     if tuple(square.shape) != expected:
         raise ValueError(_misfit(name, "exp_avg_sq", square, expected))
     return fitted
+
+
+def _folded(square: Tensor, param: Tensor) -> Tensor:
+    """The mean over the vocabulary of a full second moment."""
+    part = local(square).to(state_dtype(param)).sum(0, keepdim=True)
+    ((mean,),) = run([vocabulary_mean(part, square)])
+    return reduced_like(square, mean, 0)
 
 
 def _misfit(name: str, key: str, found: Tensor, expected: tuple[int, ...]) -> str:

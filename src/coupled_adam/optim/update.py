@@ -79,6 +79,22 @@ def update_(
     param.copy_(decayed - lr * DIRECTION[direction](m_hat, v_hat, eps))  # θ ← θ − η·λ·shrink − η·direction
 
 
+def sum_squares(
+    grad: Tensor, exp_avg: Tensor, *, beta1: float, coupling_factor: float, grad_scale: float | Tensor = 1.0
+) -> Tensor:
+    """Sum of g² + κ·m² over the rows: (V, H) -> (1, H), float32 or float64.
+
+    g is ``grad_scale·grad``, and m the first moment after this step's update of ``exp_avg``.
+    """
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    g = grad.to(dtype) * grad_scale
+    square = g.square()
+    if coupling_factor != 0:
+        m = exp_avg.to(dtype).lerp(g, 1 - beta1)  # m = β1·m + (1 − β1)·g
+        square.add_(m.square(), alpha=coupling_factor)
+    return square.sum(0, keepdim=True)
+
+
 def stochastically_rounded(x: Tensor, step: float | Tensor) -> Tensor:
     """float32 as bfloat16, up or down with the probabilities that make it right on average.
 
