@@ -3,5 +3,6 @@
 from coupled_adam.optim.adams import Adams
 from coupled_adam.optim.coupled_adam import CoupledAdam
 from coupled_adam.optim.groups import param_groups
+from coupled_adam.optim.zero import Adams_ZeRO
 
-__all__ = ["Adams", "CoupledAdam", "param_groups"]
+__all__ = ["Adams", "Adams_ZeRO", "CoupledAdam", "param_groups"]

@@ -107,7 +107,15 @@ class AdamFamily(Optimizer):
                 _adamw_(torchs, scale if clipped else None)
             for item in ours:
                 _update_(item, scale)
+        self._publish(work)
         return loss
+
+    def _updated(self, param: Tensor) -> Tensor:
+        """What the step updates for a parameter of this optimizer."""
+        return param
+
+    def _publish(self, work: Sequence[Work]) -> None:
+        """Hand out what was updated, where that is not the parameter itself."""
 
     def _work(self) -> list[Work]:
         work = []
@@ -117,7 +125,7 @@ class AdamFamily(Optimizer):
                 if grad is None and not param.requires_grad:
                     continue
                 state = self.state[param]
-                shared = _shared(param, state, group)
+                shared = shared_over(param, state, group)
                 if grad is not None:
                     check_grad(grad, parameter_name(group, i), coupled=group["second_moment"] == "vocabulary")
                     grad = grad.coalesce().to_dense() if grad.is_sparse else reductions.placed_like(param, grad)
@@ -182,8 +190,9 @@ class AdamFamily(Optimizer):
         sets: dict[Groups, list[Tensor]] = {}
         for group in self.param_groups:
             for param in group["params"]:
-                if param in grads or param.requires_grad:
-                    sets.setdefault(reductions.holders(param), []).append(param)
+                if param.grad is not None or param.requires_grad:
+                    updated = self._updated(param)
+                    sets.setdefault(reductions.holders(updated), []).append(updated)
         return {
             over: reductions.norm(
                 [local(grads[p]) for p in params if p in grads and p not in sums],
@@ -200,9 +209,12 @@ class AdamFamily(Optimizer):
                 if not (param.requires_grad or param.grad is not None):
                     continue  # frozen; its state is made when it thaws
                 if not self.state[param]:
-                    self.state[param] = checkpoints.new_state(param, group)
+                    self.state[param] = self._new_state(param, group)
                 if "u" in self.state[param]:
                     self._warn_of_strong_decay(param, group, parameter_name(group, i))
+
+    def _new_state(self, param: Tensor, group: Group) -> dict[str, Any]:
+        return checkpoints.new_state(param, group)
 
     def _warn_of_strong_decay(self, param: Tensor, group: Group, name: str) -> None:
         """A step takes η·λ·√M of the leading singular value: above 1 it overshoots, above 2 it diverges."""
@@ -246,7 +258,7 @@ class AdamFamily(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        checkpoints.restore_precision(self, prepared)
+        checkpoints.restore(self, prepared, self._new_state)
 
 
 def _is_spectral(state: dict[str, Any], group: Group) -> bool:
@@ -254,7 +266,7 @@ def _is_spectral(state: dict[str, Any], group: Group) -> bool:
     return "u" in state and group["weight_decay"] != 0
 
 
-def _shared(param: Tensor, state: dict[str, Any], group: Group) -> Groups:
+def shared_over(param: Tensor, state: dict[str, Any], group: Group) -> Groups:
     """The process groups over which the reductions of a parameter communicate."""
     if _is_spectral(state, group):
         return reductions.holders(param)
@@ -289,7 +301,7 @@ def _update_(item: Work, scale: float | Tensor) -> None:
             weight_decay = group.get("scalar_vector_weight_decay", weight_decay)
         elif weight_decay != 0 and item.spectral is None:
             (((item.spectral, u),),) = reductions.run([reductions.power_iteration(state["u"], param, item.steps)])
-            state["u"].copy_(u)
+            local(state["u"]).copy_(u)
     state["step"] += 1
     fused.update_(
         local(param),

@@ -84,11 +84,18 @@ def _cuts(x: "DTensor") -> list[int | None]:
     return [getattr(p, "dim", -1) % x.ndim if hasattr(p, "dim") else None for p in x.placements]
 
 
-def placed_like(param: Tensor, grad: Tensor) -> Tensor:
-    """``grad`` in the placements of ``param``. Communicates if a sum over processes is still pending in it."""
-    if not (torch.distributed.is_available() and isinstance(param, DTensor) and isinstance(grad, DTensor)):
-        return grad
-    return grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)
+def placed_like(template: Tensor, x: Tensor) -> Tensor:
+    """``x`` spread over processes as ``template`` is. Communicates where shards or pending sums come together."""
+    if not torch.distributed.is_available():
+        return x
+    if isinstance(x, DTensor):
+        if isinstance(template, DTensor) and x.device_mesh == template.device_mesh:
+            same = x.placements == template.placements
+            return x if same else x.redistribute(placements=template.placements)
+        x = x.full_tensor()
+    if isinstance(template, DTensor):
+        return distribute_tensor(x, template.device_mesh, template.placements, src_data_rank=None)
+    return x
 
 
 def reduced_like(param: Tensor, part: Tensor, dim: int) -> Tensor:

@@ -1,12 +1,13 @@
 """Checkpoints of the optimizers: what fits, folding of AdamW's second moment, and moments that keep their precision."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from coupled_adam.optim.reductions import local, reduced_like, run, vocabulary_mean
+from coupled_adam.optim.reductions import local, placed_like, reduced_like, run, vocabulary_mean
 from coupled_adam.optim.validation import check_group, parameter_name
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -125,6 +126,8 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
     if missing := [key for key in ("step", *MOMENTS) if key not in saved]:
         raise ValueError(f"The checkpoint's state of {name} has no {missing[0]!r}; it is not one of an Adam optimizer")
     fitted = {key: saved[key] for key in ("step", *MOMENTS)}
+    if "master" in saved:
+        fitted["master"] = saved["master"]
     if group["decay"] == "spectral" and takes_spectral_decay(param):
         fitted["u"] = saved["u"] if "u" in saved else _first_u(param)
         if fitted["u"].shape != param.shape[:-1]:
@@ -157,13 +160,20 @@ def _misfit(name: str, key: str, found: Tensor, expected: tuple[int, ...]) -> st
     return f"The checkpoint's {key} of {name} has shape {shape}, not {expected}; it is of another model or grouping"
 
 
-def restore_precision(optimizer: Optimizer, prepared: dict[str, Any]) -> None:
-    """Put the state back as ``prepared`` has it: torch's loading casts moments to the parameters' dtype."""
+def restore(
+    optimizer: Optimizer, prepared: dict[str, Any], new_state: Callable[[Tensor, dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Put the state as ``prepared`` has it, in the dtypes and placements of a new one.
+
+    torch's loading has cast the moments to the parameters' dtype.
+    """
     for group, saved_group in zip(optimizer.param_groups, prepared["param_groups"], strict=True):
         for param, key in zip(group["params"], saved_group["params"], strict=True):
-            saved = prepared["state"].get(key) or {}
-            for name in saved.keys() & {"exp_avg", "exp_avg_sq", "u"}:
-                dtype = group["state_dtype"] if name == "exp_avg" and group["state_dtype"] else state_dtype(param)
-                optimizer.state[param][name] = saved[name].to(param.device, dtype, copy=True)
-            if saved:
-                optimizer.state[param]["step"] = saved["step"].to(step_device(param, group))
+            if saved := prepared["state"].get(key):
+                state = new_state(param, group)
+                tensors = {name: x for name, x in state.items() if name != "step"}
+                for name, template in tensors.items():
+                    state[name] = placed_like(template, saved.get(name, template).to(template.device, template.dtype))
+                    state[name] = state[name].clone() if name in saved else template
+                state["step"] = saved["step"].to(step_device(param, group))
+                optimizer.state[param] = state

@@ -1,0 +1,214 @@
+"""Adams for plain replicated parameters, its state spread over the processes (ZeRO)."""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from coupled_adam.optim import state as checkpoints
+from coupled_adam.optim.adams import Adams
+from coupled_adam.optim.optimizer import Group, Work, shared_over
+from coupled_adam.optim.reductions import placed_like
+from coupled_adam.optim.validation import check_grad, parameter_name
+
+if dist.is_available():
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+
+class Adams_ZeRO(Adams):
+    """:class:`coupled_adam.Adams` whose moments and master weights are spread over the processes of a group.
+
+    Every process holds the whole model, of plain tensors, and computes gradients of its own part of the batch; it is
+    not wrapped in ``DistributedDataParallel``. A step averages the gradients over the processes (reduce-scatter),
+    updates each process's shard of the master weights, and hands the result to everybody (all-gather): what one
+    process with the mean gradient would do. The parameters of the first process are everybody's from the start. From
+    the first step on the master weights count: to change parameters by hand, change them before.
+
+    A group with ``second_moment="vocabulary"`` is coupled, and ``max_grad_norm`` bounds the norm of the averaged
+    gradient. A parameter without a gradient in some processes counts as 0 there; without one in any it is left alone.
+    ``p.grad`` is never modified. All processes must call ``step`` and ``add_param_group`` together.
+
+    The state holds DTensors: save and load it with ``torch.distributed.checkpoint``, on any number of processes. The
+    moments and master weights come back exactly. In a single process, with or without an initialised process group,
+    everything is a plain tensor.
+
+    Args:
+        params: plain parameters, on the device that the process group serves, of any floating dtype.
+        master_dtype: dtype of the master weights, in which gradients are averaged.
+        process_group: the processes that share the state; None for all.
+        lr, betas, weight_decay, scalar_vector_weight_decay, coupling_scale, coupling_factor, max_grad_norm, maximize,
+            state_dtype: as for :class:`coupled_adam.Adams`.
+
+    Raises:
+        ValueError, TypeError: as :class:`coupled_adam.Adams`; also for parameters that are sharded already.
+        RuntimeError: from ``step``, under an enabled ``GradScaler``: it skips a step in one process alone.
+
+    Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054, stage 1 and 2; the interface is that of ``adams-torch``.
+    """
+
+    #: Makes GradScaler call ``step`` in every case, which then can say that it does not go together.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        master_dtype: torch.dtype = torch.float32,
+        process_group: "dist.ProcessGroup | None" = None,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        scalar_vector_weight_decay: float = 0.1,
+        *,
+        coupling_scale: float = 1.0,
+        coupling_factor: float = 0.0,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        if not (isinstance(master_dtype, torch.dtype) and master_dtype.is_floating_point):
+            raise ValueError(f"Invalid master_dtype: {master_dtype}; choose torch.float32 or another floating dtype")
+        self.master_dtype = master_dtype
+        self.process_group = process_group
+        super().__init__(
+            params,
+            lr,
+            betas,
+            weight_decay,
+            scalar_vector_weight_decay,
+            coupling_scale=coupling_scale,
+            coupling_factor=coupling_factor,
+            max_grad_norm=max_grad_norm,
+            maximize=maximize,
+            state_dtype=state_dtype,
+        )
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group; its parameters become those of the first process everywhere."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for i, param in enumerate(group["params"]):
+            if dist.is_available() and isinstance(param, DTensor):
+                self.param_groups.pop()
+                raise ValueError(
+                    f"{parameter_name(group, i)} is a DTensor, sharded already; give it to Adams, which takes those"
+                )
+        self.broadcast_buffers(p.detach() for p in group["params"])
+
+    def broadcast_buffers(self, buffers: Iterable[Tensor]) -> None:
+        """Give every process the first one's values of tensors, ``model.buffers()`` for one."""
+        for buffer in buffers:
+            if self._processes > 1:
+                dist.broadcast(buffer, group=self.process_group, group_src=0)
+
+    @property
+    def _processes(self) -> int:
+        if not (dist.is_available() and dist.is_initialized()):
+            return 1
+        return dist.get_world_size(self.process_group)
+
+    @cached_property
+    def _mesh(self) -> "DeviceMesh | None":
+        """The processes that share the state; None where there is but one."""
+        if self._processes == 1:
+            return None
+        device = self.param_groups[0]["params"][0].device.type
+        if self.process_group is None:
+            return init_device_mesh(device, (self._processes,))
+        return DeviceMesh.from_group(self.process_group, device)
+
+    def _master(self, param: Tensor) -> Tensor:
+        """This process's shard of the master weights, as the parameter has them now."""
+        whole = param.detach().to(self.master_dtype).contiguous()
+        if self._mesh is None:
+            master = whole.clone()
+        else:  # nothing is sent, and no memory shared with the parameter
+            master = distribute_tensor(whole, self._mesh, self._placements(param), src_data_rank=None).clone()
+        if hasattr(param, "use_spectral_decay"):
+            master.use_spectral_decay = param.use_spectral_decay  # type: ignore[attr-defined]
+        return master
+
+    def _placements(self, param: Tensor) -> "list[Placement]":
+        """By rows, so that one all-reduce serves the coupling; a matrix with few rows by its longest dimension."""
+        if param.ndim == 0:
+            return [Replicate()]
+        longest = max(range(param.ndim), key=lambda dim: param.shape[dim])
+        return [Shard(0 if param.shape[0] >= self._processes else longest)]
+
+    def _updated(self, param: Tensor) -> Tensor:
+        master: Tensor = self.state[param]["master"]
+        return master
+
+    def _new_state(self, param: Tensor, group: Group) -> dict[str, Any]:
+        master = self._master(param)
+        return {**checkpoints.new_state(master, group), "master": master}
+
+    def _work(self) -> list[Work]:
+        if getattr(self, "grad_scale", None) is not None:
+            raise RuntimeError(
+                "Adams_ZeRO does not work with GradScaler, which skips a step in the processes that find an infinity "
+                "and not in the others; train in bfloat16, which needs no scaling, or use FSDP2 with Adams"
+            )
+        candidates = [
+            (param, group, parameter_name(group, i))
+            for group in self.param_groups
+            for i, param in enumerate(group["params"])
+            if param.requires_grad or param.grad is not None
+        ]
+        for param, group, name in candidates:
+            if param.grad is not None:
+                check_grad(param.grad, name, coupled=group["second_moment"] == "vocabulary")
+        anywhere = self._anywhere([param for param, _, _ in candidates])
+        work = []
+        for (param, group, _), present in zip(candidates, anywhere, strict=True):
+            if present:
+                state = self.state[param]
+                shared = shared_over(state["master"], state, group)
+                work.append(Work(state["master"], self._mean_gradient(param), state, group, shared))
+        return work
+
+    def _anywhere(self, params: Sequence[Tensor]) -> list[bool]:
+        """For every parameter, whether any process has a gradient."""
+        here = [param.grad is not None for param in params]
+        if self._mesh is None or not params:
+            return here
+        counts = torch.tensor(here, dtype=torch.float32).to(params[0].device)
+        dist.all_reduce(counts, group=self.process_group)
+        # Reading the counts waits for them on an accelerator, which a process with all gradients need not do.
+        return here if all(here) else [count > 0 for count in counts.tolist()]
+
+    def _mean_gradient(self, param: Tensor) -> Tensor:
+        """This process's shard of the gradient's mean over the processes."""
+        grad = torch.zeros_like(param) if param.grad is None else param.grad
+        grad = (grad.coalesce().to_dense() if grad.is_sparse else grad).to(self.master_dtype)
+        if self._mesh is None:
+            return grad
+        total = DTensor.from_local(grad.contiguous(), self._mesh, [Partial()], run_check=False)
+        return total.redistribute(placements=self._placements(param)) / self._processes
+
+    def _publish(self, work: Sequence[Work]) -> None:
+        masters = {id(item.param) for item in work}
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in self.state and id(self.state[param]["master"]) in masters:
+                    self._copy_master(param, self.state[param]["master"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint, as :meth:`Adams.load_state_dict`; parameters then are what its master weights are.
+
+        Whole tensors are spread over the processes. One that has no master weights takes the parameters' values.
+        """
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if state := self.state.get(param):
+                    self._copy_master(param, state["master"])
+
+    @torch.no_grad()
+    def _copy_master(self, param: Tensor, master: Tensor) -> None:
+        narrow = master.to(param.dtype)  # before it travels
+        param.copy_(placed_like(param, narrow))

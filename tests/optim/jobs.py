@@ -1,0 +1,203 @@
+"""What the processes of the distributed tests run. Gradients are made up, or those of a small tied language model."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, param_groups
+from coupled_adam.lm.config import Model
+from coupled_adam.lm.model import LanguageModel
+
+STEPS = 50
+PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "whole": Replicate()}
+OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "coupled": (CoupledAdam, {}),
+    "clipped": (CoupledAdam, {"max_grad_norm": 0.5}),
+    "factor": (CoupledAdam, {"coupling_factor": 0.1}),
+    "clipped factor": (CoupledAdam, {"coupling_factor": 0.1, "max_grad_norm": 0.5, "maximize": True}),
+    "adams": (Adams, {}),
+    "clipped adams": (Adams, {"max_grad_norm": 0.5}),
+}
+
+# ------------------------------------------------------------------ made-up gradients
+
+
+def shapes(vocabulary: int) -> dict[str, tuple[int, ...]]:
+    return {"embedding": (vocabulary, 5), "matrix": (6, 5), "batch": (3, 4, 5), "vector": (5,), "scalar": ()}
+
+
+def values(vocabulary: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes(vocabulary).items()}
+
+
+def build(params: dict[str, Tensor], optimizer: str) -> Any:
+    cls, options = OPTIMIZERS[optimizer]
+    rest = [(name, p) for name, p in params.items() if name != "embedding"]
+    groups = [{"params": [("embedding", params["embedding"])], "second_moment": "vocabulary"}, {"params": rest}]
+    return cls(groups, lr=1e-2, weight_decay=0.1, **options)
+
+
+def made_up(
+    optimizer: str, vocabulary: int, layout: tuple[str, ...] = (), missing: bool = False, state: bool = False
+) -> dict[str, Tensor]:
+    """Parameters after the steps: plain tensors without ``layout``, else spread over a mesh of as many dimensions."""
+    spread: Any = lambda x: x  # noqa: E731
+    if layout:
+        side = {1: (dist.get_world_size(),), 2: (2, 2)}[len(layout)]
+        mesh = init_device_mesh("cpu", side)
+
+        def spread(x: Tensor) -> Tensor:
+            cuts = [PLACEMENTS[name] for name in layout]
+            fits = [p if not p.is_shard() or p.dim < x.ndim else Replicate() for p in cuts]
+            return distribute_tensor(x, mesh, fits, src_data_rank=None)
+
+    plain = () if not layout else ("vector",)  # a mixture of both kinds
+    params = {
+        name: nn.Parameter(x if name in plain else spread(x).clone()) for name, x in values(vocabulary, 0).items()
+    }
+    opt = build(params, optimizer)
+    for step in range(STEPS):
+        grads = values(vocabulary, step + 1)
+        for name, param in params.items():
+            param.grad = grads[name].clone() if name in plain else spread(grads[name]).clone()
+            if missing and name in ("embedding", "matrix") and step % 3:
+                # Process 1 has no gradient of its part; in one process those rows are 0.
+                absent = spread(torch.ones_like(grads[name]))
+                if isinstance(absent, DTensor):
+                    if dist.get_rank() == 1:
+                        param.grad = None
+                else:
+                    first, last = rows_of_process_1(len(grads[name]))
+                    param.grad[first:last] = 0
+            if missing and step % 3 == 2 and name == "matrix":
+                param.grad = None  # nowhere
+        opt.step()
+    tensors = dict(params)
+    if state:
+        for name, param in params.items():
+            tensors |= {f"{name} {k}": v for k, v in opt.state[param].items()}
+    return {n: (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone() for n, x in tensors.items()}
+
+
+def rows_of_process_1(rows: int, processes: int = 3) -> tuple[int, int]:
+    size = -(-rows // processes)
+    return min(size, rows), min(2 * size, rows)
+
+
+def collectives(optimizer: str, layout: tuple[str, ...], coupled: int = 2) -> dict[str, int]:
+    """How often a step communicates, by operation; with several coupled matrices."""
+    mesh = init_device_mesh("cpu", {1: (dist.get_world_size(),), 2: (2, 2)}[len(layout)])
+    cuts = [PLACEMENTS[name] for name in layout]
+    tables = [nn.Parameter(distribute_tensor(torch.randn(9, 4), mesh, cuts)) for _ in range(coupled)]
+    matrices = [nn.Parameter(distribute_tensor(torch.randn(6, 4), mesh, cuts)) for _ in range(3)]
+    cls, options = OPTIMIZERS[optimizer]
+    opt = cls([{"params": tables, "second_moment": "vocabulary"}, {"params": matrices}], **options)
+    counts: dict[str, int] = {}
+    for _ in range(3):
+        for p in (*tables, *matrices):
+            p.grad = torch.ones_like(p)
+        with CommDebugMode() as mode:
+            opt.step()
+        counts = {str(op).split(".")[-1]: n for op, n in mode.get_comm_counts().items()}
+    return counts
+
+
+# ------------------------------------------------------------------ a language model
+
+WIDTH, LENGTH, BATCH, VOCABULARY = 16, 16, 12, 257
+
+
+def text() -> Tensor:
+    data = (Path(__file__).parents[2] / "README.md").read_bytes()
+    return torch.tensor(list(data))
+
+
+def language_model(dtype: torch.dtype) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(Model(layers=2, heads=2, width=WIDTH), VOCABULARY, LENGTH).to(dtype)
+
+
+def batch(step: int, rank: int = 0, ranks: int = 1) -> Tensor:
+    """This process's part of the sequences of a step, one token longer than the model reads."""
+    tokens, size = text(), BATCH // ranks
+    starts = torch.randint(len(tokens) - LENGTH - 1, (BATCH,), generator=torch.Generator().manual_seed(step))
+    return torch.stack([tokens[s : s + LENGTH + 1] for s in starts[rank * size : (rank + 1) * size]])
+
+
+def wrap(model: LanguageModel, wrapping: str) -> tuple[nn.Module, int, int]:
+    """The model in its wrapping, and which part of how many of the batch this process takes."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if wrapping else (0, 1)
+    if wrapping == "ddp":
+        return nn.parallel.DistributedDataParallel(model), rank, ranks
+    if wrapping in ("fsdp", "hsdp"):
+        mesh = init_device_mesh("cpu", (ranks,) if wrapping == "fsdp" else (2, ranks // 2))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    if wrapping in ("tp", "fsdp+tp"):
+        mesh = init_device_mesh("cpu", (1 if wrapping == "tp" else 2, ranks if wrapping == "tp" else 2), mesh_dim_names=("dp", "tp"))
+        plan: dict[str, Any] = {"token_embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())}
+        plan["head"] = ColwiseParallel(output_layouts=Replicate())
+        for i in range(len(model.blocks)):
+            plan[f"blocks.{i}.expansion"] = ColwiseParallel()
+            plan[f"blocks.{i}.projection"] = RowwiseParallel()
+        parallelize_module(model, mesh["tp"], plan)
+        model.head.weight = model.token_embedding.weight  # parallelize_module takes tied weights apart
+        if wrapping == "fsdp+tp":
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh["dp"])
+            fully_shard(model, mesh=mesh["dp"])
+            return model, mesh["dp"].get_local_rank(), 2
+        return model, 0, 1
+    return model, rank, ranks
+
+
+def train(
+    optimizer: str, wrapping: str = "", dtype: torch.dtype = torch.float32, steps: int = STEPS, compiled: bool = False
+) -> dict[str, Tensor]:
+    """The language model's parameters after training, whole."""
+    model, opt, rank, ranks = trainer(optimizer, wrapping, dtype)
+    step_model = torch.compile(model, backend="aot_eager") if compiled else model
+    for step in range(steps):
+        one_step(step_model, opt, batch(step, rank, ranks))
+    return whole(model)
+
+
+def trainer(optimizer: str, wrapping: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any, int, int]:
+    plain = language_model(dtype)
+    model, rank, ranks = wrap(plain, wrapping)
+    cls, options = OPTIMIZERS[optimizer]
+    if wrapping == "zero":
+        cls = Adams_ZeRO
+    groups = param_groups(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt = cls(groups, lr=1e-3, **options)
+    return model, opt, rank, ranks
+
+
+def one_step(model: nn.Module, optimizer: Any, tokens: Tensor) -> float:
+    optimizer.zero_grad()
+    logits = model(tokens[:, :-1])
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
