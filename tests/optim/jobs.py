@@ -7,7 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -139,9 +145,12 @@ def wrap(model: LanguageModel, wrapping: str) -> tuple[nn.Module, int, int]:
     """The model in its wrapping, and which part of how many of the batch this process takes."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if wrapping else (0, 1)
     if wrapping == "ddp":
-        return nn.parallel.DistributedDataParallel(model), rank, ranks
+        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), rank, ranks
     if wrapping in ("fsdp", "hsdp"):
-        mesh = init_device_mesh("cpu", (ranks,) if wrapping == "fsdp" else (2, ranks // 2))
+        hybrid = wrapping == "hsdp"
+        mesh = init_device_mesh(
+            "cpu", (2, ranks // 2) if hybrid else (ranks,), mesh_dim_names=("replicate", "shard") if hybrid else ("shard",)
+        )
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -176,10 +185,11 @@ def train(
 
 def trainer(optimizer: str, wrapping: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any, int, int]:
     plain = language_model(dtype)
+    plain.unused = nn.Parameter(torch.ones(3, 4, dtype=dtype))  # it never has a gradient
     model, rank, ranks = wrap(plain, wrapping)
     cls, options = OPTIMIZERS[optimizer]
     if wrapping == "zero":
-        cls = Adams_ZeRO
+        cls, options = Adams_ZeRO, {"master_dtype": dtype, **options}
     groups = param_groups(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -194,6 +204,51 @@ def one_step(model: nn.Module, optimizer: Any, tokens: Tensor) -> float:
     loss.backward()
     optimizer.step()
     return loss.item()
+
+
+def saved(folder: str, optimizer: str, wrapping: str, wait: bool = True) -> dict[str, Tensor]:
+    """Train, save with torch.distributed.checkpoint, train on. What was saved, and where it went."""
+    model, opt, rank, ranks = trainer(optimizer, wrapping)
+    for step in range(4):
+        one_step(model, opt, batch(step, rank, ranks))
+    content = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
+    if wait:
+        checkpoint.save(content, checkpoint_id=folder)
+    else:
+        # Its thread communicates too: it needs a group of its own beside the training.
+        writing = checkpoint.async_save(content, checkpoint_id=folder, process_group=dist.new_group())
+    found = contents(model, opt)
+    for step in range(4, 8):
+        one_step(model, opt, batch(step, rank, ranks))  # while an asynchronous save goes on
+    if not wait:
+        writing.result()
+    return found | {f"then {name}": x for name, x in whole(model).items()}
+
+
+def loaded(folder: str, optimizer: str, wrapping: str) -> dict[str, Tensor]:
+    """Load what :func:`saved` has written into a model and optimizer of another wrapping, and train on."""
+    model, opt, rank, ranks = trainer(optimizer, wrapping)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    content = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
+    checkpoint.load(content, checkpoint_id=folder)
+    set_model_state_dict(model, content["model"])
+    set_optimizer_state_dict(model, opt, content["optimizer"])
+    found = contents(model, opt)
+    for step in range(4, 8):
+        one_step(model, opt, batch(step, rank, ranks))
+    return found | {f"then {name}": x for name, x in whole(model).items()}
+
+
+def contents(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    """Parameters and state, whole. Every parameter has state, with a gradient or not."""
+    found = whole(model)
+    for name, param in model.named_parameters():
+        for key, x in optimizer.state[param].items():
+            full = x.full_tensor() if isinstance(x, DTensor) else x
+            found[f"{name.removeprefix('module.')} {key}"] = full.detach().clone()
+    return found
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:

@@ -15,8 +15,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 #: What a group of torch.optim.AdamW holds beside the hyperparameters that we share.
 ADAMW_FLAGS = frozenset({"amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"})
 
-#: The keys of a group that say what is computed and kept, not with which numbers.
-ALGORITHM = ("second_moment", "direction", "decay", "state_dtype")
+#: The keys of a group that say what is computed and kept, not with which numbers, and for which parameters.
+OWN = ("second_moment", "direction", "decay", "state_dtype", "param_names")
+
+#: What torch's wrappers add to the names of parameters, anywhere in them.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -90,7 +93,7 @@ def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[st
                 state[key] = _fit(state[key], group, i)
         fitted = {k: v for k, v in saved.items() if k not in ADAMW_FLAGS}
         # As everywhere in torch the checkpoint's hyperparameters win. The algorithm is the optimizer's own.
-        fitted_groups.append({**group, **fitted, **{key: group[key] for key in ALGORITHM}})
+        fitted_groups.append({**group, **fitted, **{key: group[key] for key in OWN if key in group}})
         check_group({**fitted_groups[-1], "params": group["params"]}, group, "this optimizer")
     return {**state_dict, "state": state, "param_groups": fitted_groups}
 
@@ -101,7 +104,7 @@ def _matched(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -
     Where the groups differ, the hyperparameters are those of ``groups``.
     """
     sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
-    names, saved_names = ([n for g in gs for n in g.get("param_names", ())] for gs in (groups, saved_groups))
+    names, saved_names = ([bare(n) for g in gs for n in g.get("param_names", ())] for gs in (groups, saved_groups))
     if sizes == saved_sizes and (names == saved_names or not (names and saved_names)):
         return saved_groups
     keys = [key for g in saved_groups for key in g["params"]]
@@ -118,6 +121,14 @@ def _matched(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -
         )
     position = iter(keys)
     return [{**group, "params": [next(position) for _ in group["params"]]} for group in groups]
+
+
+def bare(name: str) -> str:
+    """A parameter's name without the wrappers around the model and its parts."""
+    parts = name.split(".")
+    while parts[0] == "module" and len(parts) > 1:  # DistributedDataParallel; inside a model the name may mean anything
+        parts = parts[1:]
+    return ".".join(part for part in parts if part not in WRAPPERS)
 
 
 def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]:
