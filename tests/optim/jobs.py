@@ -1,6 +1,8 @@
 """What the processes of the distributed tests run. Gradients are made up, or those of a small tied language model."""
 
+import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +56,25 @@ def build(params: dict[str, Tensor], optimizer: str) -> Any:
     return cls(groups, lr=1e-2, weight_decay=0.1, **options)
 
 
+def spreader(layout: tuple[str, ...]) -> Callable[[Tensor], Tensor]:
+    """Spreads a tensor over a mesh of as many dimensions as ``layout``; none leaves it as it is."""
+    if not layout:
+        return lambda x: x
+    mesh = init_device_mesh("cpu", {1: (dist.get_world_size(),), 2: (2, 2)}[len(layout)])
+    cuts = [PLACEMENTS[name] for name in layout]
+
+    def spread(x: Tensor) -> Tensor:
+        fits = [p if not p.is_shard() or p.dim < x.ndim else Replicate() for p in cuts]
+        return distribute_tensor(x, mesh, fits, src_data_rank=None)
+
+    return spread
+
+
 def made_up(
     optimizer: str, vocabulary: int, layout: tuple[str, ...] = (), missing: bool = False, state: bool = False
 ) -> dict[str, Tensor]:
     """Parameters after the steps: plain tensors without ``layout``, else spread over a mesh of as many dimensions."""
-    spread: Any = lambda x: x  # noqa: E731
-    if layout:
-        side = {1: (dist.get_world_size(),), 2: (2, 2)}[len(layout)]
-        mesh = init_device_mesh("cpu", side)
-
-        def spread(x: Tensor) -> Tensor:
-            cuts = [PLACEMENTS[name] for name in layout]
-            fits = [p if not p.is_shard() or p.dim < x.ndim else Replicate() for p in cuts]
-            return distribute_tensor(x, mesh, fits, src_data_rank=None)
-
+    spread = spreader(layout)
     plain = () if not layout else ("vector",)  # a mixture of both kinds
     params = {
         name: nn.Parameter(x if name in plain else spread(x).clone()) for name, x in values(vocabulary, 0).items()
@@ -103,10 +110,9 @@ def rows_of_process_1(rows: int, processes: int = 3) -> tuple[int, int]:
 
 def collectives(optimizer: str, layout: tuple[str, ...], coupled: int = 2) -> dict[str, int]:
     """How often a step communicates, by operation; with several coupled matrices."""
-    mesh = init_device_mesh("cpu", {1: (dist.get_world_size(),), 2: (2, 2)}[len(layout)])
-    cuts = [PLACEMENTS[name] for name in layout]
-    tables = [nn.Parameter(distribute_tensor(torch.randn(9, 4), mesh, cuts)) for _ in range(coupled)]
-    matrices = [nn.Parameter(distribute_tensor(torch.randn(6, 4), mesh, cuts)) for _ in range(3)]
+    spread = spreader(layout)
+    tables = [nn.Parameter(spread(torch.randn(9, 4))) for _ in range(coupled)]
+    matrices = [nn.Parameter(spread(torch.randn(6, 4))) for _ in range(3)]
     cls, options = OPTIMIZERS[optimizer]
     opt = cls([{"params": tables, "second_moment": "vocabulary"}, {"params": matrices}], **options)
     counts: dict[str, int] = {}
@@ -149,14 +155,20 @@ def wrap(model: LanguageModel, wrapping: str) -> tuple[nn.Module, int, int]:
     if wrapping in ("fsdp", "hsdp"):
         hybrid = wrapping == "hsdp"
         mesh = init_device_mesh(
-            "cpu", (2, ranks // 2) if hybrid else (ranks,), mesh_dim_names=("replicate", "shard") if hybrid else ("shard",)
+            "cpu",
+            (2, ranks // 2) if hybrid else (ranks,),
+            mesh_dim_names=("replicate", "shard") if hybrid else ("shard",),
         )
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     if wrapping in ("tp", "fsdp+tp"):
-        mesh = init_device_mesh("cpu", (1 if wrapping == "tp" else 2, ranks if wrapping == "tp" else 2), mesh_dim_names=("dp", "tp"))
-        plan: dict[str, Any] = {"token_embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())}
+        mesh = init_device_mesh(
+            "cpu", (1 if wrapping == "tp" else 2, ranks if wrapping == "tp" else 2), mesh_dim_names=("dp", "tp")
+        )
+        plan: dict[str, Any] = {
+            "token_embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+        }
         plan["head"] = ColwiseParallel(output_layouts=Replicate())
         for i in range(len(model.blocks)):
             plan[f"blocks.{i}.expansion"] = ColwiseParallel()
@@ -177,9 +189,13 @@ def train(
 ) -> dict[str, Tensor]:
     """The language model's parameters after training, whole."""
     model, opt, rank, ranks = trainer(optimizer, wrapping, dtype)
-    step_model = torch.compile(model, backend="aot_eager") if compiled else model
-    for step in range(steps):
-        one_step(step_model, opt, batch(step, rank, ranks))
+    step = opt.step
+    if compiled:
+        steps = 10
+        model.compile(backend="aot_eager")  # all of the compiler but its slow last stage, which the optimizer gets
+        step = torch.compile(opt.step, fullgraph=True)
+    for i in range(steps):
+        one_step(model, opt, batch(i, rank, ranks), step)
     return whole(model)
 
 
@@ -197,13 +213,12 @@ def trainer(optimizer: str, wrapping: str, dtype: torch.dtype = torch.float32) -
     return model, opt, rank, ranks
 
 
-def one_step(model: nn.Module, optimizer: Any, tokens: Tensor) -> float:
+def one_step(model: nn.Module, optimizer: Any, tokens: Tensor, step: Any = None) -> None:
     optimizer.zero_grad()
     logits = model(tokens[:, :-1])
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
-    optimizer.step()
-    return loss.item()
+    (step or optimizer.step)()
 
 
 def saved(folder: str, optimizer: str, wrapping: str, wait: bool = True) -> dict[str, Tensor]:
@@ -239,6 +254,54 @@ def loaded(folder: str, optimizer: str, wrapping: str) -> dict[str, Tensor]:
     for step in range(4, 8):
         one_step(model, opt, batch(step, rank, ranks))
     return found | {f"then {name}": x for name, x in whole(model).items()}
+
+
+def zero(optimizer_dtype: torch.dtype) -> dict[str, Any]:
+    """Adams_ZeRO on awkward shapes: other parameters in every process, missing gradients, a group that comes later."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(rank)
+    shapes = [(2, 7), (1,), (), (5, 3), (7, 4), (3, 2, 4)]
+    params = [nn.Parameter(torch.randn(s, generator=generator).to(optimizer_dtype)) for s in shapes]
+    buffer = torch.full((2,), float(rank))
+    groups = [{"params": params[3:4], "second_moment": "vocabulary"}, {"params": params[:3]}]
+    opt = Adams_ZeRO(groups, lr=1e-2, max_grad_norm=1.0)
+    opt.add_param_group({"params": params[4:]})
+    opt.broadcast_buffers([buffer])
+    first, grads = [p.detach().clone() for p in params], []
+    for step in range(6):
+        for i, p in enumerate(params):
+            absent = (i == 4 and rank == 1) or (i == 5 and step % 2) or (i == 0 and step == 3)
+            p.grad = None if absent else torch.randn(p.shape, generator=generator).to(p.dtype)
+        grads.append([None if p.grad is None else p.grad.clone() for p in params])
+        if step == 3:
+            with tempfile.TemporaryDirectory() as folder:  # each process its own file
+                torch.save(opt.state_dict(), f"{folder}/state.pt")
+                saved = torch.load(f"{folder}/state.pt", weights_only=True)
+            fresh = Adams_ZeRO(
+                [{k: v for k, v in g.items() if k in ("params", "second_moment")} for g in opt.param_groups],
+                max_grad_norm=1.0,
+            )
+            with torch.no_grad():
+                for p in params:
+                    p.zero_()
+            fresh.load_state_dict(saved)
+            opt = fresh
+        before = [g if g is None else g.clone() for g in grads[-1]]
+        opt.step()
+        for p, g in zip(params, before, strict=True):
+            assert (p.grad is None) == (g is None) and (g is None or torch.equal(p.grad, g))
+    masters = [opt.state[p]["master"] for p in params]
+    local = sum(x.to_local().numel() for p in params for k, x in opt.state[p].items() if k == "exp_avg")
+    return {
+        "first": first,
+        "grads": grads,
+        "params": [p.detach() for p in params],
+        "masters": [m.full_tensor() for m in masters],
+        "buffer": buffer,
+        "moments held": local,
+        "moments": sum(p.numel() for p in params),
+        "ranks": ranks,
+    }
 
 
 def contents(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ PATIENCE = 60
 
 
 class Processes:
-    """``count`` processes on gloo, one thread each. ``run(f, *args)`` calls f in all of them, and returns its results."""
+    """``count`` processes on gloo, one thread each. ``run(f, *args)`` calls f in all of them."""
 
     def __init__(self, count: int) -> None:
         self.count, self._started = count, False
