@@ -33,7 +33,7 @@ def test_the_loss_is_the_summed_cross_entropy_of_the_logits() -> None:
     tokens = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
-    torch.testing.assert_close(model.loss(inputs, targets), expected)
+    torch.testing.assert_close(model(inputs, targets), expected)
     assert expected.item() / targets.numel() == pytest.approx(math.log(64), rel=0.02), "untrained: all tokens alike"
 
 
@@ -56,7 +56,7 @@ def test_the_model_is_gpt2_without_biases() -> None:
     assert model.head.weight is model.token_embedding.weight
     spread = {name: p.std().item() for name, p in model.named_parameters() if p.ndim == 2}
     assert spread["token_embedding.weight"] == pytest.approx(0.02, rel=0.1)
-    assert spread["blocks.0.projection.weight"] == pytest.approx(0.02 / math.sqrt(6), rel=0.1)
+    assert spread["blocks.0.perceptron.projection.weight"] == pytest.approx(0.02 / math.sqrt(6), rel=0.1)
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:

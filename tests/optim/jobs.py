@@ -171,8 +171,8 @@ def wrap(model: LanguageModel, wrapping: str) -> tuple[nn.Module, int, int]:
         }
         plan["head"] = ColwiseParallel(output_layouts=Replicate())
         for i in range(len(model.blocks)):
-            plan[f"blocks.{i}.expansion"] = ColwiseParallel()
-            plan[f"blocks.{i}.projection"] = RowwiseParallel()
+            plan[f"blocks.{i}.perceptron.expansion"] = ColwiseParallel()
+            plan[f"blocks.{i}.perceptron.projection"] = RowwiseParallel()
         parallelize_module(model, mesh["tp"], plan)
         model.head.weight = model.token_embedding.weight  # parallelize_module takes tied weights apart
         if wrapping == "fsdp+tp":

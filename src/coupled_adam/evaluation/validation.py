@@ -12,6 +12,6 @@ def validation_loss(model: LanguageModel, batches: Batches, count: int) -> float
     total, tokens = 0.0, 0
     for step in range(min(count, max(len(batches) // batches.batch_size, 1))):
         inputs, targets = batches.batch(step)
-        total += model.loss(inputs, targets).item()
+        total += model(inputs, targets).item()
         tokens += targets.numel()
     return total / tokens

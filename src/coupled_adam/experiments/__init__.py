@@ -1,10 +1,21 @@
-"""The experiments and the published results, as data."""
+"""The experiments and the published results, as data.
 
+A suite is a file of ``[defaults]``, named ``[parts]``, and ``[experiments]``, each a list of parts that are laid over
+the defaults in their order.
+"""
+
+import difflib
 import tomllib
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
+from typing import Any
 
+from coupled_adam.errors import InputError
 from coupled_adam.lm.config import Experiment
+
+SUITES = ("small", "large", "mini")
 
 
 @dataclass(frozen=True)
@@ -21,9 +32,29 @@ class Published:
     downstream_accuracy: float | None = None
 
 
-def load(name: str) -> Experiment:
-    """The experiment of that name that comes with the package."""
-    return Experiment.from_toml(_read(f"{name}.toml"), name)
+def names(suite: str | None = None) -> list[str]:
+    """All experiments, or those of ``"small"``, ``"large"`` or ``"mini"``."""
+    return [name for s in (SUITES if suite is None else (suite,)) for name in _suite(s)["experiments"]]
+
+
+def load(name: str, seed: int = 1) -> Experiment:
+    """The experiment of that name that comes with the package. Raises InputError naming the nearest one."""
+    for suite in map(_suite, SUITES):
+        if parts := suite["experiments"].get(name):
+            tables = deepcopy(suite["defaults"])
+            for part in parts:
+                _lay_over(tables, suite["parts"][part])
+            return Experiment.from_dict({"run": {"name": f"{name}-s{seed}", "seed": seed}, **tables}, name)
+    if name == "demo":
+        return Experiment.from_toml(_read("demo.toml"), name).with_values(run__seed=seed)
+    near = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)
+    raise InputError(f"{name}: no experiment of that name; the nearest is {near[0]!r} (coupled-adam experiments)")
+
+
+def families(suite: str = "mini") -> dict[str, dict[str, Any]]:
+    """What ``coupled-adam reproduce`` runs: the experiments and seeds of each family."""
+    found: dict[str, dict[str, Any]] = _suite(suite)["families"]
+    return found
 
 
 def published() -> list[Published]:
@@ -34,6 +65,19 @@ def published() -> list[Published]:
 def published_result(model: str, tokens: str, method: str) -> Published:
     """One row of :func:`published`."""
     return next(r for r in published() if (r.model, r.tokens, r.method) == (model, tokens, method))
+
+
+@cache
+def _suite(name: str) -> dict[str, Any]:
+    return tomllib.loads(_read(f"{name}.toml"))
+
+
+def _lay_over(tables: dict[str, Any], part: dict[str, Any]) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict):
+            _lay_over(tables.setdefault(key, {}), value)
+        else:
+            tables[key] = value
 
 
 def _read(file: str) -> str:

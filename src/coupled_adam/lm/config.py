@@ -2,6 +2,7 @@
 
 import difflib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -32,28 +33,61 @@ class Run(Section):
 
 
 class Model(Section):
-    """A bias-free GPT-2: learned positions, LayerNorm, GELU, tied embeddings."""
+    """A decoder-only transformer without biases; ``family`` says which."""
 
+    family: Literal["gpt2", "llama"] = "gpt2"
+    """``gpt2``: learned positions, LayerNorm, GELU. ``llama``: rotary positions, RMSNorm, SwiGLU."""
     layers: PositiveInt = 4
     heads: PositiveInt = 4
     width: PositiveInt = 128
+    tied: bool = True
+    """Whether the token embedding is also the output head."""
+    norm: Literal["layernorm", "rmsnorm"] | None = None
+    """None: that of the family."""
+    hidden: PositiveInt | None = None
+    """Width inside the perceptron. None: 4·width, or for ``llama`` 8/3·width rounded up to a multiple of 128."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.family == "llama" and self.width // self.heads % 2:
+            raise ValueError(f"width {self.width} / heads {self.heads} is odd: rotary positions turn pairs of numbers")
         return self
+
+    @property
+    def hidden_width(self) -> int:
+        """``hidden``, resolved."""
+        if self.hidden is not None:
+            return self.hidden
+        return 4 * self.width if self.family == "gpt2" else -(-8 * self.width // (3 * 128)) * 128
+
+    @property
+    def norm_name(self) -> str:
+        """``norm``, resolved."""
+        return self.norm or ("layernorm" if self.family == "gpt2" else "rmsnorm")
 
 
 class Data(Section):
-    vocabulary: int = Field(default=8192, ge=257, le=65536)
-    """Tokens of the byte-level BPE that is trained on the text: 256 bytes, the end of a document, and merges."""
+    source: str = Field(default="wikipedia-sample", min_length=1)
+    """What ``coupled-adam prepare`` is given: ``wikipedia-sample``, a file or folder, or a data set's name."""
+    tokenizer: str = Field(default="bpe", min_length=1)
+    """``bpe``: a byte-level BPE of ``vocabulary`` tokens, trained on the text. Else a tokenizer's name or folder."""
+    vocabulary: int = Field(default=8192, ge=257, le=2_000_000)
+    """Tokens of the tokenizer; the model's embedding has as many rows, padded to a multiple of 64."""
     sequence_length: PositiveInt = 128
+
+    @property
+    def padded_vocabulary(self) -> int:
+        """Rows of the embedding: matrix products are fastest at multiples of 64."""
+        return -(-self.vocabulary // 64) * 64
 
 
 class CoreOptimizer(Section):
-    """AdamW, for all that is not the output embedding."""
+    """The optimizer of all that is not the output embedding."""
 
+    name: Literal["adamw", "adams", "muon"] = "adamw"
+    """``muon``: torch.optim.Muon on the matrices inside the blocks, with AdamW's step size, and AdamW on the rest."""
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
     eps: NonNegativeFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
@@ -61,11 +95,16 @@ class CoreOptimizer(Section):
 
 
 class EmbeddingOptimizer(Section):
-    """The optimizer of the output embedding, which is not decayed. The moments' settings are those of the core."""
+    """The optimizer of the output embedding, which is not decayed. Adam's moments are set as the core's."""
 
-    name: Literal["adamw", "coupled_adam"] = "adamw"
+    name: Literal["adamw", "coupled_adam", "adams", "sgd"] = "adamw"
+    """``adams``: its step with a second moment that is shared over the vocabulary."""
     coupling_scale: PositiveFloat = 1.0
     coupling_factor: float = Field(default=0.0, ge=0, le=1)
+    lr_factor: PositiveFloat = 1.0
+    """Multiplies the learning rate of the schedule."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of ``sgd``."""
 
 
 class Optimizer(Section):
@@ -94,6 +133,21 @@ class Train(Section):
     clip: PositiveFloat = 1.0
     """Bound of the global norm of the gradients."""
     checkpoint_every: PositiveInt = 100
+    micro_batch: PositiveInt | None = None
+    """Sequences that a process takes at a time; the rest of its share of the batch accumulates. None: all at once."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """``bfloat16``: autocast; weights and optimizer state stay float32."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of the blocks alone, and compute the rest again in the backward pass."""
+    compile: bool = False
+    """torch.compile of every block."""
+
+
+class Parallel(Section):
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """What more than one process does: replicate the model, shard it (FSDP2), or shard it within ``shard_size``."""
+    shard_size: PositiveInt | None = None
+    """Processes that share one copy under ``hsdp``. None: those of one machine."""
 
 
 class Evaluation(Section):
@@ -101,6 +155,8 @@ class Evaluation(Section):
     """Steps between two evaluations; the first is before the first step, the last after the last."""
     batches: PositiveInt = 16
     """Batches of ``train.batch_tokens`` of the validation text."""
+    final_batches: PositiveInt | None = None
+    """The same, for the evaluation after the last step. None: ``batches``."""
 
 
 class Experiment(Section):
@@ -112,6 +168,7 @@ class Experiment(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     train: Train = Train()
+    parallel: Parallel = Parallel()
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
@@ -146,7 +203,7 @@ class Experiment(Section):
 
     def to_toml(self) -> str:
         """The resolved file: every key with its value."""
-        return tomli_w.dumps(self.model_dump())
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
 
     def with_values(self, **values: Any) -> Self:
         """A copy with other values, keys as in ``section__key=value``. Raises InputError for what does not fit."""
@@ -158,6 +215,26 @@ class Experiment(Section):
                 table = table[section]
             table[name] = value
         return self.from_dict(tables)
+
+    def overridden(self, assignments: Sequence[str]) -> Self:
+        """A copy with ``section.key=value`` assignments, values as TOML writes them; a bare word is a string."""
+        tables = self.model_dump()
+        for assignment in assignments:
+            key, equals, text = assignment.partition("=")
+            *sections, name = key.strip().split(".")
+            if not (equals and sections and name):
+                raise InputError(f"{assignment!r}: write section.key=value, for instance train.steps=100")
+            try:
+                value = tomllib.loads(f"value = {text}")["value"]
+            except tomllib.TOMLDecodeError:
+                value = text.strip()
+            table = tables
+            for section in sections:
+                table = table.setdefault(section, {})
+                if not isinstance(table, dict):
+                    raise InputError(f"{assignment!r}: {section} is no section")
+            table[name] = value
+        return self.from_dict(tables, "command line")
 
     def differences(self, other: Self) -> list[str]:
         """The keys at which ``other`` differs, each as ``section.key: this value, other value``."""

@@ -1,68 +1,113 @@
-"""GPT-2 without biases: the whole model, to be read in one sitting."""
+"""The language models: a GPT-2 and a LLaMA without biases, to be read in one sitting."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from coupled_adam.lm.config import Model
 
 #: Positions whose logits exist at a time: (positions, vocabulary) in all would be the largest tensor of the step.
 LOSS_CHUNK = 128
 
+#: θ of the rotary positions, and ε of RMSNorm, as LLaMA has them.
+ROTARY_BASE, RMS_EPS = 10_000.0, 1e-5
+
 
 class Attention(nn.Module):
     """Causal self-attention with several heads."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, config: Model) -> None:
         super().__init__()
-        self.heads = heads
-        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
-        self.projection = nn.Linear(width, width, bias=False)
+        self.heads = config.heads
+        self.query_key_value = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.projection = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, sequence, width) -> the same."""
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        """(batch, sequence, width) -> the same; ``rotation`` as of :func:`rotations`, None for no rotary positions."""
         batch, sequence, width = x.shape
         qkv = self.query_key_value(x).view(batch, sequence, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, sequence, width / heads)
+        if rotation is not None:
+            q, k = rotated(q, rotation), rotated(k, rotation)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.projection(attended.transpose(1, 2).reshape(batch, sequence, width))  # type: ignore[no-any-return]
 
 
-class Block(nn.Module):
-    """Attention and a two-layer perceptron, each normalised before and added to what it reads."""
+def rotations(length: int, size: int, device: torch.device) -> Tensor:
+    """Cosines and sines of the rotary positions, (2, length, size): pair j at position t turns by t·base^(−2j/size)."""
+    speeds = ROTARY_BASE ** (-torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), speeds).repeat(1, 2)
+    return torch.stack([angles.cos(), angles.sin()])
 
-    def __init__(self, width: int, heads: int) -> None:
+
+def rotated(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the pairs (j, j + size/2) of the last dimension of (…, sequence, size)."""
+    cos, sin = rotation.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Perceptron(nn.Module):
+    """Two layers, or with a gate the SwiGLU of LLaMA."""
+
+    def __init__(self, config: Model) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width, bias=False)
-        self.attention = Attention(width, heads)
-        self.perceptron_norm = nn.LayerNorm(width, bias=False)
-        self.expansion = nn.Linear(width, 4 * width, bias=False)
-        self.projection = nn.Linear(4 * width, width, bias=False)
+        self.gate = nn.Linear(config.width, config.hidden_width, bias=False) if config.family == "llama" else None
+        self.expansion = nn.Linear(config.width, config.hidden_width, bias=False)
+        self.projection = nn.Linear(config.hidden_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, sequence, width) -> the same."""
-        x = x + self.attention(self.attention_norm(x))
-        # The approximation of GELU that GPT-2 was trained with; transformers calls it "gelu_new".
-        hidden = F.gelu(self.expansion(self.perceptron_norm(x)), approximate="tanh")
-        return x + self.projection(hidden)  # type: ignore[no-any-return]
+        if self.gate is not None:
+            hidden = F.silu(self.gate(x)) * self.expansion(x)
+        else:
+            # The approximation of GELU that GPT-2 was trained with; transformers calls it "gelu_new".
+            hidden = F.gelu(self.expansion(x), approximate="tanh")
+        return self.projection(hidden)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention and a perceptron, each normalised before and added to what it reads."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.perceptron_norm = make_norm(config)
+        self.perceptron = Perceptron(config)
+
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        """(batch, sequence, width) -> the same."""
+        x = x + self.attention(self.attention_norm(x), rotation)
+        return x + self.perceptron(self.perceptron_norm(x))  # type: ignore[no-any-return]
+
+
+def make_norm(config: Model) -> nn.Module:
+    """LayerNorm or RMSNorm over the width, without bias."""
+    if config.norm_name == "rmsnorm":
+        return nn.RMSNorm(config.width, eps=RMS_EPS)
+    return nn.LayerNorm(config.width, bias=False)
 
 
 class LanguageModel(nn.Module):
-    """Tokens in, scores of the next token out. The token embedding is also the output head.
+    """Tokens in, scores of the next token out.
 
     Initialised as GPT-2: N(0, 0.02), residual projections by 1/√(2·layers) smaller.
     """
 
     def __init__(self, config: Model, vocabulary_size: int, sequence_length: int) -> None:
         super().__init__()
+        self.config, self.activation_checkpointing = config, False
         self.token_embedding = nn.Embedding(vocabulary_size, config.width)
-        self.position_embedding = nn.Embedding(sequence_length, config.width)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
-        self.final_norm = nn.LayerNorm(config.width, bias=False)
+        self.position_embedding = nn.Embedding(sequence_length, config.width) if config.family == "gpt2" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm = make_norm(config)
         self.head = nn.Linear(config.width, vocabulary_size, bias=False)
-        self.head.weight = self.token_embedding.weight
+        if config.tied:
+            self.head.weight = self.token_embedding.weight
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 shrink = math.sqrt(2 * config.layers) if name.endswith("projection.weight") else 1.0
@@ -74,20 +119,34 @@ class LanguageModel(nn.Module):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(batch, sequence) token ids -> (batch, sequence, width), what the head reads."""
-        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
+        x, rotation = self.token_embedding(tokens), None
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.weight[: tokens.shape[1]]
+        else:
+            rotation = rotations(tokens.shape[1], self.config.width // self.config.heads, tokens.device)
         for block in self.blocks:
-            x = block(x)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotation, use_reentrant=False)
+            else:
+                x = block(x, rotation)
         return self.final_norm(x)  # type: ignore[no-any-return]
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(batch, sequence) token ids -> logits (batch, sequence, vocabulary)."""
-        return self.head(self.hidden(tokens))  # type: ignore[no-any-return]
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or the loss of ``targets``.
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the cross entropy in nats over all (batch, sequence) positions, a scalar."""
-        hidden = self.hidden(tokens).flatten(0, 1)
+        Args:
+            tokens: ids, int64 (batch, sequence).
+            targets: ids of the next tokens, of the same shape; None for logits.
+
+        Returns:
+            (batch, sequence, vocabulary), or the sum over all positions of the cross entropy in nats, a scalar.
+        """
+        hidden = self.hidden(tokens)
+        if targets is None:
+            return self.head(hidden)  # type: ignore[no-any-return]
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK)
-        return F.linear_cross_entropy(hidden, self.head.weight, targets.flatten(), reduction="sum", options=options)
+        weight = self.head.weight
+        return F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction="sum", options=options)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -70,7 +70,7 @@ def train(experiment: Experiment, corpus: Corpus, run_dir: Path, evaluate: Evalu
         for step in range(start, config.steps):
             began = time.perf_counter()
             tokens, targets = batches.batch(step)
-            loss = model.loss(tokens, targets) / targets.numel()
+            loss = model(tokens, targets) / targets.numel()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             norm = clip_grad_norm_(model.parameters(), config.clip)
