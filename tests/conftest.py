@@ -1,8 +1,10 @@
 """Text and settings that several tests share."""
 
 import random
+from collections.abc import Callable, Iterator
 
 import pytest
+from processes import Processes
 
 from coupled_adam.lm.config import Experiment
 
@@ -13,6 +15,15 @@ def paragraphs(count: int, seed: int = 0) -> str:
     """Paragraphs of made-up sentences, separated by blank lines."""
     rng, words = random.Random(seed), WORDS.split()
     return "\n\n".join(" ".join(rng.choices(words, k=40)) + "." for _ in range(count))
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Callable[[int], Processes]]:
+    """So many processes that run functions together; started when first asked for, and kept for other tests."""
+    started: dict[int, Processes] = {}
+    yield lambda count: started.setdefault(count, Processes(count))
+    for each in started.values():
+        each.stop()
 
 
 @pytest.fixture

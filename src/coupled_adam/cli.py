@@ -2,22 +2,31 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from coupled_adam import __version__, demo
+from coupled_adam import __version__, demo, experiments
 from coupled_adam.errors import InputError
-from coupled_adam.lm.train import DivergedError, Interrupted
+from coupled_adam.evaluation.during_training import evaluator
+from coupled_adam.lm.config import Experiment, load_experiment
+from coupled_adam.lm.corpus import corpus_for
+from coupled_adam.lm.estimate import PEAK_FLOPS, UTILISATION, estimate
+from coupled_adam.lm.parallel import joined
+from coupled_adam.lm.train import DivergedError, Interrupted, Metrics, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-#: What a shell gives to a program that SIGINT ended.
-EXIT_INTERRUPTED = 130
+#: Columns of a table that goes to a file or a pipe.
+WIDE = 130
+
+#: What a shell adds to the number of the signal that ended a program.
+SIGNALLED = 128
 
 
 def _version(wanted: bool) -> None:
@@ -60,6 +69,92 @@ def demo_command(
     print(f"Report: {out / 'report.html'}")
 
 
+@app.command(name="experiments", epilog="Example: coupled-adam experiments exp35V --gpu A100")
+def experiments_command(
+    name: Annotated[str | None, typer.Argument(help="Show this one.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 1,
+    gpu: Annotated[str, typer.Option(help=f"For the hours: {', '.join(PEAK_FLOPS)}.")] = "H100",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the experiments of the paper and their miniatures, or show one: configuration, memory, arithmetic."""
+    chosen = [name] if name else experiments.names()
+    loaded = {n: experiments.load(n, seed) for n in chosen}
+    estimates = {n: estimate(e, gpu) for n, e in loaded.items()}
+    if as_json:
+        shown = {n: {"experiment": loaded[n].model_dump(), "estimate": asdict(estimates[n])} for n in chosen}
+        print(json.dumps(shown[name] if name else shown, ensure_ascii=False))
+        return
+    if name:
+        print(loaded[name].to_toml())
+    table = Table(box=box.SIMPLE, caption=f"hours: one {gpu} at {UTILISATION:.0%} of its peak, an assumption")
+    for heading in ("experiment", "model", "parameters", "tokens", "steps", "embedding", "core", f"{gpu} hours"):
+        table.add_column(heading, no_wrap=True)
+    for n, e in loaded.items():
+        shape = f"{e.model.family} {e.model.layers}/{e.model.heads}/{e.model.width}"
+        sizes = (_short(estimates[n].parameters), _short(estimates[n].tokens), f"{e.train.steps:,}")
+        table.add_row(n, shape, *sizes, _embedding(e), e.optimizer.core.name, f"{estimates[n].gpu_hours:,.3g}")
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+    if name:
+        found = estimates[name]
+        print(f"parameters        {found.parameters:,} ({found.embedding_parameters:,} in the output embedding)")
+        print(f"tokens            {found.tokens:,} in {found.steps:,} steps")
+        for label, size in (
+            ("weights", found.weights_bytes),
+            ("gradients", found.gradients_bytes),
+            ("optimizer state", found.optimizer_bytes),
+            ("activations", found.activation_bytes),
+        ):
+            print(f"{label:<17} {size / 2**30:,.2f} GiB" + (" for a micro-batch" if label == "activations" else ""))
+        print(f"arithmetic        {found.flops:.3g} FLOP")
+
+
+def _short(number: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:,}"
+
+
+def _embedding(experiment: Experiment) -> str:
+    settings = experiment.optimizer.embedding
+    extra = [f"s={settings.coupling_scale:g}"] if settings.coupling_scale != 1 else []
+    extra += [f"κ={settings.coupling_factor:g}"] if settings.coupling_factor else []
+    extra += [f"lr×{settings.lr_factor:g}"] if settings.lr_factor != 1 else []
+    return " ".join([settings.name, *extra])
+
+
+@app.command(
+    name="train", epilog="Example: torchrun --nproc-per-node 2 -m coupled_adam train mini-M-300V train.steps=100"
+)
+def train_command(
+    experiment: Annotated[str, typer.Argument(help="Name of an experiment, or a TOML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    data: Annotated[Path | None, typer.Option(help="A folder that `coupled-adam prepare` made.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/NAME]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the last figures as JSON.")] = False,
+) -> None:
+    """Train one experiment, or go on with it; also under torchrun, on one machine or many."""
+    path = Path(experiment)
+    config = load_experiment(path) if path.suffix == ".toml" else experiments.load(experiment, seed or 1)
+    if seed is not None:
+        config = config.with_values(run__seed=seed)
+    config = config.overridden(overrides or [])
+    run_dir = out or Path("runs") / config.run.name
+    with joined() as world:
+        corpus = world.from_main(lambda: corpus_for(config, data))
+        train(config, corpus, run_dir, evaluator(config, corpus, world), world)
+        if world.main:
+            last = Metrics(run_dir / "metrics.jsonl").read()[-1]
+            print(json.dumps(last) if as_json else _figures(run_dir, last))
+
+
+def _figures(run_dir: Path, line: dict[str, Any]) -> str:
+    shown = ("loss", "validation_loss", "isotropy", "mean_shift_ratio", "word_similarity")
+    parts = [f"{key.replace('_', ' ')} {line[key]:.3f}" for key in shown if line.get(key) is not None]
+    return f"{run_dir}: step {line['step']:,}: {', '.join(parts)}"
+
+
 def main() -> None:
     """Run the command line; a bad input is one line and exit code 2."""
     try:
@@ -70,7 +165,7 @@ def main() -> None:
         sys.exit(_failed(error, 1))
     except Interrupted as stopped:
         print(f"{stopped}. The same command goes on from there.", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(SIGNALLED + stopped.signal_number)
 
 
 def _failed(error: Exception, code: int) -> int:

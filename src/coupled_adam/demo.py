@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,16 +11,15 @@ from filelock import FileLock, Timeout
 
 from coupled_adam import experiments, geometry
 from coupled_adam.errors import InputError
-from coupled_adam.evaluation.embeddings import embedding_figures, word_similarity_figures
-from coupled_adam.evaluation.validation import validation_loss
+from coupled_adam.evaluation.during_training import cached, evaluator
+from coupled_adam.evaluation.embeddings import word_similarity_figures
 from coupled_adam.files import write_json
-from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus, prepare
 from coupled_adam.lm.model import LanguageModel, parameter_count
 from coupled_adam.lm.progress import say
 from coupled_adam.lm.sources import TextFiles, WikipediaSample
-from coupled_adam.lm.train import Figures, Metrics, train
+from coupled_adam.lm.train import Metrics, train
 from coupled_adam.report import charts
 from coupled_adam.report.page import write_page
 from coupled_adam.report.table import Row, comparison
@@ -85,30 +83,11 @@ def _run(out: Path, text: Path | None, experiment: Experiment) -> dict[str, Any]
 
 
 def _train(experiment: Experiment, corpus: Corpus, run_dir: Path) -> Trained:
-    benchmarks = geometry.published_benchmarks()
-    token_of = _cached(corpus.token_of)
-    batches = Batches(corpus.shards("validation"), experiment.data.sequence_length, experiment.batch_size, seed=0)
-
-    def evaluate(model: LanguageModel) -> Figures:
-        embedding = model.get_output_embeddings().weight
-        loss = validation_loss(model, batches, experiment.evaluation.batches)
-        return {"validation_loss": loss} | embedding_figures(embedding, corpus.unigram_counts, token_of, benchmarks)
-
-    model = train(experiment, corpus, run_dir, evaluate)
+    model = train(experiment, corpus, run_dir, evaluator(experiment, corpus))
     lines = [line for line in Metrics(run_dir / "metrics.jsonl").read() if "isotropy" in line]
-    return Trained(model, lines, word_similarity_figures(model.get_output_embeddings().weight, token_of, benchmarks))
-
-
-def _cached(token_of: Callable[[str], int | None]) -> Callable[[str], int | None]:
-    """The tokens of the benchmarks' words do not change during a run."""
-    known: dict[str, int | None] = {}
-
-    def look_up(word: str) -> int | None:
-        if word not in known:
-            known[word] = token_of(word)
-        return known[word]
-
-    return look_up
+    benchmarks = geometry.published_benchmarks()
+    similarity = word_similarity_figures(model.get_output_embeddings().weight, cached(corpus.token_of), benchmarks)
+    return Trained(model, lines, similarity)
 
 
 def _results(experiment: Experiment, corpus: Corpus, runs: dict[str, Trained]) -> dict[str, Any]:

@@ -17,15 +17,20 @@ def written_whole(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield aside
-        _sync(aside)
-        if path.is_dir():
-            shutil.rmtree(path)  # os.replace does not replace a folder that holds anything
-        aside.replace(path)
+        move_into_place(aside, path)
     finally:
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.unlink(missing_ok=True)
+
+
+def move_into_place(aside: Path, path: Path) -> None:
+    """Put what is complete on the disk in the place of ``path``."""
+    _sync(aside)
+    if path.is_dir():
+        shutil.rmtree(path)  # os.replace does not replace a folder that holds anything
+    aside.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:

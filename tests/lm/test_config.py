@@ -22,7 +22,7 @@ def test_the_resolved_file_is_the_same_experiment(tiny: Experiment) -> None:
         ("[run]\nname = 'x'\n[train]\nsteps = 0", "train.steps: .*greater than 0.*got 0"),
         (
             "[run]\nname = 'x'\n[optimizer.embedding]\nname = 'adam'",
-            "optimizer.embedding.name: .*'adamw' or 'coupled_adam'",
+            "optimizer.embedding.name: .*'adamw', 'coupled_adam', 'adams' or 'sgd'",
         ),
         ("[run]\nname = 'x'\n[model]\nheads = 3", "width 128 is not a multiple of heads 3"),
         ("[run]\nname = 'x'\n[schedule]\nlr = 1e-5", "min_lr 0.0001 is above lr 1e-05"),

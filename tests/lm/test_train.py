@@ -24,7 +24,7 @@ def corpus(text_file: Path, tiny: Experiment, tmp_path: Path) -> Corpus:
     return prepare(TextFiles(text_file), tiny.data, tmp_path / "corpus")
 
 
-def no_figures(model: LanguageModel) -> loop.Figures:
+def no_figures(model: LanguageModel, last: bool) -> loop.Figures:
     return {}
 
 
@@ -81,7 +81,7 @@ def test_the_learning_rate_warms_up_from_0_and_falls_to_the_minimum() -> None:
 def test_training_lowers_the_loss_and_writes_what_it_did(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
     calls = []
 
-    def evaluate(model: LanguageModel) -> loop.Figures:
+    def evaluate(model: LanguageModel, last: bool) -> loop.Figures:
         calls.append(model.token_embedding.weight.detach().clone())
         return {"answer": 42.0}
 
@@ -132,7 +132,7 @@ def test_a_run_cut_at_any_step_ends_as_the_undisturbed_one(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends(number: int, tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
-    def interrupt(model: LanguageModel) -> loop.Figures:
+    def interrupt(model: LanguageModel, last: bool) -> loop.Figures:
         if (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 8:
             os.kill(os.getpid(), number)
         return {}
@@ -148,7 +148,7 @@ def test_a_finished_run_is_only_loaded(tiny: Experiment, corpus: Corpus, tmp_pat
     trained = loop.train(tiny, corpus, tmp_path / "run", no_figures)
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
 
-    def refuse(model: LanguageModel) -> loop.Figures:
+    def refuse(model: LanguageModel, last: bool) -> loop.Figures:
         raise AssertionError("a finished run is not evaluated again")
 
     loaded = loop.train(tiny, corpus, tmp_path / "run", refuse)
@@ -169,7 +169,7 @@ def test_another_experiment_or_text_in_the_same_folder_is_refused(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
-    def poison(model: LanguageModel) -> loop.Figures:
+    def poison(model: LanguageModel, last: bool) -> loop.Figures:
         if (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 16:
             with torch.no_grad():
                 model.final_norm.weight.fill_(math.nan)

@@ -5,13 +5,11 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jobs
 import pytest
 import torch
-from processes import Processes
 from torch import Tensor, nn
 
 from coupled_adam import Adams, Adams_ZeRO
@@ -19,16 +17,6 @@ from coupled_adam import Adams, Adams_ZeRO
 pytestmark = pytest.mark.long
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fsdp2.py"
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Callable[[int], Processes]]:
-    started: dict[int, Processes] = {}
-    torch.set_num_threads(1)
-    yield lambda count: started.setdefault(count, Processes(count))
-    torch.set_num_threads(os.cpu_count() or 1)
-    for each in started.values():
-        each.stop()
 
 
 def assert_same(results: list[dict[str, Tensor]], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:

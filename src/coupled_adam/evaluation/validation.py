@@ -4,14 +4,19 @@ import torch
 
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.model import LanguageModel
+from coupled_adam.lm.parallel import World
 
 
 @torch.no_grad()
-def validation_loss(model: LanguageModel, batches: Batches, count: int) -> float:
-    """Mean cross entropy per token, in nats, over ``count`` batches, or one pass over the data if that is less."""
-    total, tokens = 0.0, 0
+def validation_loss(model: LanguageModel, batches: Batches, count: int, world: World | None = None) -> float:
+    """Mean cross entropy per token, in nats, over ``count`` batches, or one pass over the data if that is less.
+
+    Several processes share each batch, and all get the result; the model is called equally often in each.
+    """
+    world = world or World()
+    total = torch.zeros(2, dtype=torch.float64)
     for step in range(min(count, max(len(batches) // batches.batch_size, 1))):
-        inputs, targets = batches.batch(step)
-        total += model(inputs, targets).item()
-        tokens += targets.numel()
-    return total / tokens
+        inputs, targets = (x.chunk(world.size)[world.rank].to(world.device) for x in batches.batch(step))
+        total += torch.tensor([model(inputs, targets).item(), targets.numel()])
+    loss, tokens = world.sum(total.to(world.device)).tolist()
+    return float(loss / tokens)

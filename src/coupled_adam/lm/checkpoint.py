@@ -1,32 +1,58 @@
 """Save and resume, on torch.distributed.checkpoint: a folder ``step-00001000/`` holds ``dcp/`` and ``state.json``."""
 
 import json
+import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from coupled_adam.files import write_json, written_whole
+from coupled_adam.files import move_into_place, write_json
+from coupled_adam.lm.parallel import World
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> Path:
-    """Write a checkpoint, whole or not at all, then delete the older ones. ``state`` is plain values for state.json."""
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizers: Sequence[Optimizer], state: dict[str, Any], world: World
+) -> Path:
+    """Write a checkpoint, whole or not at all, then delete the older ones. ``state`` is plain values for state.json.
+
+    All processes call this together and write their own shards.
+    """
     path = folder / f"step-{step:08d}"
-    with written_whole(path) as aside, _single_process():
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside / "dcp", no_dist=True)
-        write_json(aside / "state.json", {"step": step, **state})
-    for older in folder.glob("step-*"):
-        if older != path:
-            shutil.rmtree(older)
+    name = world.from_main(lambda: os.getpid())
+    aside = folder / f".{path.name}.{name}.tmp"
+    try:
+        if world.main:
+            aside.mkdir(parents=True)
+        world.wait()
+        with _quiet():
+            model_state, optimizer_state = get_state_dict(model, optimizers)
+            content = {"model": model_state, "optimizer": optimizer_state}
+            save(content, checkpoint_id=aside / "dcp", no_dist=world.size == 1)
+        if world.main:
+            write_json(aside / "state.json", {"step": step, **state})
+            move_into_place(aside, path)
+            for older in folder.glob("step-*"):
+                if older != path:
+                    shutil.rmtree(older)
+        world.wait()
+    finally:
+        if world.main:
+            shutil.rmtree(aside, ignore_errors=True)
     return path
 
 
@@ -35,21 +61,27 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max((p.parent for p in folder.glob("step-*/state.json")), default=None)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:
-    """Load the weights, and the optimizer's state if one is given, in place. Returns what state.json holds."""
-    with _single_process():
-        if optimizer is None:
-            load({"model": model.state_dict()}, checkpoint_id=path / "dcp", no_dist=True)
+def load_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> dict[str, Any]:
+    """Load the weights, and the state of the optimizers given, in place. Returns what state.json holds.
+
+    The number of processes, and how they share the model, may differ from those that saved it.
+    """
+    alone = not (dist.is_available() and dist.is_initialized())
+    with _quiet():
+        if not optimizers:
+            model_state = get_model_state_dict(model)
+            load({"model": model_state}, checkpoint_id=path / "dcp", no_dist=alone)
+            set_model_state_dict(model, model_state)
         else:
-            model_state, optimizer_state = get_state_dict(model, optimizer)
-            load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path / "dcp", no_dist=True)
-            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+            model_state, optimizer_state = get_state_dict(model, optimizers)
+            load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path / "dcp", no_dist=alone)
+            set_state_dict(model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state)
     state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return state
 
 
 @contextmanager
-def _single_process() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Without the remarks that torch makes about a checkpoint of one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint")

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from coupled_adam.errors import InputError
 from coupled_adam.files import write_json, written_whole
-from coupled_adam.lm.config import Data
-from coupled_adam.lm.sources import Source
+from coupled_adam.lm.config import Data, Experiment
+from coupled_adam.lm.sources import Source, WikipediaSample
 
 FORMAT = 1
 DTYPE = "<u2"
@@ -72,6 +72,29 @@ class Corpus:
         """The token that stands for a word within a text, with its leading space; None if it takes several."""
         ids = self.tokenizer.encode(" " + word, add_special_tokens=False).ids
         return ids[0] if len(ids) == 1 else None
+
+
+def corpus_for(experiment: Experiment, folder: Path | None) -> Corpus:
+    """The corpus in ``folder``, if the experiment can be trained on it. Without one: the Wikipedia sample, prepared.
+
+    Raises:
+        InputError: the experiment needs other text, or the corpus has more tokens than the model.
+    """
+    data = experiment.data
+    if folder is None:
+        if (data.source, data.tokenizer) != ("wikipedia-sample", "bpe"):
+            raise InputError(
+                f"{experiment.run.name} trains on {data.source}: prepare it (coupled-adam prepare {data.source} "
+                f"--tokenizer {data.tokenizer} --out DIR), then give --data DIR"
+            )
+        return prepare(WikipediaSample(), data, Path("data") / f"wikipedia-sample-bpe-{data.vocabulary}")
+    corpus = open_corpus(folder)
+    if corpus.vocabulary_size > data.padded_vocabulary:
+        raise InputError(
+            f"{folder}: made with a tokenizer of {corpus.meta['tokenizer_tokens']:,} tokens, and {experiment.run.name} "
+            f"has data.vocabulary = {data.vocabulary:,}; prepare it with the experiment's tokenizer, or change that"
+        )
+    return corpus
 
 
 def prepare(source: Source, config: Data, folder: Path) -> Corpus:

@@ -47,7 +47,8 @@ def rotated(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn the pairs (j, j + size/2) of the last dimension of (…, sequence, size)."""
     cos, sin = rotation.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    turned: Tensor = x * cos + torch.cat([-second, first], dim=-1) * sin
+    return turned
 
 
 class Perceptron(nn.Module):

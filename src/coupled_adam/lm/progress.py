@@ -25,8 +25,11 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress_bar(name: str, done: int, total: int) -> Iterator[Update]:
-    """A bar over ``total`` steps, of which ``done`` were done before."""
+def progress_bar(name: str, done: int, total: int, shown: bool = True) -> Iterator[Update]:
+    """A bar over ``total`` steps, of which ``done`` were done before; nothing, if it is not to be ``shown``."""
+    if not shown:
+        yield lambda done, text: None
+        return
     if sys.stderr.isatty():
         columns = (
             TextColumn("{task.description:<14}"),

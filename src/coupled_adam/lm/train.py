@@ -14,8 +14,8 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW, Optimizer
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
 
 from coupled_adam.errors import InputError
 from coupled_adam.files import write_json, write_text
@@ -24,86 +24,134 @@ from coupled_adam.lm.checkpoint import latest_checkpoint, load_checkpoint, save_
 from coupled_adam.lm.config import Experiment, Schedule, load_experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.model import LanguageModel, build_model
+from coupled_adam.lm.optimizers import build_optimizers
+from coupled_adam.lm.parallel import World, gradients_wait, share
 from coupled_adam.lm.progress import progress_bar
-from coupled_adam.optim import CoupledAdam, param_groups
 
 Figures = dict[str, float | None]
-Evaluate = Callable[[LanguageModel], Figures]
+Evaluate = Callable[[LanguageModel, bool], Figures]
 
 
 class Interrupted(Exception):
-    """The user asked to stop. All that was done is saved."""
+    """The user, or who runs the machine, asked to stop. All that was done is saved."""
+
+    def __init__(self, message: str, signal_number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 class DivergedError(RuntimeError):
     """The loss or the gradient is no longer finite."""
 
 
-def train(experiment: Experiment, corpus: Corpus, run_dir: Path, evaluate: Evaluate) -> LanguageModel:
+def train(
+    experiment: Experiment, corpus: Corpus, run_dir: Path, evaluate: Evaluate, world: World | None = None
+) -> LanguageModel:
     """Train, or go on training, the run in ``run_dir``, and return the trained model.
 
     Writes experiment.toml, environment.json, metrics.jsonl (a line a step; every ``evaluation.every`` steps also what
-    ``evaluate`` says of the model) and checkpoints/. A finished run is only loaded.
+    ``evaluate`` says of the model, which is told whether it is the last time) and checkpoints/. A finished run is only
+    loaded. In several processes the global batch, and so the run, is the same; all call this and ``evaluate`` together.
 
     Raises:
-        InputError: ``run_dir`` holds a run with other settings or another corpus.
+        InputError: ``run_dir`` is in use, or holds a run with other settings or another corpus; or the batch cannot be
+            shared out to the processes.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved and the next call goes on from it.
         DivergedError: the loss or gradient norm is not finite; the last checkpoint is intact.
     """
+    world = world or World()
     torch.set_flush_denormal(True)  # products of denormal numbers are a hundred times slower
-    _claim(run_dir, experiment, corpus)
+    micro = micro_batch(experiment, world)
+    lock = FileLock(run_dir / ".lock")
+    world.from_main(lambda: _claim(run_dir, experiment, corpus, lock))
+    try:
+        return _train(experiment, corpus, run_dir, evaluate, world, micro)
+    finally:
+        lock.release()
+
+
+def _train(
+    experiment: Experiment, corpus: Corpus, run_dir: Path, evaluate: Evaluate, world: World, micro: int
+) -> LanguageModel:
     config, every = experiment.train, experiment.evaluation.every
     sequence_length, seed = experiment.data.sequence_length, experiment.run.seed
-    model = build_model(experiment.model, corpus.vocabulary_size, sequence_length, seed)
-    optimizer = build_optimizer(model, experiment)
+    model = build_model(experiment.model, corpus.vocabulary_size, sequence_length, seed).to(world.device)
+    model.activation_checkpointing = config.activation_checkpointing
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    shared = share(model, experiment.parallel, world)
+    optimizers = build_optimizers(model, experiment)
     batches = Batches(corpus.shards("train"), sequence_length, experiment.batch_size, seed)
-    metrics = Metrics(run_dir / "metrics.jsonl")
-    start = 0
-    if checkpoint := latest_checkpoint(run_dir / "checkpoints"):
+    metrics = Metrics(run_dir / "metrics.jsonl") if world.main else None
+    start, checkpoints = 0, run_dir / "checkpoints"
+    checkpoint = world.from_main(lambda: latest_checkpoint(checkpoints))
+    if checkpoint:
         finished = checkpoint.name == f"step-{config.steps:08d}"
-        start = load_checkpoint(checkpoint, model, None if finished else optimizer)["step"]
-    metrics.cut_after(start)
+        start = load_checkpoint(checkpoint, model, [] if finished else optimizers.all)["step"]
+    if metrics:
+        metrics.cut_after(start)
     if start == 0:
-        metrics.write({"step": 0, "tokens": 0, **evaluate(model)})
+        figures = evaluate(model, False)
+        if metrics:
+            metrics.write({"step": 0, "tokens": 0, **figures})
 
-    with stop_requested() as stop, progress_bar(experiment.run.name, start, config.steps) as show:
+    with stop_requested() as stop, progress_bar(experiment.run.name, start, config.steps, world.main) as show:
         for step in range(start, config.steps):
             began = time.perf_counter()
-            tokens, targets = batches.batch(step)
-            loss = model(tokens, targets) / targets.numel()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = clip_grad_norm_(model.parameters(), config.clip)
-            _check_finite(step, loss.item(), norm.item())
-            lr = set_learning_rate(optimizer, learning_rate(step, experiment.schedule, config.steps))
-            optimizer.step()
-            done, rate = step + 1, config.batch_tokens / (time.perf_counter() - began)
-            line: dict[str, Any] = {"step": done, "tokens": done * config.batch_tokens, "loss": loss.item(), "lr": lr}
-            line |= {"grad_norm": norm.item(), "tokens_per_second": round(rate)}
-            if done % every == 0 or done == config.steps:
-                line |= evaluate(model)
-            metrics.write(line)
-            show(done, f"loss {line['loss']:.3f}, {rate:,.0f} tokens/s")
-            if done % config.checkpoint_every == 0 or done == config.steps or stop.is_set():
-                save_checkpoint(run_dir / "checkpoints", done, model, optimizer, {"corpus": corpus.fingerprint})
-            if stop.is_set() and done < config.steps:
-                raise Interrupted(f"{experiment.run.name}: stopped and saved at step {done} of {config.steps}")
+            optimizers.zero_grad()
+            loss = backward(shared, batches.batch(step), micro, config.precision, world)
+            loss = world.sum(torch.tensor(loss, dtype=torch.float64)).item()
+            lr = learning_rate(step, experiment.schedule, config.steps)
+            norm = optimizers.step(lr).item()
+            _check_finite(step, loss, norm)
+            done, rate, last = step + 1, config.batch_tokens / (time.perf_counter() - began), step + 1 == config.steps
+            line: dict[str, Any] = {"step": done, "tokens": done * config.batch_tokens, "loss": loss, "lr": lr}
+            line |= {"grad_norm": norm, "tokens_per_second": round(rate)}
+            if done % every == 0 or last:
+                line |= evaluate(model, last)
+            if metrics:
+                metrics.write(line)
+            show(done, f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+            stopping = world.sum(torch.tensor(stop.number)).item() > 0  # whichever of the processes was asked
+            if done % config.checkpoint_every == 0 or last or stopping:
+                state = {"corpus": corpus.fingerprint}
+                save_checkpoint(checkpoints, done, model, optimizers.all, state, world)
+            if stopping and not last:
+                message = f"{experiment.run.name}: stopped and saved at step {done} of {config.steps}"
+                raise Interrupted(message, stop.number or signal.SIGTERM)
     return model
 
 
-def build_optimizer(model: LanguageModel, experiment: Experiment) -> Optimizer:
-    """AdamW for the core, and for the output embedding what the experiment names; both take the core's moments."""
-    core, embedding = experiment.optimizer.core, experiment.optimizer.embedding
-    groups = param_groups(model, weight_decay=core.weight_decay)
-    if embedding.name == "adamw":
-        return AdamW(groups, betas=core.betas, eps=core.eps, fused=True)
-    return CoupledAdam(
-        groups,
-        betas=core.betas,
-        eps=core.eps,
-        coupling_scale=embedding.coupling_scale,
-        coupling_factor=embedding.coupling_factor,
-    )
+def micro_batch(experiment: Experiment, world: World) -> int:
+    """Sequences that a process takes at a time. Raises InputError if the batch cannot be shared out so."""
+    batch, processes = experiment.batch_size, world.size
+    if batch % processes:
+        raise InputError(f"a batch of {batch} sequences cannot be shared out to {processes} processes equally")
+    share_of_batch = batch // processes
+    micro = min(experiment.train.micro_batch or share_of_batch, share_of_batch)
+    if share_of_batch % micro:
+        raise InputError(
+            f"train.micro_batch {micro} does not divide the {share_of_batch} sequences that each of the {processes} "
+            f"process(es) has of a step"
+        )
+    return micro
+
+
+def backward(model: nn.Module, batch: tuple[Tensor, Tensor], micro: int, precision: str, world: World) -> float:
+    """Gradients of the mean loss per token of the global batch. Returns this process's part of that loss."""
+    count = batch[0].numel()
+    tokens, targets = (x.chunk(world.size)[world.rank] for x in batch)
+    total = 0.0
+    parts = list(zip(torch.split(tokens, micro), torch.split(targets, micro), strict=True))
+    for i, (inputs, wanted) in enumerate(parts):
+        with gradients_wait(model, wait=i + 1 < len(parts)):
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                loss = model(inputs.to(world.device), wanted.to(world.device)) / count
+            # The processes' gradients are averaged, and the parts of the loss are to be summed.
+            (loss * world.size).backward()
+        total += loss.item()
+    return total
 
 
 def learning_rate(step: int, schedule: Schedule, steps: int) -> float:
@@ -112,13 +160,6 @@ def learning_rate(step: int, schedule: Schedule, steps: int) -> float:
         return schedule.lr * step / schedule.warmup_steps
     progress = (step - schedule.warmup_steps) / max(steps - schedule.warmup_steps, 1)
     return schedule.min_lr + (schedule.lr - schedule.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def set_learning_rate(optimizer: Optimizer, lr: float) -> float:
-    """Give every group this learning rate, and return it."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
 
 
 class Metrics:
@@ -145,15 +186,21 @@ class Metrics:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
+class Stop:
+    """Whether a signal asked to stop, and which one."""
+
+    number = 0
+
+
 @contextmanager
-def stop_requested() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets, so that a step can end; the second one interrupts at once."""
-    stop = threading.Event()
+def stop_requested() -> Iterator[Stop]:
+    """What the first SIGINT or SIGTERM sets, so that a step can end; the second one interrupts at once."""
+    stop = Stop()
 
     def request(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+        if stop.number:
             raise KeyboardInterrupt
-        stop.set()
+        stop.number = number
 
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals reach the main thread alone
@@ -166,17 +213,24 @@ def stop_requested() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _claim(run_dir: Path, experiment: Experiment, corpus: Corpus) -> None:
-    """Write down what this run is, or check that the run already there is the same."""
+def _claim(run_dir: Path, experiment: Experiment, corpus: Corpus, lock: FileLock) -> None:
+    """Write down what this run is, or check that the run already there is the same; nobody else may work on it."""
     file = run_dir / "experiment.toml"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{run_dir}: another process is training there; wait for it, or choose another") from None
     if file.exists():
         if differences := load_experiment(file).differences(experiment):
+            lock.release()
             raise InputError(
                 f"{run_dir} holds a run with other settings ({'; '.join(differences)}, the first is there): "
                 "choose another folder, or the same settings to go on"
             )
         used = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["corpus"]
         if used != corpus.fingerprint:
+            lock.release()
             raise InputError(f"{run_dir} holds a run on another text: choose another folder, or the same text to go on")
         return
     packages = {name: version(name) for name in ("coupled-adam", "torch", "numpy", "tokenizers")}

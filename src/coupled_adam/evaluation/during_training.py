@@ -1,0 +1,57 @@
+"""What is measured of a model while it trains."""
+
+from collections.abc import Callable
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from coupled_adam import geometry
+from coupled_adam.evaluation.embeddings import embedding_figures
+from coupled_adam.evaluation.validation import validation_loss
+from coupled_adam.lm.batches import Batches
+from coupled_adam.lm.config import Experiment
+from coupled_adam.lm.corpus import Corpus
+from coupled_adam.lm.model import LanguageModel
+from coupled_adam.lm.parallel import World
+from coupled_adam.lm.train import Evaluate, Figures
+
+TokenOf = Callable[[str], int | None]
+
+
+def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None) -> Evaluate:
+    """The function that :func:`coupled_adam.lm.train.train` calls: validation loss and figures of the embedding.
+
+    All processes call it; the figures of the embedding are computed, and returned, in the main one alone.
+    """
+    world, settings = world or World(), experiment.evaluation
+    benchmarks, token_of = geometry.published_benchmarks(), cached(corpus.token_of)
+    batches = Batches(corpus.shards("validation"), experiment.data.sequence_length, experiment.batch_size, seed=0)
+
+    def evaluate(model: LanguageModel, last: bool) -> Figures:
+        count = settings.final_batches if last and settings.final_batches else settings.batches
+        figures: Figures = {"validation_loss": validation_loss(model, batches, count, world)}
+        embedding = output_embedding(model)
+        if world.main:
+            figures |= embedding_figures(embedding, corpus.unigram_counts, token_of, benchmarks)
+        return figures
+
+    return evaluate
+
+
+@torch.no_grad()
+def output_embedding(model: LanguageModel) -> torch.Tensor:
+    """The output embedding, whole. All processes call it."""
+    weight = model.get_output_embeddings().weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def cached(token_of: TokenOf) -> TokenOf:
+    """The tokens of the benchmarks' words do not change during a run."""
+    known: dict[str, int | None] = {}
+
+    def look_up(word: str) -> int | None:
+        if word not in known:
+            known[word] = token_of(word)
+        return known[word]
+
+    return look_up

@@ -1,0 +1,71 @@
+"""What an experiment takes, without running it: parameters, memory, arithmetic."""
+
+from dataclasses import dataclass
+
+import torch
+
+from coupled_adam.errors import InputError
+from coupled_adam.lm.config import Experiment
+from coupled_adam.lm.model import LanguageModel, parameter_count
+from coupled_adam.lm.optimizers import state_bytes
+
+#: Dense bfloat16 FLOP/s of a GPU, from NVIDIA's data sheets.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+
+#: Share of the peak that training of such models is taken to reach; an assumption.
+UTILISATION = 0.4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Figures of an experiment. Bytes are those of one copy of the model, over all devices that share it."""
+
+    parameters: int
+    embedding_parameters: int
+    tokens: int
+    steps: int
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    """Of one micro-batch."""
+    flops: float
+    gpu: str
+    gpu_hours: float
+
+
+def estimate(experiment: Experiment, gpu: str = "H100") -> Estimate:
+    """Count on the device ``meta``: no weights are allocated.
+
+    Activations: Korthikanti et al., arXiv 2205.05198, equation 1 without the attention matrix, which is never stored:
+    34·s·b·h bytes a layer in 16 bits; with checkpointing 2·s·b·h a layer and one layer's 34. Arithmetic: 6 a parameter
+    and token (Kaplan et al., arXiv 2001.08361) plus 12·layers·width·sequence a token for attention, a third more with
+    checkpointing. The micro-batch is that of the experiment, or the whole batch.
+
+    Raises:
+        InputError: an unknown GPU.
+    """
+    if gpu not in PEAK_FLOPS:
+        raise InputError(f"{gpu}: unknown GPU; choose from {', '.join(PEAK_FLOPS)}")
+    model, data, train = experiment.model, experiment.data, experiment.train
+    with torch.device("meta"):
+        network = LanguageModel(model, data.padded_vocabulary, data.sequence_length)
+    parameters, tokens = parameter_count(network), train.steps * train.batch_tokens
+    layer = data.sequence_length * (train.micro_batch or experiment.batch_size) * model.width
+    wide = 1 if train.precision == "bfloat16" else 2
+    stored = 2 * model.layers + 34 if train.activation_checkpointing else 34 * model.layers
+    per_token = 6 * parameters + 12 * model.layers * model.width * data.sequence_length
+    flops = tokens * per_token * (4 / 3 if train.activation_checkpointing else 1)
+    return Estimate(
+        parameters=parameters,
+        embedding_parameters=network.head.weight.numel(),
+        tokens=tokens,
+        steps=train.steps,
+        weights_bytes=4 * parameters,
+        gradients_bytes=4 * parameters,
+        optimizer_bytes=state_bytes(experiment, network),
+        activation_bytes=stored * layer * wide,
+        flops=flops,
+        gpu=gpu,
+        gpu_hours=flops / (PEAK_FLOPS[gpu] * UTILISATION) / 3600,
+    )

@@ -1,0 +1,126 @@
+"""The optimizers of an experiment: one for the output embedding, one for the rest, or one for both."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import SGD, AdamW, Muon, Optimizer
+
+from coupled_adam.lm.config import CoreOptimizer, EmbeddingOptimizer, Experiment
+from coupled_adam.lm.model import LanguageModel
+from coupled_adam.optim import Adams, CoupledAdam, param_groups
+
+
+class Optimizers:
+    """Several optimizers that step together, with the learning rate of one schedule."""
+
+    def __init__(self, optimizers: Sequence[Optimizer], lr_factors: Sequence[float], clip: float) -> None:
+        self.all, self.lr_factors, self.clip = list(optimizers), list(lr_factors), clip
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for optimizer in self.all:
+            optimizer.zero_grad()
+
+    def step(self, lr: float) -> Tensor:
+        """One step, the norm of all gradients bounded. Returns the norm before that, a scalar."""
+        for optimizer, factor in zip(self.all, self.lr_factors, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+        first = self.all[0]
+        if len(self.all) == 1 and isinstance(first, CoupledAdam | Adams):  # it clips in its own pass over the gradients
+            first.step()
+            assert first.grad_norm is not None
+            return first.grad_norm
+        parameters = [p for o in self.all for group in o.param_groups for p in group["params"]]
+        norm = clip_grad_norm_(parameters, self.clip)
+        for optimizer in self.all:
+            optimizer.step()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def build_optimizers(model: LanguageModel, experiment: Experiment) -> Optimizers:
+    """The optimizers that the experiment names. Both embeddings count as output embedding where they are tied."""
+    core, embedding, clip = experiment.optimizer.core, experiment.optimizer.embedding, experiment.train.clip
+    groups = param_groups(model, weight_decay=core.weight_decay)
+    if core.name == "adamw" and embedding.name in ("adamw", "coupled_adam") and embedding.lr_factor == 1:
+        return Optimizers([_adam(groups, core, embedding, clip)], [1.0], clip)
+    if core.name == embedding.name == "adams" and embedding.lr_factor == 1:
+        return Optimizers([_adams(groups, core, embedding, clip)], [1.0], clip)
+    ours, rest = groups[:1], groups[1:]
+    match embedding.name:
+        case "sgd":
+            first: Optimizer = SGD(_plain(ours), momentum=embedding.momentum)
+        case "adams":
+            first = _adams(ours, core, embedding, None)
+        case _:
+            first = _adam(ours, core, embedding, None)
+    match core.name:
+        case "muon":
+            others: list[Optimizer] = _muon(model, rest, core)
+        case "adams":
+            others = [_adams(rest, core, embedding, None)]
+        case _:
+            others = [_adam(rest, core, EmbeddingOptimizer(), None)]
+    return Optimizers([first, *others], [embedding.lr_factor, *(1.0 for _ in others)], clip)
+
+
+def _adam(
+    groups: list[dict[str, object]], core: CoreOptimizer, embedding: EmbeddingOptimizer, clip: float | None
+) -> Optimizer:
+    if embedding.name == "adamw":
+        return AdamW(groups, betas=core.betas, eps=core.eps, fused=True)
+    return CoupledAdam(
+        groups,
+        betas=core.betas,
+        eps=core.eps,
+        coupling_scale=embedding.coupling_scale,
+        coupling_factor=embedding.coupling_factor,
+        max_grad_norm=clip,
+    )
+
+
+def _adams(
+    groups: list[dict[str, object]], core: CoreOptimizer, embedding: EmbeddingOptimizer, clip: float | None
+) -> Optimizer:
+    return Adams(
+        groups,
+        betas=core.betas,
+        coupling_scale=embedding.coupling_scale,
+        coupling_factor=embedding.coupling_factor,
+        max_grad_norm=clip,
+    )
+
+
+def _muon(model: LanguageModel, groups: list[dict[str, object]], core: CoreOptimizer) -> list[Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for positions and vectors."""
+    inside = {id(p) for p in model.blocks.parameters() if p.ndim == 2}
+
+    def part(within: bool) -> list[dict[str, object]]:
+        parts = [{**g, "params": [(n, p) for n, p in _named(g) if (id(p) in inside) == within]} for g in groups]
+        return [g for g in parts if g["params"]]
+
+    # With AdamW's step size, so that the schedule and the decay of the core fit both.
+    muon = Muon(_plain(part(True)), adjust_lr_fn="match_rms_adamw")
+    return [muon, AdamW(part(False), betas=core.betas, eps=core.eps, fused=True)]
+
+
+def _named(group: dict[str, object]) -> list[tuple[str, nn.Parameter]]:
+    return group["params"]  # type: ignore[return-value]
+
+
+def _plain(groups: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Without the keys that only our optimizers know."""
+    return [{key: g[key] for key in ("params", "weight_decay")} for g in groups]
+
+
+def state_bytes(experiment: Experiment, model: LanguageModel) -> int:
+    """Size of the optimizers' state in float32; ``model`` may be on the device ``meta``."""
+    coupled = model.head.weight.numel()
+    rest = sum(p.numel() for p in model.parameters()) - coupled
+    moments = {"adamw": 2, "coupled_adam": 1, "adams": 1, "sgd": 1}[experiment.optimizer.embedding.name]
+    inside = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    saved = inside if experiment.optimizer.core.name == "muon" else 0  # it has one moment
+    return torch.float32.itemsize * (moments * coupled + 2 * rest - saved)

@@ -1,0 +1,120 @@
+"""The processes of a run: which this one is, how they share the model, and what they tell each other."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from coupled_adam.errors import InputError
+from coupled_adam.lm.config import Parallel
+from coupled_adam.lm.model import LanguageModel
+
+T = TypeVar("T")
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that torchrun started, or one alone."""
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    """Processes on this machine."""
+    device: torch.device = CPU
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes and talks for all."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns, or the InputError that it raises, in the main process, which alone calls it."""
+        if self.size == 1:
+            return function()
+        outcome: list[T | InputError | None] = [None]
+        if self.main:
+            try:
+                outcome = [function()]
+            except InputError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], InputError):
+            raise outcome[0]
+        return outcome[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The world of this process; sets up and takes down communication where torchrun started it."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator or CPU
+    if "RANK" not in os.environ:
+        yield World(device=device)
+        return
+    if accelerator is not None:
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    try:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        yield World(dist.get_rank(), dist.get_world_size(), local_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def share(model: LanguageModel, config: Parallel, world: World) -> nn.Module:
+    """What to call instead of ``model``, so that gradients are averaged over the processes.
+
+    FSDP2 shards the parameters of ``model`` in place; build the optimizer after it.
+
+    Raises:
+        InputError: ``parallel.shard_size`` does not divide the number of processes.
+    """
+    if world.size == 1:
+        return model
+    if config.strategy == "ddp":
+        return DistributedDataParallel(model)
+    shape, names = (world.size,), ("shard",)
+    if config.strategy == "hsdp":
+        size = config.shard_size or world.local_size
+        if world.size % size:
+            raise InputError(f"parallel.shard_size {size} does not divide the {world.size} processes")
+        shape, names = (world.size // size, size), ("replicate", "shard")  # type: ignore[assignment]
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+@contextmanager
+def gradients_wait(model: nn.Module, wait: bool) -> Iterator[None]:
+    """Whether the backward passes within leave gradients for a later one to average over the processes."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not wait)
+        yield
+    elif isinstance(model, DistributedDataParallel) and wait:
+        with model.no_sync():
+            yield
+    else:
+        yield

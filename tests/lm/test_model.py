@@ -1,0 +1,116 @@
+"""The models: against those of transformers, with the same weights; and what training options may not change."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from coupled_adam.lm.config import Model
+from coupled_adam.lm.model import LanguageModel, build_model, parameter_count
+
+VOCABULARY, LENGTH = 96, 12
+
+
+def model(**settings) -> LanguageModel:
+    network = build_model(Model(layers=2, heads=2, width=16, **settings), VOCABULARY, LENGTH, seed=0)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return network
+
+
+def tokens(seed: int = 0) -> Tensor:
+    return torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_gpt2_is_that_of_transformers_without_biases() -> None:
+    ours = model()
+    peer = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=LENGTH,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+        )
+    ).eval()
+    for name, p in peer.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+    inner = peer.transformer
+    inner.wte.weight.copy_(ours.token_embedding.weight)
+    inner.wpe.weight.copy_(ours.position_embedding.weight)
+    inner.ln_f.weight.copy_(ours.final_norm.weight)
+    for theirs, block in zip(inner.h, ours.blocks, strict=True):
+        theirs.ln_1.weight.copy_(block.attention_norm.weight)
+        theirs.ln_2.weight.copy_(block.perceptron_norm.weight)
+        theirs.attn.c_attn.weight.copy_(block.attention.query_key_value.weight.T)
+        theirs.attn.c_proj.weight.copy_(block.attention.projection.weight.T)
+        theirs.mlp.c_fc.weight.copy_(block.perceptron.expansion.weight.T)
+        theirs.mlp.c_proj.weight.copy_(block.perceptron.projection.weight.T)
+    torch.testing.assert_close(ours(tokens()), peer(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_llama_is_that_of_transformers(tied: bool) -> None:
+    ours = model(family="llama", tied=tied)
+    peer = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=ours.config.hidden_width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=LENGTH,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=tied,
+        )
+    ).eval()
+    peer.model.embed_tokens.weight.copy_(ours.token_embedding.weight)
+    peer.lm_head.weight.copy_(ours.head.weight)
+    peer.model.norm.weight.copy_(ours.final_norm.weight)
+    for theirs, block in zip(peer.model.layers, ours.blocks, strict=True):
+        theirs.input_layernorm.weight.copy_(block.attention_norm.weight)
+        theirs.post_attention_layernorm.weight.copy_(block.perceptron_norm.weight)
+        q, k, v = block.attention.query_key_value.weight.chunk(3)
+        for projection, weight in (("q_proj", q), ("k_proj", k), ("v_proj", v)):
+            getattr(theirs.self_attn, projection).weight.copy_(weight)
+        theirs.self_attn.o_proj.weight.copy_(block.attention.projection.weight)
+        theirs.mlp.gate_proj.weight.copy_(block.perceptron.gate.weight)
+        theirs.mlp.up_proj.weight.copy_(block.perceptron.expansion.weight)
+        theirs.mlp.down_proj.weight.copy_(block.perceptron.projection.weight)
+    torch.testing.assert_close(ours(tokens()), peer(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+def gradients(network: LanguageModel) -> list[Tensor]:
+    network.zero_grad()
+    network(tokens(1), tokens(2)).backward()
+    return [p.grad for p in network.parameters()]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_activation_checkpointing_changes_nothing(family: str) -> None:
+    network = model(family=family)
+    expected = gradients(network)
+    network.activation_checkpointing = True
+    for found, grad in zip(gradients(network), expected, strict=True):
+        torch.testing.assert_close(found, grad)
+
+
+def test_autocast_computes_nearly_the_same_loss() -> None:
+    network = model(family="llama")
+    expected = network(tokens(1), tokens(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(tokens(1), tokens(2))
+    assert found.item() == pytest.approx(expected.item(), rel=2e-2)
+
+
+def test_an_untied_head_is_a_matrix_of_its_own() -> None:
+    tied, untied = model(), model(tied=False)
+    assert parameter_count(untied) == parameter_count(tied) + VOCABULARY * 16
+    assert untied.get_output_embeddings().weight is not untied.token_embedding.weight

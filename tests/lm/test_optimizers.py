@@ -1,0 +1,68 @@
+"""Which optimizer trains what, and which norm it clips."""
+
+import pytest
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import SGD, AdamW, Muon
+
+from coupled_adam import Adams, CoupledAdam
+from coupled_adam.lm.config import Experiment
+from coupled_adam.lm.model import build_model
+from coupled_adam.lm.optimizers import Optimizers, build_optimizers, state_bytes
+
+
+def built(tiny: Experiment, **settings) -> tuple:
+    experiment = tiny.with_values(**{f"optimizer__{key}": value for key, value in settings.items()})
+    model = build_model(experiment.model, 320, 16, seed=0)
+    return model, build_optimizers(model, experiment), experiment
+
+
+def loss(model) -> torch.Tensor:
+    tokens = torch.randint(300, (4, 17), generator=torch.Generator().manual_seed(0))
+    return model(tokens[:, :-1], tokens[:, 1:]) / 64
+
+
+@pytest.mark.parametrize(
+    ("embedding", "core", "classes"),
+    [
+        ("adamw", "adamw", [AdamW]),
+        ("coupled_adam", "adamw", [CoupledAdam]),
+        ("adams", "adams", [Adams]),
+        ("sgd", "adamw", [SGD, AdamW]),
+        ("coupled_adam", "muon", [CoupledAdam, Muon, AdamW]),
+        ("coupled_adam", "adams", [CoupledAdam, Adams]),
+        ("adams", "adamw", [Adams, AdamW]),
+    ],
+)
+def test_embedding_and_core_are_chosen_separately(tiny, embedding, core, classes) -> None:
+    model, optimizers, experiment = built(tiny, embedding__name=embedding, core__name=core)
+    assert [type(o) for o in optimizers.all] == classes
+    given = [p for o in optimizers.all for group in o.param_groups for p in group["params"]]
+    assert sorted(map(id, given)) == sorted(id(p) for p in model.parameters()), "each parameter once"
+    assert optimizers.all[0].param_groups[0]["params"][0] is model.head.weight
+    assert optimizers.all[0].param_groups[0]["weight_decay"] == 0
+    before = loss(model).item()
+    for _ in range(12):
+        optimizers.zero_grad()
+        loss(model).backward()
+        optimizers.step(1e-2)
+    assert loss(model).item() < before - 0.1
+    held = sum(x.numel() * 4 for o in optimizers.all for s in o.state.values() for k, x in s.items() if k != "step")
+    assert held == pytest.approx(state_bytes(experiment, model), rel=0.02)
+
+
+@pytest.mark.parametrize("embedding", ["adamw", "coupled_adam", "sgd"])
+def test_the_norm_is_that_of_all_gradients(tiny, embedding) -> None:
+    model, optimizers, _ = built(tiny, embedding__name=embedding)
+    loss(model).backward()
+    expected = clip_grad_norm_(model.parameters(), float("inf"))
+    torch.testing.assert_close(optimizers.step(0.0), expected)
+
+
+def test_the_embedding_may_have_a_multiple_of_the_learning_rate(tiny) -> None:
+    model, optimizers, _ = built(tiny, embedding__name="sgd", embedding__lr_factor=300.0, embedding__momentum=0.5)
+    assert isinstance(optimizers, Optimizers)
+    loss(model).backward()
+    optimizers.step(1e-3)
+    assert [group["lr"] for o in optimizers.all for group in o.param_groups] == pytest.approx([0.3, 1e-3, 1e-3])
+    assert optimizers.all[0].param_groups[0]["momentum"] == 0.5
