@@ -1,6 +1,7 @@
-"""Starts a run twenty times and kills it after a random time: python kill_run.py EXPERIMENT.toml CORPUS RUN.
+"""Starts a run twenty times and kills it at a random moment: python kill_run.py EXPERIMENT.toml CORPUS RUN.
 
-Prints the newest checkpoint after each. The children are forks of a process that has loaded everything.
+Prints the step of the last line of metrics.jsonl after each. The children are forks of a process that has imported all
+that they need and computed nothing: threads do not survive a fork.
 """
 
 import os
@@ -13,17 +14,30 @@ from pathlib import Path
 import runs
 
 from coupled_adam.lm.checkpoint import latest_checkpoint
+from coupled_adam.lm.train import Metrics
 
 toml, corpus, run_dir = map(Path, sys.argv[1:])
-rng = random.Random(0)
+rng, metrics = random.Random(0), Metrics(run_dir / "metrics.jsonl")
 for _ in range(20):
+    newest = latest_checkpoint(run_dir / "checkpoints")
+    start = int(newest.name.removeprefix("step-")) if newest else 0
+    began, deadline = time.time_ns(), time.monotonic() + rng.uniform(1.0, 8.0)
     child = os.fork()
     if child == 0:
         sys.stdout = sys.stderr
         runs.run(toml.read_text(), corpus, run_dir)
         os._exit(0)
-    time.sleep(rng.uniform(0.5, 2.5))
+    # Once it is under way; a few die before, while they load.
+    while time.monotonic() < deadline:
+        if (
+            metrics.path.exists()
+            and metrics.path.stat().st_mtime_ns > began
+            and max((line["step"] for line in metrics.read()), default=0) > start
+        ):
+            break
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0.0, 0.4))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    newest = latest_checkpoint(run_dir / "checkpoints")
-    print(newest.name if newest else "none", flush=True)
+    lines = metrics.read()
+    print(lines[-1]["step"] if lines else 0, flush=True)
