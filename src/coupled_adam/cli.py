@@ -14,11 +14,13 @@ from rich.table import Table
 from coupled_adam import __version__, demo, experiments
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.during_training import evaluator
-from coupled_adam.lm.config import Experiment, load_experiment
-from coupled_adam.lm.corpus import corpus_for
+from coupled_adam.lm.config import Data, Experiment, load_experiment
+from coupled_adam.lm.corpus import corpus_for, prepare
 from coupled_adam.lm.estimate import PEAK_FLOPS, UTILISATION, estimate
 from coupled_adam.lm.parallel import joined
+from coupled_adam.lm.sources import source_of
 from coupled_adam.lm.train import DivergedError, Interrupted, Metrics, train
+from coupled_adam.reproduce import FIGURES, plan, reproduce
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -67,6 +69,35 @@ def demo_command(
         table.add_row(row.label, *row.runs, *row.published)
     Console().print(table)
     print(f"Report: {out / 'report.html'}")
+
+
+@app.command(name="prepare", epilog="Example: coupled-adam prepare books/ --tokenizer gpt2 --out data/books")
+def prepare_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="wikipedia-sample; a file or folder of .txt and .md, .parquet or .jsonl; or the name of a data set, "
+            "for instance Skylion007/openwebtext."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the corpus. A second call goes on, or reuses it.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="bpe, trained on the text, or the name or folder of a model of transformers.")
+    ] = "bpe",
+    vocabulary: Annotated[int, typer.Option(min=257, help="Tokens of bpe.")] = 8192,
+    column: Annotated[str, typer.Option(help="Of tables and data sets: where the text is.")] = "text",
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+) -> None:
+    """Text to token shards, with a validation split by document."""
+    corpus = prepare(source_of(source, column), Data(tokenizer=tokenizer, vocabulary=vocabulary), out)
+    sizes = {split: corpus.tokens(split) for split in ("train", "validation")}
+    if as_json:
+        print(json.dumps({"folder": str(out), **corpus.meta}, ensure_ascii=False))
+        return
+    print(
+        f"{out}: {sizes['train']:,} training and {sizes['validation']:,} validation tokens of "
+        f"{sum(corpus.meta['documents'].values()):,} documents, vocabulary {corpus.meta['tokenizer_tokens']:,}"
+    )
 
 
 @app.command(name="experiments", epilog="Example: coupled-adam experiments exp35V --gpu A100")
@@ -153,6 +184,45 @@ def _figures(run_dir: Path, line: dict[str, Any]) -> str:
     shown = ("loss", "validation_loss", "isotropy", "mean_shift_ratio", "word_similarity")
     parts = [f"{key.replace('_', ' ')} {line[key]:.3f}" for key in shown if line.get(key) is not None]
     return f"{run_dir}: step {line['step']:,}: {', '.join(parts)}"
+
+
+@app.command(name="reproduce", epilog="Example: coupled-adam reproduce mini --only scaled --only sgd")
+def reproduce_command(
+    suite: Annotated[str, typer.Argument(help="mini: the families of the paper's experiments, for two cores.")],
+    only: Annotated[
+        list[str] | None, typer.Option(help="A family: small, scaled, sgd, llama. May be repeated.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="For instance 1,2,3.  [default: 1,2,3 for small, else 1]")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs; a second call goes on.  [runs/SUITE]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Train what is missing of a whole suite, and sum it up."""
+    try:
+        numbers = [int(seed) for seed in seeds.split(",") if seed.strip()]
+    except ValueError:
+        raise InputError(f"--seeds {seeds}: write whole numbers with commas between them, for instance 1,2,3") from None
+    plan([], [], Path(), suite)
+    results = reproduce(only or [], numbers, out or Path("runs") / suite)
+    if as_json:
+        print(json.dumps(results, ensure_ascii=False))
+    else:
+        table = Table(box=box.SIMPLE, caption="mean ± standard deviation over the runs")
+        for heading in ("experiment", "runs", *(figure.replace("_", " ") for figure in FIGURES)):
+            table.add_column(heading, no_wrap=True)
+        for row in results["experiments"]:
+            table.add_row(row["name"], str(row["runs"]), *(_spread(row["figures"][figure]) for figure in FIGURES))
+        Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+    for name, reason in results["failed"].items():
+        print(f"{name} failed: {reason}", file=sys.stderr)
+    if results["failed"]:
+        raise typer.Exit(1)
+
+
+def _spread(moments: dict[str, float | None]) -> str:
+    if moments["mean"] is None:
+        return "–"
+    spread = f" ± {moments['deviation']:.3f}" if moments["deviation"] is not None else ""
+    return f"{moments['mean']:.3f}{spread}"
 
 
 def main() -> None:

@@ -25,7 +25,9 @@ def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None
     """
     world, settings = world or World(), experiment.evaluation
     benchmarks, token_of = geometry.published_benchmarks(), cached(corpus.token_of)
-    batches = Batches(corpus.shards("validation"), experiment.data.sequence_length, experiment.batch_size, seed=0)
+    batches = Batches(
+        corpus.shards("validation"), experiment.data.sequence_length, experiment.batch_size, 0, corpus.vocabulary_size
+    )
 
     def evaluate(model: LanguageModel, last: bool) -> Figures:
         count = settings.final_batches if last and settings.final_batches else settings.batches

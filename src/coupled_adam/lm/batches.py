@@ -14,8 +14,11 @@ from coupled_adam.lm.corpus import Tokens
 class Batches:
     """Sequences of one length, without overlap, in an order that is drawn anew for every pass over the data."""
 
-    def __init__(self, shards: list[Tokens], sequence_length: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, shards: list[Tokens], sequence_length: int, batch_size: int, seed: int, vocabulary: int | None = None
+    ) -> None:
         """Raises InputError if the shards do not hold ``sequence_length`` + 1 tokens in a row."""
+        self.vocabulary = vocabulary
         self.shards, self.sequence_length, self.batch_size, self.seed = shards, sequence_length, batch_size, seed
         per_shard = [(len(shard) - 1) // sequence_length for shard in shards]
         self._first_of_shard = np.cumsum([0, *per_shard])
@@ -29,7 +32,11 @@ class Batches:
         return int(self._first_of_shard[-1])
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of step 0, 1, …, int64 (batch_size, sequence_length); targets are one token ahead."""
+        """Inputs and targets of step 0, 1, …, int64 (batch_size, sequence_length); targets are one token ahead.
+
+        Raises:
+            InputError: a token is not in the vocabulary, if that was given.
+        """
         first = step * self.batch_size
         rows = np.stack([self._sequence(i) for i in range(first, first + self.batch_size)])
         tokens = torch.from_numpy(rows.astype(np.int64))
@@ -40,7 +47,14 @@ class Batches:
         index = int(_permutation(len(self), self.seed, epoch)[position])
         shard = int(np.searchsorted(self._first_of_shard, index, side="right")) - 1
         start = (index - int(self._first_of_shard[shard])) * self.sequence_length
-        return self.shards[shard][start : start + self.sequence_length + 1]
+        sequence = self.shards[shard][start : start + self.sequence_length + 1]
+        if self.vocabulary is not None and sequence.max() >= self.vocabulary:
+            file = getattr(self.shards[shard], "filename", f"shard {shard}")
+            raise InputError(
+                f"{file}: token {sequence.max():,} after position {start:,}, and the vocabulary has "
+                f"{self.vocabulary:,}; the file is damaged or of another tokenizer: prepare the corpus again"
+            )
+        return sequence
 
 
 @lru_cache(maxsize=4)

@@ -3,11 +3,12 @@
 import bz2
 import hashlib
 import re
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Protocol
 
-from coupled_adam.errors import InputError
+from coupled_adam.errors import InputError, require
 
 #: Part of the fingerprint: raise it when the cleaning changes what comes out of the same file.
 CLEANING_VERSION = 1
@@ -25,8 +26,8 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Hexadecimal digest of all that determines :meth:`documents`."""
 
-    def documents(self) -> list[str]:
-        """The documents, paragraphs separated by newlines. Raises InputError where there is none to be had."""
+    def documents(self) -> Iterable[str]:
+        """The documents, a list if they are in memory anyway. Raises InputError where there is none to be had."""
 
 
 class WikipediaSample:
@@ -100,6 +101,65 @@ class TextFiles:
             return [text.strip() for text in texts if text.strip()]
         paragraphs = [p.strip() for p in re.split(r"\n\s*\n", texts[0]) if p.strip()]
         return paragraphs if len(paragraphs) > 1 else [line for line in texts[0].splitlines() if line.strip()]
+
+
+class DataSet:
+    """A data set of the Hugging Face hub by its name, or local ``.parquet`` and ``.jsonl`` files; read as a stream."""
+
+    def __init__(self, name: str, column: str = "text", split: str = "train") -> None:
+        self.name, self.column, self.split = name, column, split
+        path = Path(name)
+        self._files = sorted(p for p in path.rglob("*") if _is_table(p)) if path.is_dir() else [path]
+        self._local = path.exists()
+
+    def fingerprint(self) -> str:
+        """Digest of the name, or of the names, sizes and times of the files: there may be terabytes of them."""
+        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self._files] if self._local else []
+        return hashlib.sha256(repr((self.name, self.column, self.split, stats)).encode()).hexdigest()
+
+    def documents(self) -> Iterator[str]:
+        """The column of texts, empty ones left out."""
+        require("lm", "datasets")
+        from datasets import load_dataset
+
+        try:
+            if self._local:
+                kind = "parquet" if self._files[0].suffix == ".parquet" else "json"
+                rows = load_dataset(kind, data_files=[str(p) for p in self._files], split="train", streaming=True)
+            else:
+                rows = load_dataset(self.name, split=self.split, streaming=True)
+            for row in rows:
+                if self.column not in row:
+                    raise InputError(f"{self.name}: no column {self.column!r}; there are {', '.join(map(str, row))}")
+                if row[self.column]:
+                    yield row[self.column]
+        except InputError:
+            raise
+        except Exception as error:  # the library raises of every kind, for damaged files as for a hub out of reach
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            hint = (
+                "" if self._local else "; no network? Download it where there is one, and give the folder of its files"
+            )
+            raise InputError(f"{self.name}: cannot be read as a data set: {reason[0][:200]}{hint}") from None
+
+
+TABLES = (".parquet", ".jsonl")
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in TABLES and path.is_file()
+
+
+def source_of(name: str, column: str = "text") -> Source:
+    """What ``coupled-adam prepare`` is given: ``wikipedia-sample``, text files, tables, or a data set of the hub."""
+    path = Path(name)
+    if name == "wikipedia-sample":
+        return WikipediaSample()
+    if _is_table(path) or (path.is_dir() and any(map(_is_table, path.rglob("*")))):
+        return DataSet(name, column)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.suffix:
+        return TextFiles(path)
+    return DataSet(name, column)
 
 
 def _read_text(path: Path) -> str:

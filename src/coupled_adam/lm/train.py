@@ -82,7 +82,7 @@ def _train(
             block.compile()
     shared = share(model, experiment.parallel, world)
     optimizers = build_optimizers(model, experiment)
-    batches = Batches(corpus.shards("train"), sequence_length, experiment.batch_size, seed)
+    batches = Batches(corpus.shards("train"), sequence_length, experiment.batch_size, seed, corpus.vocabulary_size)
     metrics = Metrics(run_dir / "metrics.jsonl") if world.main else None
     start, checkpoints = 0, run_dir / "checkpoints"
     checkpoint = world.from_main(lambda: latest_checkpoint(checkpoints))

@@ -1,0 +1,134 @@
+"""A whole suite of experiments: trains what is missing, goes on with what was interrupted, and sums up."""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coupled_adam import experiments
+from coupled_adam.errors import InputError
+from coupled_adam.evaluation.during_training import evaluator
+from coupled_adam.files import write_json
+from coupled_adam.lm.checkpoint import latest_checkpoint
+from coupled_adam.lm.config import Experiment
+from coupled_adam.lm.corpus import Corpus, prepare
+from coupled_adam.lm.estimate import estimate
+from coupled_adam.lm.progress import say
+from coupled_adam.lm.sources import source_of
+from coupled_adam.lm.train import DivergedError, Metrics, train
+
+#: What is summed up over seeds.
+FIGURES = ("validation_loss", "isotropy", "mean_shift_ratio", "word_similarity")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of the suite."""
+
+    family: str
+    name: str
+    experiment: Experiment
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether its last step was evaluated and saved."""
+        newest = latest_checkpoint(self.folder / "checkpoints")
+        return newest is not None and newest.name == f"step-{self.experiment.train.steps:08d}"
+
+
+def plan(only: Sequence[str], seeds: Sequence[int], out: Path, suite: str = "mini") -> list[Planned]:
+    """The runs of the families ``only`` (of all, if empty), with ``seeds`` (those of the family, if empty).
+
+    A run that two families share is planned once, with the first.
+
+    Raises:
+        InputError: an unknown suite or family, or a negative seed.
+    """
+    if suite != "mini":
+        raise InputError(f"{suite}: no suite of that name to reproduce on one machine; there is mini")
+    families = experiments.families(suite)
+    if unknown := [name for name in only if name not in families]:
+        raise InputError(f"{unknown[0]}: no family of that name; choose from {', '.join(families)}")
+    if negative := [seed for seed in seeds if seed < 0]:
+        raise InputError(f"seed {negative[0]} is negative")
+    planned: dict[Path, Planned] = {}
+    for family, content in families.items():
+        if only and family not in only:
+            continue
+        # Seed by seed, so that an early end leaves whole comparisons.
+        for seed in seeds or content["seeds"]:
+            for name in content["experiments"]:
+                experiment = experiments.load(name, seed)
+                folder = out / experiment.run.name
+                planned.setdefault(folder, Planned(family, name, experiment, folder))
+    return list(planned.values())
+
+
+def reproduce(only: Sequence[str], seeds: Sequence[int], out: Path) -> dict[str, Any]:
+    """Run what is not yet done of the suite in ``out``, write results.json there, and return the results.
+
+    A run that fails is named in the results (``failed``), and the others go on.
+
+    Raises:
+        InputError: as :func:`plan`.
+        Interrupted: the user stopped it; all done is saved, and the same call goes on.
+    """
+    runs = plan(only, seeds, out)
+    say(f"{len(runs)} runs in {out}, {sum(run.finished for run in runs)} of them finished")
+    corpora: dict[tuple[str, str, int], Corpus] = {}
+    failed: dict[str, str] = {}
+    seconds = arithmetic = 0.0
+    for i, run in enumerate(runs):
+        if run.finished:
+            continue
+        rest = sum(estimate(r.experiment).flops for r in runs[i:] if not r.finished)
+        left = f", about {math.ceil(rest * seconds / arithmetic / 60)} min left" if arithmetic else ""
+        say(f"[{i + 1}/{len(runs)}] {run.family}: {run.experiment.run.name}{left}")
+        before, began = _steps_done(run.folder), time.monotonic()
+        try:
+            data = run.experiment.data
+            key = (data.source, data.tokenizer, data.vocabulary)
+            if key not in corpora:
+                corpora[key] = prepare(source_of(data.source), data, out / "corpus" / "-".join(map(str, key)))
+            train(run.experiment, corpora[key], run.folder, evaluator(run.experiment, corpora[key]))
+        except (DivergedError, InputError, OSError) as error:
+            failed[run.experiment.run.name] = str(error)
+            say(f"  failed: {error}")
+            continue
+        seconds += time.monotonic() - began
+        arithmetic += estimate(run.experiment).flops * (1 - before / run.experiment.train.steps)
+    results = {"experiments": _summed_up(runs), "failed": failed}
+    write_json(out / "results.json", results)
+    return results
+
+
+def _steps_done(folder: Path) -> int:
+    newest = latest_checkpoint(folder / "checkpoints")
+    return int(newest.name.removeprefix("step-")) if newest else 0
+
+
+def _summed_up(runs: Sequence[Planned]) -> list[dict[str, Any]]:
+    """One object an experiment: mean and sample standard deviation of its finished runs' last figures."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        if run.finished:
+            found.setdefault(run.name, []).append(Metrics(run.folder / "metrics.jsonl").read()[-1])
+    families = {run.name: run.family for run in runs}
+    return [
+        {"name": name, "family": families[name], "runs": len(f), "figures": _moments(f)} for name, f in found.items()
+    ]
+
+
+def _moments(finals: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    moments: dict[str, dict[str, float | None]] = {}
+    for figure in FIGURES:
+        values = [final[figure] for final in finals if final.get(figure) is not None]
+        moments[figure] = {
+            "mean": statistics.fmean(values) if values else None,
+            "deviation": statistics.stdev(values) if len(values) > 1 else None,
+        }
+    return moments

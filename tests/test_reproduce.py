@@ -1,0 +1,70 @@
+"""A suite: what is planned, and that it goes on, whatever happens to single runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from coupled_adam import experiments, reproduce
+from coupled_adam.cli import app
+from coupled_adam.errors import InputError
+from coupled_adam.lm import train as loop
+from coupled_adam.lm.corpus import prepare
+from coupled_adam.lm.sources import TextFiles
+
+
+def test_the_plan_is_the_families_times_the_seeds(tmp_path: Path) -> None:
+    runs = reproduce.plan([], [], tmp_path)
+    assert len(runs) == 8 * 3 + 10 + 6 + 2, "n = 0 of the scaled family is a run of the small one"
+    assert len({run.folder for run in runs}) == len(runs)
+    assert len(reproduce.plan(["scaled"], [], tmp_path)) == 11
+    assert {run.experiment.run.seed for run in reproduce.plan(["sgd"], [4, 5], tmp_path)} == {4, 5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["maxi"], "maxi: no suite of that name"),
+        (["mini", "--only", "smal"], "smal: no family of that name; choose from small, scaled, sgd, llama"),
+        (["mini", "--seeds", "1,x"], "write whole numbers"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["reproduce", *arguments])
+    assert isinstance(result.exception, InputError) and message in str(result.exception)
+
+
+@pytest.fixture
+def tiny_suite(tiny, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two experiments of one family, on a few sentences; the second one of them diverges with seed 2."""
+
+    def load(name: str, seed: int) -> loop.Experiment:
+        lr = 1e30 if (name, seed) == ("V", 2) else 1e-3
+        values = {"run__name": f"{name}-s{seed}", "run__seed": seed, "schedule__lr": lr, "train__clip": 1e9}
+        values["optimizer__embedding__name"] = "adamw" if name == "A" else "coupled_adam"
+        return tiny.with_values(**values)
+
+    monkeypatch.setattr(experiments, "load", load)
+    monkeypatch.setattr(experiments, "families", lambda suite: {"small": {"seeds": [1, 2], "experiments": ["A", "V"]}})
+    monkeypatch.setattr(reproduce, "source_of", lambda name: TextFiles(text_file))
+
+
+def test_a_failing_run_is_named_and_the_others_go_on(tiny_suite, tmp_path: Path, capsys) -> None:
+    result = CliRunner().invoke(app, ["reproduce", "mini", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert list(found["failed"]) == ["V-s2"]
+    assert {row["name"]: row["runs"] for row in found["experiments"]} == {"A": 2, "V": 1}
+    finals = [loop.Metrics(tmp_path / f"A-s{seed}" / "metrics.jsonl").read()[-1] for seed in (1, 2)]
+    loss = found["experiments"][0]["figures"]["validation_loss"]
+    assert loss["mean"] == pytest.approx(sum(f["validation_loss"] for f in finals) / 2)
+    assert loss["deviation"] == pytest.approx(abs(finals[0]["validation_loss"] - finals[1]["validation_loss"]) / 2**0.5)
+
+
+def test_what_is_finished_is_not_trained_again(tiny_suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = reproduce.reproduce(["small"], [1], tmp_path)
+    assert first["failed"] == {} and len(first["experiments"]) == 2
+    monkeypatch.setattr(reproduce, "train", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(reproduce, "prepare", prepare)
+    assert reproduce.reproduce(["small"], [1], tmp_path) == first
