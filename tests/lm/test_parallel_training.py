@@ -79,7 +79,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_killed_twenty_times_at_random_it_ends_as_the_undisturbed_one(tiny, corpus, tmp_path) -> None:
-    experiment = tiny.with_values(train__checkpoint_every=3, train__steps=200)
+    experiment = tiny.with_values(train__checkpoint_every=3, train__steps=200, optimizer__embedding__name="adamw")
     (tmp_path / "run.toml").write_text(experiment.to_toml())
     arguments = (tmp_path / "run.toml", corpus.folder)
     killed = subprocess.run(
