@@ -12,7 +12,7 @@ from coupled_adam import experiments
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.during_training import evaluator
 from coupled_adam.files import write_json
-from coupled_adam.lm.checkpoint import latest_checkpoint
+from coupled_adam.lm.checkpoint import latest_checkpoint, step_of
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus, prepare
 from coupled_adam.lm.estimate import estimate
@@ -37,7 +37,7 @@ class Planned:
     def finished(self) -> bool:
         """Whether its last step was evaluated and saved."""
         newest = latest_checkpoint(self.folder / "checkpoints")
-        return newest is not None and newest.name == f"step-{self.experiment.train.steps:08d}"
+        return newest is not None and step_of(newest) == self.experiment.train.steps
 
 
 def plan(only: Sequence[str], seeds: Sequence[int], out: Path, suite: str = "mini") -> list[Planned]:
@@ -108,7 +108,7 @@ def reproduce(only: Sequence[str], seeds: Sequence[int], out: Path) -> dict[str,
 
 def _steps_done(folder: Path) -> int:
     newest = latest_checkpoint(folder / "checkpoints")
-    return int(newest.name.removeprefix("step-")) if newest else 0
+    return step_of(newest) if newest else 0
 
 
 def _summed_up(runs: Sequence[Planned]) -> list[dict[str, Any]]:

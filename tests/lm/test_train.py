@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from coupled_adam.errors import InputError
 from coupled_adam.lm import train as loop
+from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.checkpoint import latest_checkpoint
 from coupled_adam.lm.config import Experiment, Model, Schedule
 from coupled_adam.lm.corpus import Corpus, prepare
@@ -93,6 +94,41 @@ def test_training_lowers_the_loss_and_writes_what_it_did(tiny: Experiment, corpu
     assert lines[-1]["loss"] < lines[1]["loss"] - 0.1
     assert (tmp_path / "run" / "experiment.toml").read_text() == tiny.to_toml()
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000024"]
+
+
+def test_milestones_are_kept(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
+    experiment = tiny.with_values(train__checkpoint_every=4, train__keep_every=8, train__steps=20)
+    loop.train(experiment, corpus, tmp_path / "run", no_figures)
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000008", "step-00000016", "step-00000020"]
+
+
+def test_the_losses_are_those_of_a_textbook_loop(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
+    experiment = tiny.with_values(optimizer__embedding__name="adamw", train__steps=100, train__micro_batch=2)
+    loop.train(experiment, corpus, tmp_path / "run", no_figures)
+    found = [line["loss"] for line in loop.Metrics(tmp_path / "run" / "metrics.jsonl").read()[1:]]
+
+    model = build_model(experiment.model, corpus.vocabulary_size, 16, seed=3)
+    decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and n != "token_embedding.weight"]
+    rest = [p for n, p in model.named_parameters() if p.ndim < 2 or n == "token_embedding.weight"]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: loop.learning_rate(step, experiment.schedule, 100) / optimizer.defaults["lr"]
+    )
+    batches = Batches(corpus.shards("train"), 16, 4, seed=3)
+    expected = []
+    for step in range(100):
+        tokens, targets = batches.batch(step)
+        loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        expected.append(loss.item())
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert found[-1] < found[0] - 0.3
 
 
 class Killed(BaseException):

@@ -26,11 +26,17 @@ from coupled_adam.lm.parallel import World
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizers: Sequence[Optimizer], state: dict[str, Any], world: World
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    state: dict[str, Any],
+    world: World,
+    keep_every: int | None = None,
 ) -> Path:
-    """Write a checkpoint, whole or not at all, then delete the older ones. ``state`` is plain values for state.json.
+    """Write a checkpoint, whole or not at all, then delete the older ones but the multiples of ``keep_every`` steps.
 
-    All processes call this together and write their own shards.
+    ``state`` is plain values for state.json. All processes call this together and write their own shards.
     """
     path = folder / f"step-{step:08d}"
     name = world.from_main(lambda: os.getpid())
@@ -47,13 +53,19 @@ def save_checkpoint(
             write_json(aside / "state.json", {"step": step, **state})
             move_into_place(aside, path)
             for older in folder.glob("step-*"):
-                if older != path:
+                kept = keep_every is not None and step_of(older) % keep_every == 0
+                if older != path and not kept:
                     shutil.rmtree(older)
         world.wait()
     finally:
         if world.main:
             shutil.rmtree(aside, ignore_errors=True)
     return path
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps after which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -133,6 +133,8 @@ class Train(Section):
     clip: PositiveFloat = 1.0
     """Bound of the global norm of the gradients."""
     checkpoint_every: PositiveInt = 100
+    keep_every: PositiveInt | None = None
+    """Steps whose checkpoints are kept for good: the multiples of this. None: only the newest checkpoint stays."""
     micro_batch: PositiveInt | None = None
     """Sequences that a process takes at a time; the rest of its share of the batch accumulates. None: all at once."""
     precision: Literal["float32", "bfloat16"] = "float32"

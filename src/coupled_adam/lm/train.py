@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from coupled_adam.errors import InputError
 from coupled_adam.files import write_json, write_text
 from coupled_adam.lm.batches import Batches
-from coupled_adam.lm.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from coupled_adam.lm.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, step_of
 from coupled_adam.lm.config import Experiment, Schedule, load_experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.model import LanguageModel, build_model
@@ -87,7 +87,7 @@ def _train(
     start, checkpoints = 0, run_dir / "checkpoints"
     checkpoint = world.from_main(lambda: latest_checkpoint(checkpoints))
     if checkpoint:
-        finished = checkpoint.name == f"step-{config.steps:08d}"
+        finished = step_of(checkpoint) == config.steps
         start = load_checkpoint(checkpoint, model, [] if finished else optimizers.all)["step"]
     if metrics:
         metrics.cut_after(start)
@@ -116,7 +116,7 @@ def _train(
             stopping = world.sum(torch.tensor(stop.number)).item() > 0  # whichever of the processes was asked
             if done % config.checkpoint_every == 0 or last or stopping:
                 state = {"corpus": corpus.fingerprint}
-                save_checkpoint(checkpoints, done, model, optimizers.all, state, world)
+                save_checkpoint(checkpoints, done, model, optimizers.all, state, world, config.keep_every)
             if stopping and not last:
                 message = f"{experiment.run.name}: stopped and saved at step {done} of {config.steps}"
                 raise Interrupted(message, stop.number or signal.SIGTERM)

@@ -1,0 +1,195 @@
+"""Training speed: our loop against transformers' GPT-2 and against a textbook loop, alternately in one process.
+
+    python benchmarks/train_throughput.py [--rounds 10] [--threads 2] [--only mini|small] [--no-memory]
+
+All three train the same shape on the same tokens with clipping at 1.0. Ours is the model, loss and optimizers of
+`coupled-adam train` with Coupled Adam on the embedding; the others take AdamW(fused=True) and clip_grad_norm_.
+transformers: GPT2LMHeadModel, without dropout. Textbook: our model, eager, the logits of all positions at once. Figures
+are medians of the ratios of neighbouring steps, in both orders. Memory is the peak of a process of its own that makes
+three steps, less what it held before the first.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from coupled_adam.lm.config import Experiment
+from coupled_adam.lm.model import build_model
+from coupled_adam.lm.optimizers import build_optimizers
+from coupled_adam.lm.parallel import World
+from coupled_adam.lm.train import backward
+
+Step = Callable[[], None]
+LR = 1e-4
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int
+    heads: int
+    width: int
+    vocabulary: int
+    length: int
+    batch: int
+
+    @property
+    def experiment(self) -> Experiment:
+        return Experiment.from_dict(
+            {
+                "run": {"name": "throughput"},
+                "model": {"layers": self.layers, "heads": self.heads, "width": self.width},
+                "data": {"vocabulary": self.vocabulary, "sequence_length": self.length},
+                "optimizer": {"embedding": {"name": "coupled_adam"}},
+                "train": {"batch_tokens": self.batch * self.length},
+            }
+        )
+
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.randint(
+            self.vocabulary, (self.batch, self.length + 1), generator=torch.Generator().manual_seed(0)
+        )
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+SHAPES = {"mini": Shape(4, 4, 128, 8_192, 128, 16), "small": Shape(12, 12, 768, 50_304, 256, 2)}
+#: Against transformers and against the textbook; at least.
+TARGETS = {
+    ("mini", "transformers"): 1.25,
+    ("mini", "textbook"): 1.1,
+    ("small", "transformers"): 1.15,
+    ("small", "textbook"): 1.05,
+}
+
+
+def ours(shape: Shape) -> Step:
+    experiment, batch = shape.experiment, shape.tokens()
+    model = build_model(experiment.model, shape.vocabulary, shape.length, seed=0)
+    optimizers = build_optimizers(model, experiment)
+
+    def step() -> None:
+        optimizers.zero_grad()
+        backward(model, batch, shape.batch, "float32", World())
+        optimizers.step(LR)
+
+    return step
+
+
+def adamw_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        value.item()  # as a loop that shows its loss; ours does
+
+    return step
+
+
+def textbook(shape: Shape) -> Step:
+    tokens, targets = shape.tokens()
+    model = build_model(shape.experiment.model, shape.vocabulary, shape.length, seed=0)
+    return adamw_step(model, lambda: F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()))
+
+
+def transformers_gpt2(shape: Shape) -> Step:
+    tokens, targets = shape.tokens()
+    config = GPT2Config(
+        vocab_size=shape.vocabulary,
+        n_positions=shape.length,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+    )
+    model = GPT2LMHeadModel(config).train()
+    labels = torch.cat([tokens[:, :1], targets[:, :-1]], dim=1)  # the model shifts them itself
+    return adamw_step(model, lambda: model(tokens, labels=labels).loss)
+
+
+SIDES: dict[str, Callable[[Shape], Step]] = {"ours": ours, "transformers": transformers_gpt2, "textbook": textbook}
+
+
+def timed(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def speed(name: str, shape: Shape, rounds: int) -> None:
+    steps = {side: make(shape) for side, make in SIDES.items()}
+    for step in steps.values():
+        step(), step()
+    for peer in ("transformers", "textbook"):
+        pairs = []
+        for _ in range(rounds):
+            a, b, c, d = (timed(steps[side]) for side in ("ours", peer, peer, "ours"))
+            pairs += [(a, b), (d, c)]
+        mine, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+        ratio = statistics.median(other / own for own, other in pairs)
+        size = shape.batch * shape.length
+        target = TARGETS[name, peer]
+        print(
+            f"| {name}: tokens/s ÷ {peer} | {size / mine:,.0f} | {size / theirs:,.0f} | {ratio:.2f} | ≥ {target} |",
+            flush=True,
+        )
+
+
+def peak(side: str, name: str) -> float:
+    """MiB that three steps take at their peak, in a process of its own."""
+    command = [sys.executable, __file__, "--peak", side, "--only", name]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=SHAPES)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--peak", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    if args.peak:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step = SIDES[args.peak](SHAPES[args.only])
+        for _ in range(3):
+            step()
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        return
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {args.threads} threads; "
+        f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}\n"
+    )
+    print("| work | ours | theirs | ratio | target |\n| --- | ---: | ---: | ---: | ---: |", flush=True)
+    for name, shape in SHAPES.items():
+        if args.only in (None, name):
+            speed(name, shape, args.rounds)
+    if not args.no_memory and args.only in (None, "small"):
+        mine, theirs = peak("ours", "small"), peak("textbook", "small")
+        print(f"| small: peak memory ÷ textbook | {mine:,.0f} MiB | {theirs:,.0f} MiB | {mine / theirs:.2f} | ≤ 0.85 |")
+
+
+if __name__ == "__main__":
+    main()
