@@ -123,7 +123,7 @@ def experiments_command(
     for n, e in loaded.items():
         shape = f"{e.model.family} {e.model.layers}/{e.model.heads}/{e.model.width}"
         sizes = (_short(estimates[n].parameters), _short(estimates[n].tokens), f"{e.train.steps:,}")
-        table.add_row(n, shape, *sizes, _embedding(e), e.optimizer.core.name, f"{estimates[n].gpu_hours:,.3g}")
+        table.add_row(n, shape, *sizes, _embedding(e), e.optimizer.core.name, _hours(estimates[n].gpu_hours))
     Console(width=None if sys.stdout.isatty() else WIDE).print(table)
     if name:
         found = estimates[name]
@@ -144,6 +144,10 @@ def _short(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:,}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
 def _embedding(experiment: Experiment) -> str:

@@ -142,7 +142,7 @@ def backward(model: nn.Module, batch: tuple[Tensor, Tensor], micro: int, precisi
     """Gradients of the mean loss per token of the global batch. Returns this process's part of that loss."""
     count = batch[0].numel()
     tokens, targets = (x.chunk(world.size)[world.rank] for x in batch)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
     parts = list(zip(torch.split(tokens, micro), torch.split(targets, micro), strict=True))
     for i, (inputs, wanted) in enumerate(parts):
         with gradients_wait(model, wait=i + 1 < len(parts)):
@@ -150,8 +150,8 @@ def backward(model: nn.Module, batch: tuple[Tensor, Tensor], micro: int, precisi
                 loss = model(inputs.to(world.device), wanted.to(world.device)) / count
             # The processes' gradients are averaged, and the parts of the loss are to be summed.
             (loss * world.size).backward()
-        total += loss.item()
-    return total
+        total += loss.detach()
+    return total.item()  # once: on an accelerator reading a number waits for it
 
 
 def learning_rate(step: int, schedule: Schedule, steps: int) -> float:
