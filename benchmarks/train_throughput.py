@@ -12,7 +12,6 @@ three steps, less what it held before the first.
 import argparse
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -154,6 +154,12 @@ def speed(name: str, shape: Shape, rounds: int) -> None:
         )
 
 
+def resident_peak() -> float:
+    """MiB that this process has held at most (Linux)."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
 def peak(side: str, name: str) -> float:
     """MiB that three steps take at their peak, in a process of its own."""
     command = [sys.executable, __file__, "--peak", side, "--only", name]
@@ -172,11 +178,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     if args.peak:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of the parent process
+        before = resident_peak()
         step = SIDES[args.peak](SHAPES[args.only])
         for _ in range(3):
             step()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        print(resident_peak() - before)
         return
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {args.threads} threads; "
