@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 #: Seconds after which a collective that others do not join is an error.
-PATIENCE = 60
+PATIENCE = 120
 
 
 class Processes:

@@ -21,13 +21,14 @@ rng, metrics = random.Random(0), Metrics(run_dir / "metrics.jsonl")
 for _ in range(20):
     newest = latest_checkpoint(run_dir / "checkpoints")
     start = int(newest.name.removeprefix("step-")) if newest else 0
-    began, deadline = time.time_ns(), time.monotonic() + rng.uniform(1.0, 8.0)
+    # Most die once they are under way, however long that takes; a few before, while they load.
+    patience = rng.uniform(0.2, 1.5) if rng.random() < 0.15 else 60.0
+    began, deadline = time.time_ns(), time.monotonic() + patience
     child = os.fork()
     if child == 0:
         sys.stdout = sys.stderr
         runs.run(toml.read_text(), corpus, run_dir)
         os._exit(0)
-    # Once it is under way; a few die before, while they load.
     while time.monotonic() < deadline:
         if (
             metrics.path.exists()
