@@ -78,7 +78,10 @@ def test_a_truncated_table_is_refused(tmp_path: Path) -> None:
         prepare(source_of(str(file)), DATA, tmp_path / "corpus")
 
 
-def test_an_interrupted_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, InputError])
+def test_an_interrupted_preparation_goes_on(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = table(tmp_path / "a.jsonl", DOCUMENTS)
     monkeypatch.setattr(module, "BATCH_DOCUMENTS", 50)
     monkeypatch.setattr(module, "SAVE_TOKENS", 10_000)
@@ -93,9 +96,9 @@ def test_an_interrupted_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.
         calls += 1
         append(self, split, tokens)
         if calls == 17:
-            raise KeyboardInterrupt
+            raise error("cut")
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(error):
         patch.setattr(module.Shards, "_append", failing)
         prepare(source_of(str(file)), DATA, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()

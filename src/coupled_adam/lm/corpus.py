@@ -154,7 +154,8 @@ def _write(source: Source, config: Data, folder: Path, fingerprint: str) -> None
                 )
         shards.finish(source.name)
     except InputError:
-        shutil.rmtree(aside)  # it cannot go on from here
+        if not (aside / "progress.json").exists():  # else the work goes on from there, once a network is back, say
+            shutil.rmtree(aside)
         raise
     move_into_place(aside, folder)
 
