@@ -15,11 +15,11 @@ from coupled_adam.lm.sources import TextFiles
 
 
 def test_the_plan_is_the_families_times_the_seeds(tmp_path: Path) -> None:
-    runs = reproduce.plan([], [], tmp_path)
+    runs = reproduce.plan("mini", [], [], tmp_path)
     assert len(runs) == 8 * 3 + 10 + 6 + 2, "n = 0 of the scaled family is a run of the small one"
     assert len({run.folder for run in runs}) == len(runs)
-    assert len(reproduce.plan(["scaled"], [], tmp_path)) == 11
-    assert {run.experiment.run.seed for run in reproduce.plan(["sgd"], [4, 5], tmp_path)} == {4, 5}
+    assert len(reproduce.plan("mini", ["scaled"], [], tmp_path)) == 11
+    assert {run.experiment.run.seed for run in reproduce.plan("mini", ["sgd"], [4, 5], tmp_path)} == {4, 5}
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_a_failing_run_is_named_and_the_others_go_on(tiny_suite, tmp_path: Path,
 
 
 def test_what_is_finished_is_not_trained_again(tiny_suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = reproduce.reproduce(["small"], [1], tmp_path)
+    first = reproduce.reproduce("mini", ["small"], [1], tmp_path)
     assert first["failed"] == {} and len(first["experiments"]) == 2
     monkeypatch.setattr(reproduce, "train", lambda *args: pytest.fail("trained again"))
     monkeypatch.setattr(reproduce, "prepare", prepare)
-    assert reproduce.reproduce(["small"], [1], tmp_path) == first
+    assert reproduce.reproduce("mini", ["small"], [1], tmp_path) == first

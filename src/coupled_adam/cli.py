@@ -20,7 +20,7 @@ from coupled_adam.lm.estimate import PEAK_FLOPS, UTILISATION, estimate
 from coupled_adam.lm.parallel import joined
 from coupled_adam.lm.sources import source_of
 from coupled_adam.lm.train import DivergedError, Interrupted, Metrics, train
-from coupled_adam.reproduce import FIGURES, plan, reproduce
+from coupled_adam.reproduce import FIGURES, reproduce
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -171,9 +171,11 @@ def train_command(
 ) -> None:
     """Train one experiment, or go on with it; also under torchrun, on one machine or many."""
     path = Path(experiment)
-    config = load_experiment(path) if path.suffix == ".toml" else experiments.load(experiment, seed or 1)
-    if seed is not None:
-        config = config.with_values(run__seed=seed)
+    if path.suffix == ".toml":
+        config = load_experiment(path)
+        config = config if seed is None else config.with_values(run__seed=seed)
+    else:
+        config = experiments.load(experiment, 1 if seed is None else seed)
     config = config.overridden(overrides or [])
     run_dir = out or Path("runs") / config.run.name
     with joined() as world:
@@ -205,8 +207,7 @@ def reproduce_command(
         numbers = [int(seed) for seed in seeds.split(",") if seed.strip()]
     except ValueError:
         raise InputError(f"--seeds {seeds}: write whole numbers with commas between them, for instance 1,2,3") from None
-    plan([], [], Path(), suite)
-    results = reproduce(only or [], numbers, out or Path("runs") / suite)
+    results = reproduce(suite, only or [], numbers, out or Path("runs") / suite)
     if as_json:
         print(json.dumps(results, ensure_ascii=False))
     else:

@@ -40,7 +40,7 @@ class Planned:
         return newest is not None and step_of(newest) == self.experiment.train.steps
 
 
-def plan(only: Sequence[str], seeds: Sequence[int], out: Path, suite: str = "mini") -> list[Planned]:
+def plan(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) -> list[Planned]:
     """The runs of the families ``only`` (of all, if empty), with ``seeds`` (those of the family, if empty).
 
     A run that two families share is planned once, with the first.
@@ -68,7 +68,7 @@ def plan(only: Sequence[str], seeds: Sequence[int], out: Path, suite: str = "min
     return list(planned.values())
 
 
-def reproduce(only: Sequence[str], seeds: Sequence[int], out: Path) -> dict[str, Any]:
+def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) -> dict[str, Any]:
     """Run what is not yet done of the suite in ``out``, write results.json there, and return the results.
 
     A run that fails is named in the results (``failed``), and the others go on.
@@ -77,7 +77,7 @@ def reproduce(only: Sequence[str], seeds: Sequence[int], out: Path) -> dict[str,
         InputError: as :func:`plan`.
         Interrupted: the user stopped it; all done is saved, and the same call goes on.
     """
-    runs = plan(only, seeds, out)
+    runs = plan(suite, only, seeds, out)
     say(f"{len(runs)} runs in {out}, {sum(run.finished for run in runs)} of them finished")
     corpora: dict[tuple[str, str, int], Corpus] = {}
     failed: dict[str, str] = {}

@@ -102,6 +102,9 @@ def test_an_interrupted_preparation_goes_on(
         patch.setattr(module.Shards, "_append", failing)
         prepare(source_of(str(file)), DATA, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
+    (tmp_path / ".cut.partial" / "train-00099.bin").write_bytes(b"left by a process that died")
+    with (tmp_path / ".cut.partial" / "train-00000.bin").open("ab") as shard:
+        shard.write(b"half a to")
     calls = 0
     again = []
     monkeypatch.setattr(module, "say", again.append)

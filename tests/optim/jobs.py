@@ -27,7 +27,6 @@ from coupled_adam.lm.config import Model
 from coupled_adam.lm.model import LanguageModel
 
 STEPS = 50
-MADE_UP_STEPS = 20
 PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "whole": Replicate()}
 OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "coupled": (CoupledAdam, {}),
@@ -81,7 +80,7 @@ def made_up(
         name: nn.Parameter(x if name in plain else spread(x).clone()) for name, x in values(vocabulary, 0).items()
     }
     opt = build(params, optimizer)
-    for step in range(MADE_UP_STEPS):
+    for step in range(STEPS):
         grads = values(vocabulary, step + 1)
         for name, param in params.items():
             param.grad = grads[name].clone() if name in plain else spread(grads[name]).clone()

@@ -189,10 +189,13 @@ def test_zero_in_one_process_is_adams_on_float32_weights(dtype) -> None:
     assert torch.equal(ours, reference.to(dtype))
 
 
-def test_zero_says_that_it_cannot_work_with_a_scaler() -> None:
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_zero_says_that_it_cannot_work_with_a_scaler(unscaled: bool) -> None:
     parameter = nn.Parameter(torch.ones(2, 2))
     optimizer, scaler = Adams_ZeRO([parameter]), torch.amp.GradScaler("cpu")
     scaler.scale(parameter.sum()).backward()
+    if unscaled:
+        scaler.unscale_(optimizer)
     with pytest.raises(RuntimeError, match="train in bfloat16"):
         scaler.step(optimizer)
 

@@ -44,8 +44,6 @@ class Model(Section):
     """Whether the token embedding is also the output head."""
     norm: Literal["layernorm", "rmsnorm"] | None = None
     """None: that of the family."""
-    hidden: PositiveInt | None = None
-    """Width inside the perceptron. None: 4·width, or for ``llama`` 8/3·width rounded up to a multiple of 128."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -57,9 +55,7 @@ class Model(Section):
 
     @property
     def hidden_width(self) -> int:
-        """``hidden``, resolved."""
-        if self.hidden is not None:
-            return self.hidden
+        """Width inside the perceptron: 4·width, or for ``llama`` 8/3·width rounded up to a multiple of 128."""
         return 4 * self.width if self.family == "gpt2" else -(-8 * self.width // (3 * 128)) * 128
 
     @property

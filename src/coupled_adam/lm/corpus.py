@@ -9,6 +9,7 @@ training shards) and ``meta.json``. While it is made it is called ``.NAME.partia
 import hashlib
 import itertools
 import json
+import os
 import random
 import shutil
 import time
@@ -176,9 +177,15 @@ class Shards:
         if (folder / "progress.json").exists():
             self.record = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
             self.counts = np.load(folder / f"counts-{sum(self.record['documents'].values())}.npy")
-            for shard in itertools.chain(*self.record["shards"].values()):
-                with (folder / shard["file"]).open("r+b") as file:
-                    file.truncate(shard["tokens"] * self.dtype.itemsize)
+            # What was written after the record was: the ends of files, and files that it does not know.
+            sizes = {
+                s["file"]: s["tokens"] * self.dtype.itemsize for s in itertools.chain(*self.record["shards"].values())
+            }
+            for path in folder.glob("*.bin"):
+                if path.name in sizes:
+                    os.truncate(path, sizes[path.name])
+                else:
+                    path.unlink()
         self._unsaved = 0
 
     def tokens(self, split: str) -> int:
@@ -211,6 +218,8 @@ class Shards:
             shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": 0})
         with (self.folder / shards[-1]["file"]).open("ab") as file:
             tokens.tofile(file)
+            file.flush()
+            os.fsync(file.fileno())  # the record must not know of more than the disk
         shards[-1]["tokens"] += len(tokens)
         self._unsaved += len(tokens)
         if split == "train":

@@ -106,8 +106,8 @@ class TextFiles:
 class DataSet:
     """A data set of the Hugging Face hub by its name, or local ``.parquet`` and ``.jsonl`` files; read as a stream."""
 
-    def __init__(self, name: str, column: str = "text", split: str = "train") -> None:
-        self.name, self.column, self.split = name, column, split
+    def __init__(self, name: str, column: str = "text") -> None:
+        self.name, self.column = name, column
         path = Path(name)
         self._files = sorted(p for p in path.rglob("*") if _is_table(p)) if path.is_dir() else [path]
         self._local = path.exists()
@@ -115,7 +115,7 @@ class DataSet:
     def fingerprint(self) -> str:
         """Digest of the name, or of the names, sizes and times of the files: there may be terabytes of them."""
         stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self._files] if self._local else []
-        return hashlib.sha256(repr((self.name, self.column, self.split, stats)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.name, self.column, stats)).encode()).hexdigest()
 
     def documents(self) -> Iterator[str]:
         """The column of texts, empty ones left out."""
@@ -127,7 +127,7 @@ class DataSet:
                 kind = "parquet" if self._files[0].suffix == ".parquet" else "json"
                 rows = load_dataset(kind, data_files=[str(p) for p in self._files], split="train", streaming=True)
             else:
-                rows = load_dataset(self.name, split=self.split, streaming=True)
+                rows = load_dataset(self.name, split="train", streaming=True)
             for row in rows:
                 if self.column not in row:
                     raise InputError(f"{self.name}: no column {self.column!r}; there are {', '.join(map(str, row))}")

@@ -6,7 +6,7 @@ travel in one all-reduce.
 """
 
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -117,13 +117,6 @@ def vocabulary_mean(part: Tensor, matrix: Tensor) -> Reduction[Tensor]:
     """Mean over the vocabulary, the rows of ``matrix`` (V, H); ``part``, (1, H), is the sum over those held here."""
     total = yield Sum(part, holders(matrix, 0))
     yield total / max(matrix.shape[0], 1)
-
-
-#: What a second moment averages over, by the name that a param group carries; None for nothing.
-SECOND_MOMENT: dict[str, Callable[..., Reduction[Tensor]] | None] = {
-    "elementwise": None,
-    "vocabulary": vocabulary_mean,
-}
 
 
 def norm(tensors: Sequence[Tensor], square_sums: Sequence[Tensor], device: torch.device) -> Tensor:

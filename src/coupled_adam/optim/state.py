@@ -183,8 +183,8 @@ def restore(
             if saved := prepared["state"].get(key):
                 state = new_state(param, group)
                 tensors = {name: x for name, x in state.items() if name != "step"}
-                for name, template in tensors.items():
-                    state[name] = placed_like(template, saved.get(name, template).to(template.device, template.dtype))
-                    state[name] = state[name].clone() if name in saved else template
+                for name in tensors.keys() & saved.keys():
+                    fresh = tensors[name]
+                    state[name] = placed_like(fresh, saved[name].to(fresh.device, fresh.dtype)).clone()
                 state["step"] = saved["step"].to(step_device(param, group))
                 optimizer.state[param] = state

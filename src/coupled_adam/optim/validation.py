@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coupled_adam.optim.reductions import SECOND_MOMENT
 from coupled_adam.optim.update import DIRECTION
+
+#: Whether each element has a second moment of its own, or the rows of a matrix share one.
+SECOND_MOMENT = ("elementwise", "vocabulary")
 
 #: What the decay takes off: θ itself, or the leading singular triple of a matrix.
 DECAY = ("decoupled", "spectral")

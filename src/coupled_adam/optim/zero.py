@@ -148,7 +148,7 @@ class Adams_ZeRO(Adams):
         return {**checkpoints.new_state(master, group), "master": master}
 
     def _work(self) -> list[Work]:
-        if getattr(self, "grad_scale", None) is not None:
+        if getattr(self, "found_inf", None) is not None:  # GradScaler sets it, whether or not it has unscaled before
             raise RuntimeError(
                 "Adams_ZeRO does not work with GradScaler, which skips a step in the processes that find an infinity "
                 "and not in the others; train in bfloat16, which needs no scaling, or use FSDP2 with Adams"
