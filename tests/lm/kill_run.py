@@ -21,7 +21,8 @@ rng, metrics = random.Random(0), Metrics(run_dir / "metrics.jsonl")
 for _ in range(20):
     newest = latest_checkpoint(run_dir / "checkpoints")
     start = int(newest.name.removeprefix("step-")) if newest else 0
-    # Most die once they are under way, however long that takes; a few before, while they load.
+    # Most die some steps after they began, however long a step takes; a few before, while they load.
+    further = rng.randint(1, 10)
     patience = rng.uniform(0.2, 1.5) if rng.random() < 0.15 else 60.0
     began, deadline = time.time_ns(), time.monotonic() + patience
     child = os.fork()
@@ -33,11 +34,11 @@ for _ in range(20):
         if (
             metrics.path.exists()
             and metrics.path.stat().st_mtime_ns > began
-            and max((line["step"] for line in metrics.read()), default=0) > start
+            and max((line["step"] for line in metrics.read()), default=0) >= start + further
         ):
             break
-        time.sleep(0.01)
-    time.sleep(rng.uniform(0.0, 0.4))
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0.0, 0.03))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     lines = metrics.read()
