@@ -107,3 +107,48 @@ def test_bad_matrices_are_refused(metric, bad, message: str) -> None:
 def test_bad_counts_are_refused(counts: list) -> None:
     with pytest.raises(ValueError, match="counts"):
         geometry.norm_frequency_correlation(AXES, counts)
+
+
+def test_isotropy_by_parts_is_that_of_the_whole_matrix() -> None:
+    # More rows than are taken at a time, the largest exponent in the last part.
+    rows = np.random.default_rng(1).normal(size=(9000, 4)) * np.linspace(0.1, 3, 9000)[:, None]
+    _, directions = np.linalg.eigh(rows.T @ rows)
+    directions *= np.sign(directions[np.abs(directions).argmax(0), range(4)])
+    z = np.exp(rows @ directions).sum(0)
+    assert geometry.isotropy(rows) == pytest.approx(z.min() / z.max(), rel=1e-12)
+
+
+def test_small_singular_values_are_as_exact_as_large_ones() -> None:
+    rng = np.random.default_rng(2)
+    left, right = np.linalg.qr(rng.normal(size=(100, 5)))[0], np.linalg.qr(rng.normal(size=(5, 5)))[0]
+    wanted = np.array([1.0, 1e-2, 1e-5, 1e-8, 1e-11])
+    assert geometry.singular_values(left * wanted @ right) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_projection_frequency_correlation_by_hand() -> None:
+    # μ = (¼·10, 0), so e·μ rises with the first component; the second one, and the norm with it, falls.
+    counts = np.array([1, 10, 100, 1000])
+    embedding = np.array([[1.0, 9.0], [2.0, -6.0], [3.0, 0.0], [4.0, -3.0]])
+    assert geometry.projection_frequency_correlation(embedding, counts) == pytest.approx((1.0, 1.0))
+    assert geometry.norm_frequency_correlation(embedding, counts).spearman < 0
+
+
+def test_second_moment_frequency_fit_by_hand() -> None:
+    # v = (1, 2, 6), p = (1, 2, 3)/6: a·p = (23/14)·(1, 2, 3), residuals² = 41 − 23²/14, spread = 14.
+    moment = np.array([[0.5, 1.5], [2.0, 2.0], [6.0, 6.0]])
+    assert geometry.second_moment_frequency_fit(moment, [1, 2, 3]) == pytest.approx(1 - (41 - 23**2 / 14) / 14)
+    assert geometry.second_moment_frequency_fit(7 * np.array([[1.0], [2.0], [3.0]]), [1, 2, 3]) == pytest.approx(1)
+    assert math.isnan(geometry.second_moment_frequency_fit(np.ones((3, 2)), [1, 2, 3]))
+
+
+def test_logit_bound_ratio_by_hand() -> None:
+    # μ = (2, 0): e·μ = 2, 4, 6 and ‖μ‖² = 4, so B₊ = B₋ = 2 and the ratio is 2/6.
+    assert geometry.logit_bound_ratio([[1.0, 5.0], [2.0, -5.0], [3.0, 0.0]]) == pytest.approx(1 / 3)
+    assert math.isnan(geometry.logit_bound_ratio([[1.0], [-1.0]]))
+
+
+def test_update_sum_by_hand() -> None:
+    assert geometry.update_sum([[3.0, 4.0], [-3.0, -4.0]]) == 0
+    assert geometry.update_sum([[3.0, 0.0], [0.0, 4.0]]) == pytest.approx(5 / 7)
+    assert geometry.update_sum([[3.0, 4.0], [3.0, 4.0]]) == pytest.approx(1)
+    assert math.isnan(geometry.update_sum(np.zeros((3, 2))))

@@ -68,5 +68,51 @@ def test_the_published_benchmarks() -> None:
 
 
 def test_a_damaged_line_is_quoted() -> None:
-    with pytest.raises(ValueError, match=r"X: not 'word .*'sun\\tmoon'"):
+    with pytest.raises(ValueError, match=r"X: not two words and a rating: 'sun\\tmoon'"):
         parse_benchmark("X", "# comment\nword1\tword2\tscore\nsun\tlight\t5.0\nsun\tmoon\n")
+
+
+# The layouts in which the authors of the benchmarks distribute them, three lines of each.
+ORIGINALS = {
+    "MEN_dataset_natural_form_full": "sun sunlight 50.000000\nautomobile car 50.000000\nriver water 49.000000\n",
+    "rw.txt": "squishing\tsquirt\t5.88\t7\t7\t6\nundated\tundatable\t5.83\t10\t9\t5\ncircumvents\tbeat\t5.33\t7\t7\n",
+    "SimLex-999.txt": (
+        "word1\tword2\tPOS\tSimLex999\tconc(w1)\tconc(w2)\tconcQ\tAssoc(USF)\tSimAssoc333\tSD(SimLex)\n"
+        "old\tnew\tA\t1.58\t2.72\t2.81\t2\t7.25\t1\t0.41\nsmart\tintelligent\tA\t9.2\t1.75\t2.46\t1\t7.11\t1\t0.67\n"
+    ),
+    "wordsim_similarity_goldstandard.txt": "tiger\tcat\t7.35\nplane\tcar\t5.77\n",
+    "wordsim_relatedness_goldstandard.txt": "computer\tkeyboard\t7.62\n",
+    "readme.txt": "not a benchmark",
+}
+
+
+def test_the_files_as_their_authors_distribute_them(tmp_path) -> None:
+    for name, text in ORIGINALS.items():
+        (tmp_path / name).write_text(text)
+    found = {b.name: b.pairs for b in geometry.read_benchmarks(tmp_path)}
+    assert list(found) == [b.name for b in geometry.published_benchmarks()]
+    assert found["MEN"][0] == ("sun", "sunlight", 50.0)
+    assert found["RW"] == (("squishing", "squirt", 5.88), ("undated", "undatable", 5.83), ("circumvents", "beat", 5.33))
+    assert found["SimLex-999"] == (("old", "new", 1.58), ("smart", "intelligent", 9.2))
+    assert found["WordSim-353 similarity"][1] == ("plane", "car", 5.77)
+    assert found["WordSim-353 relatedness"] == (("computer", "keyboard", 7.62),)
+
+
+def test_mens_lemma_form_and_commas() -> None:
+    assert parse_benchmark("MEN", "sun-n sunlight-n 50.0\nbright-j run-v 9.0\n").pairs == (
+        ("sun", "sunlight", 50.0),
+        ("bright", "run", 9.0),
+    )
+    assert parse_benchmark("x", "Word 1,Word 2,Human (mean)\nlove,sex,6.77\nx-n,y,1\n").pairs == (
+        ("love", "sex", 6.77),
+        ("x-n", "y", 1.0),
+    )
+
+
+def test_a_folder_without_benchmarks_or_with_two_of_one_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no benchmark there; known are MEN"):
+        geometry.read_benchmarks(tmp_path)
+    for name in ("rw.txt", "rare_words.tsv"):
+        (tmp_path / name).write_text(ORIGINALS["rw.txt"])
+    with pytest.raises(ValueError, match=r"both rare_words.tsv and rw.txt are RW"):
+        geometry.read_benchmarks(tmp_path)

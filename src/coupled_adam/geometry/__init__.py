@@ -6,27 +6,52 @@ try:
 except ImportError as error:
     raise ImportError(f"{error.name} not installed: pip install 'coupled-adam[geometry]'") from error
 
-from coupled_adam.geometry.frequency import Correlation, norm_frequency_correlation
-from coupled_adam.geometry.metrics import condition, isotropy, mean_norm, mean_shift_ratio, singular_values
+from coupled_adam.geometry.auditing import Audit, Finding, audit
+from coupled_adam.geometry.frequency import (
+    Correlation,
+    norm_frequency_correlation,
+    projection_frequency_correlation,
+    second_moment_frequency_fit,
+)
+from coupled_adam.geometry.metrics import (
+    average_norm,
+    condition,
+    isotropy,
+    logit_bound_ratio,
+    mean_norm,
+    mean_shift_ratio,
+    singular_values,
+    update_sum,
+)
 from coupled_adam.geometry.word_similarity import (
     Benchmark,
     WordSimilarity,
     mean_similarity,
     published_benchmarks,
+    read_benchmarks,
     word_similarity,
 )
 
 __all__ = [
+    "Audit",
     "Benchmark",
     "Correlation",
+    "Finding",
     "WordSimilarity",
+    "audit",
+    "average_norm",
     "condition",
     "isotropy",
+    "logit_bound_ratio",
     "mean_norm",
     "mean_shift_ratio",
     "mean_similarity",
     "norm_frequency_correlation",
+    "projection_frequency_correlation",
     "published_benchmarks",
+    "read_benchmarks",
+    "second_moment_frequency_fit",
     "singular_values",
+    "update_sum",
     "word_similarity",
 ]

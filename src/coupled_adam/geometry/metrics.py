@@ -4,9 +4,11 @@ Every function takes a numpy array, a tensor of any dtype or device, or nested l
 """
 
 import numpy as np
-from scipy.special import logsumexp
 
 from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix
+
+#: Rows of which exp(e_i·c) is held at a time.
+ROWS = 4096
 
 
 def isotropy(embedding: Matrix) -> float:
@@ -26,13 +28,30 @@ def isotropy(embedding: Matrix) -> float:
     _, directions = np.linalg.eigh(e.T @ e)  # (H, H), one eigenvector a column
     largest = np.take_along_axis(directions, np.abs(directions).argmax(0, keepdims=True), axis=0)
     directions *= np.sign(largest)
-    log_z = logsumexp(e @ directions, axis=0)  # the ratio of Z without overflow
+    log_z = _log_partition(e, directions)
     return float(np.exp(log_z.min() - log_z.max()))
+
+
+def _log_partition(e: Float64, directions: Float64) -> Float64:
+    """log Z(c) of every column c, (H,). By parts, and with the largest exponent taken out: exp overflows above 709."""
+    largest = np.full(directions.shape[1], -np.inf)
+    total = np.zeros(directions.shape[1])
+    for start in range(0, len(e), ROWS):
+        exponents = e[start : start + ROWS] @ directions
+        before, largest = largest, np.maximum(largest, exponents.max(0))
+        exponents -= largest
+        total = total * np.exp(before - largest) + np.exp(exponents, out=exponents).sum(0)
+    return np.asarray(largest + np.log(total))
 
 
 def mean_norm(embedding: Matrix) -> float:
     """‖μ‖, the length of the mean embedding. Source: Coupled Adam, arXiv 2502.08441, section 4.2."""
     return float(np.linalg.norm(as_matrix(embedding).mean(0)))
+
+
+def average_norm(embedding: Matrix) -> float:
+    """mean_i ‖e_i‖, the average length of an embedding."""
+    return float(np.linalg.norm(as_matrix(embedding), axis=1).mean())
 
 
 def mean_shift_ratio(embedding: Matrix) -> float:
@@ -41,13 +60,15 @@ def mean_shift_ratio(embedding: Matrix) -> float:
     NaN for a matrix of zeros. Source: Coupled Adam, arXiv 2502.08441, section 4.2.
     """
     e = as_matrix(embedding)
-    average_norm = np.linalg.norm(e, axis=1).mean()
-    return float(np.linalg.norm(e.mean(0)) / average_norm) if average_norm > 0 else float("nan")
+    length = average_norm(e)
+    return mean_norm(e) / length if length > 0 else float("nan")
 
 
 def singular_values(embedding: Matrix) -> Float64:
     """The min(V, H) singular values of E, largest first."""
-    return np.linalg.svd(as_matrix(embedding), compute_uv=False).astype(np.float64)
+    # Of a tall matrix the triangular factor alone: it has the same singular values, to the same accuracy.
+    triangular = np.linalg.qr(as_matrix(embedding), mode="r")
+    return np.linalg.svd(triangular, compute_uv=False).astype(np.float64)
 
 
 def condition(embedding: Matrix) -> float:
@@ -57,3 +78,28 @@ def condition(embedding: Matrix) -> float:
     """
     values = singular_values(embedding)
     return float(100 * values[-1] / values[0]) if values[0] > 0 else float("nan")
+
+
+def logit_bound_ratio(embedding: Matrix) -> float:
+    """By which factor centring the output embedding bounds the logits along μ more tightly, in [0, 1] or above.
+
+    max(B₋, B₊) / max(B₋ − ‖μ‖², B₊ + ‖μ‖²) with B₊ = max_i e_i·μ − ‖μ‖² and B₋ = ‖μ‖² − min_i e_i·μ: the widest
+    e_i·μ after centring over that before. Well below 1: centring helps. NaN for μ = 0. Source: arXiv 2601.02031.
+    """
+    e = as_matrix(embedding)
+    mean = e.mean(0)
+    projections, square = e @ mean, mean @ mean
+    above, below = projections.max() - square, square - projections.min()
+    before = max(below - square, above + square)
+    return float(max(below, above) / before) if before > 0 else float("nan")
+
+
+def update_sum(update: Matrix) -> float:
+    """‖Σ_i u_i‖ / Σ_i ‖u_i‖ of the change u of an embedding matrix in one step of an optimizer, in [0, 1].
+
+    Gradients of a softmax head sum to zero over the vocabulary; 0 says that the step kept that. NaN for no change.
+    Source: the argument of Coupled Adam, arXiv 2502.08441, section 3.
+    """
+    u = as_matrix(update)
+    lengths = np.linalg.norm(u, axis=1).sum()
+    return float(np.linalg.norm(u.sum(0)) / lengths) if lengths > 0 else float("nan")

@@ -1,10 +1,12 @@
 """Do similar words have similar embeddings? Pearson correlation with human ratings."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
@@ -63,21 +65,67 @@ def published_benchmarks() -> list[Benchmark]:
     ]
 
 
-def parse_benchmark(name: str, text: str) -> Benchmark:
-    """A benchmark from lines ``word1 <tab> word2 <tab> rating``; comments (#) and a header line are passed over.
+#: Words in the name of a file, and the benchmark that it then is; the first that fits.
+FILES = {
+    "men": "MEN",
+    "rw": "RW",
+    "rare": "RW",
+    "simlex": "SimLex-999",
+    "similarity": "WordSim-353 similarity",
+    "relatedness": "WordSim-353 relatedness",
+}
+
+
+def read_benchmarks(folder: Path) -> list[Benchmark]:
+    """The benchmarks of r̄ that lie in ``folder``, as their authors distribute them, in the order of the literature.
+
+    A file is known by its name: MEN_dataset_natural_form_full, MEN_dataset_lemma_form_full, rw.txt, SimLex-999.txt,
+    wordsim_similarity_goldstandard.txt, wordsim_relatedness_goldstandard.txt and the like; others are passed over.
 
     Raises:
-        ValueError: a line that is none of these; the message quotes it.
+        ValueError: the folder holds none of them, two of the same, or a line that cannot be read; the message names it.
     """
-    pairs = []
-    for line in text.splitlines():
-        if not line.strip() or line.startswith("#") or line.startswith("word1\t"):
-            continue
+    found: dict[str, Path] = {}
+    for path in sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []:
+        words = re.split(r"[^a-z]+", path.name.lower())
+        name = next((name for word, name in FILES.items() if word in words), None)
+        if name and name in found:
+            raise ValueError(f"{folder}: both {found[name].name} and {path.name} are {name}; keep one of them")
+        if name:
+            found[name] = path
+    if not found:
+        raise ValueError(f"{folder}: no benchmark there; known are {', '.join(PUBLISHED)} by the names of their files")
+    return [parse_benchmark(n, found[n].read_text(encoding="utf-8-sig")) for n in PUBLISHED if n in found]
+
+
+def parse_benchmark(name: str, text: str) -> Benchmark:
+    """A benchmark from lines of two words and a rating, between tabs, commas or spaces.
+
+    Comments (#) are passed over, and so is a first line whose rating is no number. Columns after the rating are left
+    alone. Of SimLex-999, whose third of ten columns is the part of speech, the fourth is the rating; of MEN's lemma
+    form the part of speech is taken off the words ("river-n").
+
+    Raises:
+        ValueError: a line that is none of these, or no pair at all; the message quotes it.
+    """
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    pairs, rating_column = [], 2
+    for number, line in enumerate(lines):
+        fields = next((f for separator in ("\t", ",", None) if len(f := line.split(separator)) > 2), [])
+        if number == 0 and len(fields) > 3 and fields[2].strip().lower() == "pos":
+            rating_column = 3
         try:
-            first, second, rating = line.split("\t")
-            pairs.append((first, second, float(rating)))
-        except ValueError:
-            raise ValueError(f"{name}: not 'word <tab> word <tab> rating': {line!r}") from None
+            first, second, rating = fields[0].strip(), fields[1].strip(), float(fields[rating_column])
+        except (IndexError, ValueError):
+            if number == 0 and fields:
+                continue
+            raise ValueError(f"{name}: not two words and a rating: {line!r}") from None
+        pairs.append((first, second, rating))
+    if not pairs:
+        raise ValueError(f"{name}: holds no pair of words")
+    tagged = re.compile(r"(.+)-[nvj]")
+    if all(tagged.fullmatch(word) for pair in pairs for word in pair[:2]):
+        pairs = [(first[:-2], second[:-2], rating) for first, second, rating in pairs]
     return Benchmark(name, tuple(pairs))
 
 
