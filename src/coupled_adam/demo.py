@@ -13,6 +13,7 @@ from coupled_adam import experiments, geometry
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.during_training import cached, evaluator
 from coupled_adam.evaluation.embeddings import word_similarity_figures
+from coupled_adam.evaluation.tokens import sample_tokens
 from coupled_adam.files import write_json
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus, prepare
@@ -123,10 +124,8 @@ def _write_report(
     def series(key: str) -> dict[str, charts.Points]:
         return {METHODS[method]: [(line["step"], line[key]) for line in run.lines] for method, run in runs.items()}
 
-    labels = [corpus.tokenizer.decode([i]) for i in range(corpus.vocabulary_size)]
-    counts = corpus.unigram_counts.tolist()
-    maps = {
-        METHODS[method]: charts.map_tokens(run.model.get_output_embeddings().weight, labels, counts)
+    samples = {
+        METHODS[method]: sample_tokens(run.model.get_output_embeddings().weight, corpus.text_of, corpus.unigram_counts)
         for method, run in runs.items()
     }
     adamw, coupled = (run.lines[-1] for run in runs.values())
@@ -137,7 +136,7 @@ def _write_report(
             "mean_shift": charts.curves("Mean shift ratio ‖μ‖ʳ", series("mean_shift_ratio"), highest=1),
             "isotropy": charts.curves("Isotropy", series("isotropy"), highest=1.02),
             "loss": charts.curves("Validation loss (nats per token)", series("validation_loss")),
-            "embeddings": charts.token_maps(maps),
+            "embeddings": charts.token_maps(samples),
         },
         headline=(
             f"After {experiment.train.steps:,} steps the mean embedding lies at {adamw['mean_shift_ratio']:.3f} of the "
@@ -152,7 +151,7 @@ def _write_report(
         published_tokens=PUBLISHED_TOKENS,
         names=list(METHODS.values()),
         rows=table(results),
-        mapped=f"{len(next(iter(maps.values())).labels):,}",
+        mapped=f"{len(next(iter(samples.values())).text):,}",
         benchmarks=[
             {
                 "name": per_run[0]["benchmark"],

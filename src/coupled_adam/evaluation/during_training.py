@@ -7,8 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from coupled_adam import geometry
 from coupled_adam.evaluation.embeddings import embedding_figures
-from coupled_adam.evaluation.validation import validation_loss
-from coupled_adam.lm.batches import Batches
+from coupled_adam.evaluation.validation import held_out, validation_loss
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.model import LanguageModel
@@ -25,9 +24,7 @@ def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None
     """
     world, settings = world or World(), experiment.evaluation
     benchmarks, token_of = geometry.published_benchmarks(), cached(corpus.token_of)
-    batches = Batches(
-        corpus.shards("validation"), experiment.data.sequence_length, experiment.batch_size, 0, corpus.vocabulary_size
-    )
+    batches = held_out(experiment, corpus)
 
     def evaluate(model: LanguageModel, last: bool) -> Figures:
         count = settings.final_batches if last and settings.final_batches else settings.batches

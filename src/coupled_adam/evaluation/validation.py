@@ -3,8 +3,16 @@
 import torch
 
 from coupled_adam.lm.batches import Batches
+from coupled_adam.lm.config import Experiment
+from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
+
+
+def held_out(experiment: Experiment, corpus: Corpus) -> Batches:
+    """The validation text in batches as large as the training's, in an order that is the same for every run."""
+    shards = corpus.shards("validation")
+    return Batches(shards, experiment.data.sequence_length, experiment.batch_size, 0, corpus.vocabulary_size)
 
 
 @torch.no_grad()

@@ -119,6 +119,7 @@ def audit(
 SHIFT_BOUNDS = (0.1, 0.4)
 ISOTROPY_BOUNDS = (0.8, 0.4)
 FREQUENCY_BOUNDS = (0.3, 0.6)
+SIMILARITY_BOUNDS = (30.0, 10.0)
 
 
 def _findings(figures: Audit) -> list[Finding]:
@@ -173,11 +174,12 @@ def _findings(figures: Audit) -> list[Finding]:
     plain, processed = figures.mean_similarity, mean_similarity(figures.word_similarity.get("centered", []))
     if plain is not None and processed is not None:
         covered = sum(s.covered for s in figures.word_similarity["original"])
-        gained = "centring would not add to it" if processed < plain + 1 else f"centring alone makes it {processed:.1f}"
         found.append(
             Finding(
-                "good" if processed < plain + 1 else "poor" if processed > 2 * plain else "fair",
-                f"Word similarity {plain:.1f} (100·correlation with human ratings, {covered:,} pairs): {gained}.",
+                _level(-plain, (-SIMILARITY_BOUNDS[0], -SIMILARITY_BOUNDS[1])),
+                f"Word similarity {plain:.1f}, centred {processed:.1f} (100·correlation with human ratings over "
+                f"{covered:,} pairs; above {SIMILARITY_BOUNDS[0]:g} counts as good, below {SIMILARITY_BOUNDS[1]:g} as "
+                "none; the paper has 3–5 with AdamW, 57–58 with Coupled Adam).",
             )
         )
     return found

@@ -45,7 +45,7 @@ def save_checkpoint(
         if world.main:
             aside.mkdir(parents=True)
         world.wait()
-        with _quiet():
+        with quiet():
             model_state, optimizer_state = get_state_dict(model, optimizers)
             content = {"model": model_state, "optimizer": optimizer_state}
             save(content, checkpoint_id=aside / "dcp", no_dist=world.size == 1)
@@ -79,7 +79,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[Optimizer
     The number of processes, and how they share the model, may differ from those that saved it.
     """
     alone = not (dist.is_available() and dist.is_initialized())
-    with _quiet():
+    with quiet():
         if not optimizers:
             model_state = get_model_state_dict(model)
             load({"model": model_state}, checkpoint_id=path / "dcp", no_dist=alone)
@@ -93,7 +93,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[Optimizer
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the remarks that torch makes about a checkpoint of one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint")

@@ -89,6 +89,10 @@ class Corpus:
         ids = self.tokenizer.encode(" " + word, add_special_tokens=False).ids
         return ids[0] if len(ids) == 1 else None
 
+    def text_of(self, token: int) -> str:
+        """What a token stands for; empty for the rows that pad the vocabulary."""
+        return str(self.tokenizer.decode([token], skip_special_tokens=False))
+
 
 def corpus_for(experiment: Experiment, folder: Path | None) -> Corpus:
     """The corpus in ``folder``, if the experiment can be trained on it. Without one: the Wikipedia sample, prepared.

@@ -239,6 +239,7 @@ def _claim(run_dir: Path, experiment: Experiment, corpus: Corpus, lock: FileLock
         "packages": packages,
         "threads": torch.get_num_threads(),
         "corpus": corpus.fingerprint,
+        "corpus_folder": str(corpus.folder.resolve()),
     }
     write_json(run_dir / "environment.json", environment)
     write_text(file, experiment.to_toml())

@@ -2,28 +2,18 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix
+from coupled_adam.evaluation.tokens import TokenSample
 
 #: The colours of Okabe and Ito, which people with any colour vision tell apart.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
 
 Points = Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class TokenMap:
-    """The tokens of one model in the plane of its mean direction and its widest direction across it."""
-
-    coordinates: Float64
-    """(tokens, 2): along the mean embedding, and along the first principal component of the rest."""
-    labels: list[str]
-    counts: list[int]
 
 
 def curves(title: str, series: Mapping[str, Points], *, highest: float | None = None) -> go.Figure:
@@ -39,48 +29,20 @@ def curves(title: str, series: Mapping[str, Points], *, highest: float | None = 
     return _styled(figure, title, height=340)
 
 
-def map_tokens(embedding: Matrix, labels: Sequence[str], counts: Sequence[int], limit: int = 3000) -> TokenMap:
-    """Project a (V, H) matrix onto the plane that shows its mean shift best; keep ``limit`` tokens.
+def token_maps(samples: Mapping[str, TokenSample]) -> go.Figure:
+    """The plane of the mean embedding and the widest direction across it, side by side on the same scale.
 
-    The tokens that are kept are evenly spread over the ranks of frequency, so that they stand for the whole vocabulary.
-
-    The first axis points from the origin to the mean embedding μ, the second along the first principal component of
-    what is orthogonal to μ. The plane passes through the origin, so distances from it are not distorted by centring.
+    The origin is marked with a cross; a dot tells its token on hover.
     """
-    e = as_matrix(embedding)
-    mean = e.mean(0)
-    along = mean / np.linalg.norm(mean)
-    rest = (e - mean) - np.outer((e - mean) @ along, along)
-    _, directions = np.linalg.eigh(rest.T @ rest)
-    across = directions[:, -1] * np.sign(directions[np.abs(directions[:, -1]).argmax(), -1])
-    ranked = np.argsort(-np.asarray(counts), kind="stable")
-    kept = ranked[np.linspace(0, len(e) - 1, min(limit, len(e))).round().astype(int)]
-    coordinates = np.stack([e @ along, e @ across], axis=1)[kept]
-    return TokenMap(coordinates, [labels[i] for i in kept], [int(counts[i]) for i in kept])
-
-
-def token_maps(maps: Mapping[str, TokenMap]) -> go.Figure:
-    """The maps side by side on the same scale, the origin marked with a cross, tokens on hover."""
-    figure = make_subplots(cols=len(maps), subplot_titles=list(maps), horizontal_spacing=0.06)
-    everything = np.concatenate([m.coordinates for m in maps.values()] + [np.zeros((1, 2))])
-    low, high = everything.min(0), everything.max(0)
-    margin = 0.05 * (high - low)
-    for column, token_map in enumerate(maps.values(), start=1):
+    figure = make_subplots(cols=len(samples), subplot_titles=list(samples), horizontal_spacing=0.06)
+    for column, sample in enumerate(samples.values(), start=1):
         figure.add_scatter(
-            x=np.round(token_map.coordinates[:, 0], 4),
-            y=np.round(token_map.coordinates[:, 1], 4),
+            x=sample.along,
+            y=sample.across,
             mode="markers",
-            marker={
-                "size": 4,
-                "opacity": 0.6,
-                "color": np.round(np.log10(np.asarray(token_map.counts) + 1), 3),
-                "colorscale": "Viridis",
-                "showscale": column == len(maps),
-                "colorbar": {"title": "log₁₀<br>count", "thickness": 12},
-            },
-            text=[html.escape(repr(label)) for label in token_map.labels],
-            customdata=token_map.counts,
-            hovertemplate="%{text}, %{customdata} times<extra></extra>",
+            marker={"size": 4, "opacity": 0.6} | _by_count(sample.count, shown=column == len(samples)),
+            text=_labels(sample),
+            hovertemplate="%{text}<extra></extra>",
             row=1,
             col=column,
         )
@@ -88,10 +50,35 @@ def token_maps(maps: Mapping[str, TokenMap]) -> go.Figure:
         origin = "origin<extra></extra>"
         figure.add_scatter(x=[0], y=[0], mode="markers", marker=cross, hovertemplate=origin, row=1, col=column)
         figure.update_xaxes(title="along the mean embedding", row=1, col=column)
-    figure.update_xaxes(range=[low[0] - margin[0], high[0] + margin[0]])
-    figure.update_yaxes(range=[low[1] - margin[1], high[1] + margin[1]])
+    figure.update_xaxes(range=_range([x for s in samples.values() for x in s.along]))
+    figure.update_yaxes(range=_range([y for s in samples.values() for y in s.across]))
     figure.update_yaxes(title="widest direction across it", row=1, col=1)
     return _styled(figure, None, height=480).update_layout(showlegend=False)
+
+
+def _by_count(counts: Sequence[int] | None, shown: bool) -> dict[str, Any]:
+    if counts is None:
+        return {"color": COLOURS[1]}
+    return {
+        "color": np.round(np.log10(np.asarray(counts) + 1), 3),
+        "colorscale": "Viridis",
+        "showscale": shown,
+        "colorbar": {"title": "log₁₀<br>count", "thickness": 12},
+    }
+
+
+def _labels(sample: TokenSample) -> list[str]:
+    texts = [html.escape(repr(text)) for text in sample.text]
+    if sample.count is None:
+        return texts
+    return [f"{text}, {count:,} times" for text, count in zip(texts, sample.count, strict=True)]
+
+
+def _range(values: Sequence[float]) -> list[float]:
+    """From the smallest to the largest and the origin, with a margin."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    margin = 0.05 * (high - low) or 1.0
+    return [low - margin, high + margin]
 
 
 def _styled(figure: go.Figure, title: str | None, height: int) -> go.Figure:

@@ -1,0 +1,80 @@
+"""Some tokens of a vocabulary, for pictures: where their embeddings lie, how long they are, how often they occur."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix
+
+#: Significant digits of what is written to a file and drawn.
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """One entry a token in each list, the most frequent token first."""
+
+    text: list[str]
+    count: list[int] | None
+    """Occurrences in the training text; None where they are not known, and the order is then that of the vocabulary."""
+    norm: list[float]
+    """‖e_i‖."""
+    projection: list[float]
+    """e_i·μ."""
+    along: list[float]
+    """Position along the mean embedding μ, measured from the origin."""
+    across: list[float]
+    """Position along the first principal component of what is orthogonal to μ."""
+    second_moment: list[float] | None
+    """Of Adam, elementwise, the mean over the components; None for an optimizer without."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain lists; ``TokenSample(**sample.as_json())`` is the same sample."""
+        return asdict(self)
+
+
+def sample_tokens(
+    embedding: Matrix,
+    text_of: Callable[[int], str],
+    counts: Sequence[int] | NDArray[np.int64] | None = None,
+    second_moment: Matrix | None = None,
+    limit: int = 2000,
+) -> TokenSample:
+    """At most ``limit`` tokens of a (V, H) matrix, evenly spread over the ranks of frequency: they stand for all.
+
+    The plane of ``along`` and ``across`` passes through the origin, so distances from it are not distorted by centring.
+    """
+    e = as_matrix(embedding)
+    mean = e.mean(0)
+    ranked = np.arange(len(e)) if counts is None else np.argsort(-np.asarray(counts), kind="stable")
+    kept = ranked[np.linspace(0, len(e) - 1, min(limit, len(e))).round().astype(int)]
+    along, across = plane(e)
+    moment = None if second_moment is None else as_matrix(second_moment).mean(1)
+    return TokenSample(
+        text=[text_of(int(i)) for i in kept],
+        count=None if counts is None else [int(counts[i]) for i in kept],
+        norm=_rounded(np.linalg.norm(e[kept], axis=1)),
+        projection=_rounded(e[kept] @ mean),
+        along=_rounded(e[kept] @ along),
+        across=_rounded(e[kept] @ across),
+        second_moment=None if moment is None else _rounded(moment[kept]),
+    )
+
+
+def plane(embedding: Float64) -> tuple[Float64, Float64]:
+    """Two orthonormal directions (H,): of the mean embedding, and the widest one at right angles to it."""
+    mean = embedding.mean(0)
+    length = np.linalg.norm(mean)
+    along = mean / length if length > 0 else np.eye(len(mean))[0]
+    rest = embedding - mean
+    rest = rest - np.outer(rest @ along, along)
+    _, directions = np.linalg.eigh(rest.T @ rest)
+    across = directions[:, -1]
+    return along, across * np.sign(across[np.abs(across).argmax()])
+
+
+def _rounded(values: Float64) -> list[float]:
+    return [float(f"{value:.{DIGITS}g}") for value in values]

@@ -1,0 +1,226 @@
+"""A run to a Hugging Face directory that transformers loads without this package: GPT2LMHeadModel, LlamaForCausalLM.
+
+GPT-2's biases, which our models do not have, are zeros there. Nothing is lost: the weights are stored as they are.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coupled_adam.errors import InputError, require
+from coupled_adam.files import write_json, write_text, written_whole
+from coupled_adam.lm.config import Experiment, Model
+from coupled_adam.lm.corpus import Corpus
+from coupled_adam.lm.model import RMS_EPS, ROTARY_BASE
+from coupled_adam.lm.run import Run
+
+#: Key of config.json, which transformers passes over: what the directory was made of.
+ORIGIN = "coupled_adam"
+
+
+def export(run: Run, weights: dict[str, Tensor], digest: str, folder: Path) -> None:
+    """Write model, tokenizer, configuration and model card of ``run`` to ``folder``, whole or not at all.
+
+    What is there of the same ``digest`` (of ``weights``, all of them by our names, on the CPU) is left as it is.
+
+    Raises:
+        InputError: the model is one that transformers has not.
+    """
+    require("lm", "transformers")
+    config = transformers_config(run.experiment, run.corpus)
+    config[ORIGIN] = {"run": run.experiment.run.name, "step": run.step, "weights_sha256": digest}
+    if exported_digest(folder) == digest:
+        return
+    import transformers
+
+    with torch.device("meta"):
+        kind = transformers.GPT2Config if config["model_type"] == "gpt2" else transformers.LlamaConfig
+        model = transformers.AutoModelForCausalLM.from_config(kind(**config))  # type: ignore[no-untyped-call]
+    end = config["eos_token_id"]
+    model.load_state_dict(dict(_translated(run.experiment.model, weights)), strict=True, assign=True)
+    model.tie_weights()
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    model.generation_config = transformers.GenerationConfig(**ends)  # type: ignore[no-untyped-call]
+    with written_whole(folder) as aside, _without_progress():
+        model.save_pretrained(aside)
+        _save_tokenizer(run, aside)
+        (aside / "README.md").write_text(model_card(run, {}), encoding="utf-8")
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Without the bars of transformers, one for each file of weights."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def exported_digest(folder: Path) -> str | None:
+    """Of the weights that :func:`export` wrote to ``folder``; None if there are none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(config[ORIGIN]["weights_sha256"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        return None
+
+
+def transformers_config(experiment: Experiment, corpus: Corpus) -> dict[str, Any]:
+    """The fields of a GPT2Config or a LlamaConfig. Raises InputError for a model that transformers has not."""
+    model = experiment.model
+    if model.norm_name != {"gpt2": "layernorm", "llama": "rmsnorm"}[model.family]:
+        raise InputError(
+            f"{experiment.run.name}: transformers has no {model.family} with {model.norm_name}; "
+            "it can be trained and measured, but not exported"
+        )
+    end = int(corpus.meta["end_of_document"])
+    common = {
+        "vocab_size": corpus.vocabulary_size,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "tie_word_embeddings": model.tied,
+        "initializer_range": 0.02,
+        "dtype": "float32",
+    }
+    if model.family == "gpt2":
+        return common | {
+            "model_type": "gpt2",
+            "n_positions": experiment.data.sequence_length,
+            "n_embd": model.width,
+            "n_layer": model.layers,
+            "n_head": model.heads,
+            "n_inner": model.hidden_width,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        }
+    return common | {
+        "model_type": "llama",
+        "max_position_embeddings": experiment.data.sequence_length,
+        "hidden_size": model.width,
+        "intermediate_size": model.hidden_width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": RMS_EPS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE},
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def _translated(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Our weights under the names and in the layouts of transformers."""
+    yield from (_gpt2 if model.family == "gpt2" else _llama)(model, ours)
+    yield "lm_head.weight", ours["head.weight"]
+
+
+def _gpt2(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def norm(theirs: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield f"{theirs}.weight", weight
+        yield f"{theirs}.bias", torch.zeros_like(weight)
+
+    def linear(theirs: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield f"{theirs}.weight", weight.T.contiguous()  # stored (in, out) there
+        yield f"{theirs}.bias", weight.new_zeros(len(weight))
+
+    yield "transformer.wte.weight", ours["token_embedding.weight"]
+    yield "transformer.wpe.weight", ours["position_embedding.weight"]
+    for i in range(model.layers):
+        a, b = f"blocks.{i}", f"transformer.h.{i}"
+        yield from norm(f"{b}.ln_1", ours[f"{a}.attention_norm.weight"])
+        yield from linear(f"{b}.attn.c_attn", ours[f"{a}.attention.query_key_value.weight"])
+        yield from linear(f"{b}.attn.c_proj", ours[f"{a}.attention.projection.weight"])
+        yield from norm(f"{b}.ln_2", ours[f"{a}.perceptron_norm.weight"])
+        yield from linear(f"{b}.mlp.c_fc", ours[f"{a}.perceptron.expansion.weight"])
+        yield from linear(f"{b}.mlp.c_proj", ours[f"{a}.perceptron.projection.weight"])
+    yield from norm("transformer.ln_f", ours["final_norm.weight"])
+
+
+def _llama(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    yield "model.embed_tokens.weight", ours["token_embedding.weight"]
+    for i in range(model.layers):
+        a, b = f"blocks.{i}", f"model.layers.{i}"
+        parts = ours[f"{a}.attention.query_key_value.weight"].chunk(3)
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
+            yield f"{b}.self_attn.{name}.weight", part.contiguous()
+        yield f"{b}.self_attn.o_proj.weight", ours[f"{a}.attention.projection.weight"]
+        yield f"{b}.mlp.gate_proj.weight", ours[f"{a}.perceptron.gate.weight"]
+        yield f"{b}.mlp.up_proj.weight", ours[f"{a}.perceptron.expansion.weight"]
+        yield f"{b}.mlp.down_proj.weight", ours[f"{a}.perceptron.projection.weight"]
+        yield f"{b}.input_layernorm.weight", ours[f"{a}.attention_norm.weight"]
+        yield f"{b}.post_attention_layernorm.weight", ours[f"{a}.perceptron_norm.weight"]
+    yield "model.norm.weight", ours["final_norm.weight"]
+
+
+def _save_tokenizer(run: Run, folder: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    end = run.corpus.tokenizer.id_to_token(int(run.corpus.meta["end_of_document"]))
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(run.corpus.folder / "tokenizer.json"),
+        bos_token=end,
+        eos_token=end,
+        unk_token=end,
+        model_max_length=run.experiment.data.sequence_length,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+    # transformers 5 has another name for this class, which older versions do not know; both know this one.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    write_json(path, config)
+
+
+def write_model_card(run: Run, folder: Path, figures: Mapping[str, float | None]) -> None:
+    """Bring the card of an exported model up to date with what was measured of it."""
+    write_text(folder / "README.md", model_card(run, figures))
+
+
+def model_card(run: Run, figures: Mapping[str, float | None]) -> str:
+    """The README.md of the directory: what the model is, and its figures by what to call them."""
+    e = run.experiment
+    tokens = run.step * e.train.batch_tokens
+    method = {"coupled_adam": "Coupled Adam", "adamw": "AdamW", "adams": "Adams", "sgd": "SGD"}
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [coupled-adam]",
+        "---",
+        f"# {e.run.name}",
+        "",
+        f"A {'GPT-2' if e.model.family == 'gpt2' else 'LLaMA'}-like language model: {e.model.layers} layers, "
+        f"{e.model.heads} heads, {e.model.width} wide, {run.corpus.vocabulary_size:,} rows in the "
+        f"{'tied ' if e.model.tied else ''}embedding, sequences of {e.data.sequence_length:,} tokens. "
+        f"Trained from seed {e.run.seed} on {tokens:,} tokens of {run.corpus.meta['source']} with "
+        f"{method[e.optimizer.embedding.name]} on the output embedding and "
+        f"{e.optimizer.core.name} on the rest (step {run.step:,} of {e.train.steps:,}).",
+        "",
+    ]
+    known = {name: value for name, value in figures.items() if value is not None}
+    if known:
+        lines += [
+            "| figure | value |",
+            "| --- | ---: |",
+            *(f"| {name} | {value:.4g} |" for name, value in known.items()),
+        ]
+        lines.append("")
+    lines += [
+        "Made with coupled-adam. Method: Stollenwerk & Stollenwerk, “Better Embeddings with Coupled Adam”, ACL 2025, "
+        "arXiv 2502.08441.",
+        "",
+    ]
+    return "\n".join(lines)
