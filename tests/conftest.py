@@ -1,9 +1,12 @@
 """Text and settings that several tests share."""
 
 import random
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
 from processes import Processes
 
 from coupled_adam.lm.config import Experiment
@@ -24,6 +27,34 @@ def processes() -> Iterator[Callable[[int], Processes]]:
     yield lambda count: started.setdefault(count, Processes(count))
     for each in started.values():
         each.stop()
+
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A real browser, without a network of its own."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian package: chromium)")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield launched
+        launched.close()
+
+
+def opened(browser: Browser, path: Path) -> Page:
+    """A page of ours; ``problems`` collects what the console says, ``requested`` the addresses it asks for."""
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.problems, page.requested = [], []
+    page.on("console", lambda message: message.type in ("error", "warning") and page.problems.append(message.text))
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("request", lambda request: page.requested.append(request.url))
+    page.goto(path.as_uri(), timeout=120_000)
+    return page
 
 
 @pytest.fixture

@@ -1,21 +1,18 @@
 """The demo through the real command line, and its report in a real browser."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import paragraphs
-from playwright.sync_api import Page, sync_playwright
+from conftest import opened, paragraphs
+from playwright.sync_api import Browser, Page
 
 COMMAND = [sys.executable, "-m", "coupled_adam", "demo"]
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 
 
 def demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -126,22 +123,10 @@ def test_two_processes_in_one_folder(text: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def page(finished: Path):
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine (Debian package: chromium)")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        opened = browser.new_page(viewport={"width": 1200, "height": 900})
-        opened.problems, opened.requested = [], []
-        opened.on(
-            "console", lambda message: message.type in ("error", "warning") and opened.problems.append(message.text)
-        )
-        opened.on("pageerror", lambda error: opened.problems.append(str(error)))
-        opened.on("request", lambda request: opened.requested.append(request.url))
-        opened.goto((finished / "report.html").as_uri())
-        yield opened
-        browser.close()
+def page(finished: Path, browser: Browser) -> Iterator[Page]:
+    page = opened(browser, finished / "report.html")
+    yield page
+    page.close()
 
 
 def test_the_report_opens_without_errors_and_asks_for_nothing_else(page: Page) -> None:

@@ -9,23 +9,35 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from coupled_adam import __version__, demo, experiments
 from coupled_adam.errors import InputError
+from coupled_adam.evaluation.auditing import audit_model
+from coupled_adam.evaluation.centering import center
 from coupled_adam.evaluation.during_training import evaluator
+from coupled_adam.evaluation.embedding_files import read_embeddings
+from coupled_adam.evaluation.stages import STAGES, Downstream, card_figures, evaluate, export_run, read_benchmarks
 from coupled_adam.lm.config import Data, Experiment, load_experiment
 from coupled_adam.lm.corpus import corpus_for, prepare
 from coupled_adam.lm.estimate import PEAK_FLOPS, UTILISATION, estimate
 from coupled_adam.lm.parallel import joined
 from coupled_adam.lm.sources import source_of
 from coupled_adam.lm.train import DivergedError, Interrupted, Metrics, train
+from coupled_adam.report import aggregate, audit_page
+from coupled_adam.report.aggregate import Moments, spread
+from coupled_adam.report.audit_page import write_audit_page
+from coupled_adam.report.suite import report
 from coupled_adam.reproduce import FIGURES, reproduce
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 #: Columns of a table that goes to a file or a pipe.
 WIDE = 130
+
+#: The colours of a verdict.
+LEVELS = {"good": "green", "fair": "yellow", "poor": "red"}
 
 #: What a shell adds to the number of the signal that ended a program.
 SIGNALLED = 128
@@ -202,12 +214,13 @@ def reproduce_command(
     out: Annotated[Path | None, typer.Option(help="Folder of the runs; a second call goes on.  [runs/SUITE]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Train what is missing of a whole suite, and sum it up."""
+    """Train and evaluate what is missing of a whole suite, and report on it."""
     try:
         numbers = [int(seed) for seed in seeds.split(",") if seed.strip()]
     except ValueError:
         raise InputError(f"--seeds {seeds}: write whole numbers with commas between them, for instance 1,2,3") from None
-    results = reproduce(suite, only or [], numbers, out or Path("runs") / suite)
+    folder = out or Path("runs") / suite
+    results = reproduce(suite, only or [], numbers, folder)
     if as_json:
         print(json.dumps(results, ensure_ascii=False))
     else:
@@ -217,17 +230,115 @@ def reproduce_command(
         for row in results["experiments"]:
             table.add_row(row["name"], str(row["runs"]), *(_spread(row["figures"][figure]) for figure in FIGURES))
         Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+        print(f"Report: {folder / 'report.html'}")
     for name, reason in results["failed"].items():
         print(f"{name} failed: {reason}", file=sys.stderr)
     if results["failed"]:
         raise typer.Exit(1)
 
 
-def _spread(moments: dict[str, float | None]) -> str:
-    if moments["mean"] is None:
-        return "–"
-    spread = f" ± {moments['deviation']:.3f}" if moments["deviation"] is not None else ""
-    return f"{moments['mean']:.3f}{spread}"
+def _spread(moments: dict[str, float | None] | None) -> str:
+    return spread(Moments(**moments) if moments else None, "{:.3f}")  # type: ignore[arg-type]
+
+
+@app.command(name="evaluate", epilog="Example: coupled-adam evaluate runs/exp12V-s1 --limit 100")
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
+    data: Annotated[Path | None, typer.Option(help="Its corpus, if it is no longer where it was.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"A stage: {', '.join(STAGES)}. May be repeated.")] = None,
+    tasks: Annotated[str, typer.Option(help="Of lm-evaluation-harness, with commas. [default: the paper's]")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Samples of a task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of your own task definitions.")] = None,
+    benchmarks: Annotated[Path | None, typer.Option(help="Folder of word-similarity benchmarks.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the stages found as JSON.")] = False,
+) -> None:
+    """Validation loss, embedding quality, export and downstream tasks of a run; what is done is not done again."""
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip()) or None
+    with joined() as world:
+        results = evaluate(run, data, only or STAGES, benchmarks, Downstream(names, limit, include_path), world)
+        if not world.main:
+            return
+    failed = results.get("downstream", {}).get("failed", {})
+    if as_json:
+        print(json.dumps(results, ensure_ascii=False))
+    else:
+        for label, value in card_figures(run).items():
+            if value is not None:
+                print(f"{label:<40} {value:.4g}")
+        if "export" in results:
+            print(f"exported to {results['export']}")
+    for task, reason in failed.items():
+        print(f"coupled-adam: {task}: {reason}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command(name="export", epilog="Example: coupled-adam export runs/exp12V-s1 --out exp12V")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
+    data: Annotated[Path | None, typer.Option(help="Its corpus, if it is no longer where it was.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the model.  [default: RUN/model]")] = None,
+) -> None:
+    """Write a model that transformers loads without this package: weights, tokenizer, configuration, model card."""
+    print(export_run(run, data, out))
+
+
+@app.command(name="report", epilog="Example: coupled-adam report runs/mini --out report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders that hold them.")],
+    out: Annotated[Path, typer.Option(help="Folder of aggregate.csv and report.html.")] = Path("report"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """The table of the paper over evaluated runs, and a page with charts beside the published figures."""
+    found = report(runs, out)
+    if as_json:
+        print(json.dumps(aggregate.table(found), ensure_ascii=False))
+    else:
+        print(f"{len(found)} runs: {out / 'aggregate.csv'}, {out / 'report.html'}")
+
+
+@app.command(name="audit", epilog="Example: coupled-adam audit gpt2 runs/demo/coupled_adam --html audit.html")
+def audit_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Folder or name of a transformers model, .safetensors, .gguf, .npy, .npz, or a run."),
+    ],
+    benchmarks: Annotated[Path | None, typer.Option(help="Folder of word-similarity benchmarks.")] = None,
+    tensor: Annotated[str | None, typer.Option(help="Name of the tensor to measure.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Corpus of a run, if it is no longer where it was.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with charts here.")] = None,
+    center_to: Annotated[
+        Path | None, typer.Option("--center", help="Write a copy with centred output embedding; predictions stay.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+) -> None:
+    """What the embeddings of any model look like: figures, a verdict in words, several models side by side."""
+    if center_to is not None and len(models) > 1:
+        raise InputError(f"--center {center_to}: takes one model at a time, not {len(models)}")
+    words = read_benchmarks(benchmarks)
+    audited = [matrix for model in models for matrix in audit_model(model, words, tensor=tensor, data=data)]
+    if html:
+        write_audit_page(html, audited)
+    if as_json:
+        print(json.dumps([matrix.as_json() for matrix in audited], ensure_ascii=False))
+    else:
+        table = Table(box=box.SIMPLE)
+        table.add_column("", no_wrap=True)
+        for matrix in audited:
+            table.add_column(matrix.name, justify="right")
+        for row in audit_page.rows(audited):
+            table.add_row(row.label, *row.runs)
+        console = Console(width=None if sys.stdout.isatty() else WIDE)
+        console.print(table)
+        for matrix in audited:
+            console.print(f"[bold]{escape(matrix.name)}[/bold]")
+            for finding in matrix.audit.findings:
+                console.print(f"  [{LEVELS[finding.level]}]{finding.level}[/]  {escape(finding.text)}")
+        if html:
+            print(f"Page: {html}")
+    if center_to:
+        done = center(read_embeddings(models[0], tensor=tensor), center_to)
+        print(f"Centred copy: {done.path}", file=sys.stderr)
 
 
 def main() -> None:

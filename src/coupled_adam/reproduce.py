@@ -1,16 +1,16 @@
-"""A whole suite of experiments: trains what is missing, goes on with what was interrupted, and sums up."""
+"""A whole suite of experiments: trains and evaluates what is missing, resumes what was interrupted, and reports."""
 
 import math
-import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from coupled_adam import experiments
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.during_training import evaluator
+from coupled_adam.evaluation.stages import evaluate
 from coupled_adam.files import write_json
 from coupled_adam.lm.checkpoint import latest_checkpoint, step_of
 from coupled_adam.lm.config import Experiment
@@ -18,7 +18,9 @@ from coupled_adam.lm.corpus import Corpus, prepare
 from coupled_adam.lm.estimate import estimate
 from coupled_adam.lm.progress import say
 from coupled_adam.lm.sources import source_of
-from coupled_adam.lm.train import DivergedError, Metrics, train
+from coupled_adam.lm.train import DivergedError, train
+from coupled_adam.report.aggregate import Group, read_runs
+from coupled_adam.report.suite import report
 
 #: What is summed up over seeds.
 FIGURES = ("validation_loss", "isotropy", "mean_shift_ratio", "word_similarity")
@@ -69,7 +71,8 @@ def plan(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) -> li
 
 
 def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) -> dict[str, Any]:
-    """Run what is not yet done of the suite in ``out``, write results.json there, and return the results.
+    """Run what is not yet done of the suite in ``out``: train, evaluate, sum up in results.json, aggregate.csv and
+    report.html. Returns what results.json holds.
 
     A run that fails is named in the results (``failed``), and the others go on.
 
@@ -78,30 +81,32 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
         Interrupted: the user stopped it; all done is saved, and the same call goes on.
     """
     runs = plan(suite, only, seeds, out)
-    say(f"{len(runs)} runs in {out}, {sum(run.finished for run in runs)} of them finished")
+    say(f"{len(runs)} runs in {out}, {sum(run.finished for run in runs)} of them trained")
     corpora: dict[tuple[str, str, int], Corpus] = {}
     failed: dict[str, str] = {}
     seconds = arithmetic = 0.0
     for i, run in enumerate(runs):
-        if run.finished:
-            continue
-        rest = sum(estimate(r.experiment).flops for r in runs[i:] if not r.finished)
-        left = f", about {math.ceil(rest * seconds / arithmetic / 60)} min left" if arithmetic else ""
-        say(f"[{i + 1}/{len(runs)}] {run.family}: {run.experiment.run.name}{left}")
-        before, began = _steps_done(run.folder), time.monotonic()
         try:
             data = run.experiment.data
             key = (data.source, data.tokenizer, data.vocabulary)
             if key not in corpora:
                 corpora[key] = prepare(source_of(data.source), data, out / "corpus" / "-".join(map(str, key)))
-            train(run.experiment, corpora[key], run.folder, evaluator(run.experiment, corpora[key]))
+            if not run.finished:
+                rest = sum(estimate(r.experiment).flops for r in runs[i:] if not r.finished)
+                left = f", about {math.ceil(rest * seconds / arithmetic / 60)} min left" if arithmetic else ""
+                say(f"[{i + 1}/{len(runs)}] {run.family}: {run.experiment.run.name}{left}")
+                before, began = _steps_done(run.folder), time.monotonic()
+                train(run.experiment, corpora[key], run.folder, evaluator(run.experiment, corpora[key]))
+                seconds += time.monotonic() - began
+                arithmetic += estimate(run.experiment).flops * (1 - before / run.experiment.train.steps)
+            evaluate(run.folder, corpora[key].folder, ("validation", "embeddings"))
         except (DivergedError, InputError, OSError) as error:
             failed[run.experiment.run.name] = str(error)
-            say(f"  failed: {error}")
-            continue
-        seconds += time.monotonic() - began
-        arithmetic += estimate(run.experiment).flops * (1 - before / run.experiment.train.steps)
-    results = {"experiments": _summed_up(runs), "failed": failed}
+            say(f"{run.experiment.run.name} failed: {error}")
+    done = [run for run in runs if run.finished and run.experiment.run.name not in failed]
+    if done:
+        report([run.folder for run in done], out)
+    results = {"experiments": _summed_up(done), "failed": failed}
     write_json(out / "results.json", results)
     return results
 
@@ -112,23 +117,14 @@ def _steps_done(folder: Path) -> int:
 
 
 def _summed_up(runs: Sequence[Planned]) -> list[dict[str, Any]]:
-    """One object an experiment: mean and sample standard deviation of its finished runs' last figures."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """One object an experiment: mean and sample standard deviation of its runs' figures."""
+    experiments_run: dict[str, list[Planned]] = {}
     for run in runs:
-        if run.finished:
-            found.setdefault(run.name, []).append(Metrics(run.folder / "metrics.jsonl").read()[-1])
-    families = {run.name: run.family for run in runs}
-    return [
-        {"name": name, "family": families[name], "runs": len(f), "figures": _moments(f)} for name, f in found.items()
-    ]
-
-
-def _moments(finals: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    moments: dict[str, dict[str, float | None]] = {}
-    for figure in FIGURES:
-        values = [final[figure] for final in finals if final.get(figure) is not None]
-        moments[figure] = {
-            "mean": statistics.fmean(values) if values else None,
-            "deviation": statistics.stdev(values) if len(values) > 1 else None,
-        }
-    return moments
+        experiments_run.setdefault(run.name, []).append(run)
+    rows = []
+    for name, planned in experiments_run.items():
+        group = Group(tuple(read_runs(run.folder for run in planned)))
+        moments = {figure: group.moments(figure) for figure in FIGURES}
+        figures = {figure: asdict(found) if found else None for figure, found in moments.items()}
+        rows.append({"name": name, "family": planned[0].family, "runs": len(planned), "figures": figures})
+    return rows

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from coupled_adam.evaluation.during_training import output_embedding
+from coupled_adam.evaluation.stages import evaluate
 from coupled_adam.evaluation.validation import validation_loss
 from coupled_adam.lm import train as loop
 from coupled_adam.lm.batches import Batches
@@ -45,6 +46,12 @@ def run(toml: str, corpus_folder: Path, run_dir: Path, stop_at: int | None = Non
     if experiment.train.precision == "float32":
         assert all(p.dtype == torch.float32 for p in model.parameters())
     return {"embedding": output_embedding(model), "loss": validation_loss(model, held_out, 2, world)}
+
+
+def evaluated(run_dir: Path) -> dict[str, Any]:
+    """What the stages without a download find, in the processes there are."""
+    world = World(dist.get_rank(), dist.get_world_size(), dist.get_world_size())
+    return evaluate(run_dir, only=("validation", "embeddings", "export"), world=world)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import runs
 import torch
 
 from coupled_adam.errors import InputError
+from coupled_adam.evaluation.stages import evaluate
 from coupled_adam.lm import train as loop
 from coupled_adam.lm.checkpoint import latest_checkpoint
 from coupled_adam.lm.config import Experiment
@@ -158,3 +160,17 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tiny, corpus, t
     with pytest.raises(OSError, match="No space left"):
         runs.run(tiny.to_toml(), corpus.folder, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000010"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_several_processes_evaluate_as_one_does(strategy, processes, tiny, corpus, tmp_path) -> None:
+    experiment = tiny.with_values(parallel__strategy=strategy, optimizer__embedding__name="adamw")
+    runs.run(experiment.to_toml(), corpus.folder, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    together, nothing = processes(2).run(runs.evaluated, tmp_path / "run")
+    alone = evaluate(tmp_path / "alone", only=("validation", "embeddings", "export"))
+    assert nothing == {}
+    assert together["validation"]["loss"] == pytest.approx(alone["validation"]["loss"], abs=1e-6)
+    assert together["embeddings"] == alone["embeddings"]
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "alone")]
+    assert weights[0] == weights[1]

@@ -22,7 +22,7 @@ from coupled_adam.evaluation.embeddings import audit_json
 from coupled_adam.evaluation.tokens import sample_tokens
 from coupled_adam.evaluation.validation import held_out, validation_loss
 from coupled_adam.files import write_json
-from coupled_adam.lm.export import export, write_model_card
+from coupled_adam.lm.export import export, exported_digest, write_model_card
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
 from coupled_adam.lm.progress import say
@@ -84,9 +84,24 @@ def evaluate(
         results["export"] = str(folder / "model")
     if "downstream" in only:
         results["downstream"] = _downstream(run, sha256, downstream or Downstream())
-    if (folder / "model").exists():
+    if "export" in results:
         write_model_card(run, folder / "model", card_figures(folder))
     return results
+
+
+def export_run(folder: Path, data: Path | None = None, out: Path | None = None) -> Path:
+    """Export the run in ``folder`` to ``out`` (its own ``model``, if None), and return that.
+
+    Raises:
+        InputError: not a trained run, no corpus, a model that transformers has not, or something else in ``out``.
+    """
+    run, target = open_run(folder, data), out or folder / "model"
+    if target.exists() and exported_digest(target) is None:
+        raise InputError(f"{target}: exists, and is no model exported here; choose another folder")
+    weights = whole_weights(run.model())
+    export(run, weights, digest(weights), target)
+    write_model_card(run, target, card_figures(folder))
+    return target
 
 
 def read_stage(folder: Path, stage: str) -> dict[str, Any] | None:

@@ -13,20 +13,60 @@ from coupled_adam.evaluation.tokens import TokenSample
 #: The colours of Okabe and Ito, which people with any colour vision tell apart.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
 
-Points = Sequence[tuple[float, float]]
+Points = Sequence[tuple[float, ...]]
 
 
-def curves(title: str, series: Mapping[str, Points], *, highest: float | None = None) -> go.Figure:
-    """One line a run over training steps."""
+def curves(
+    title: str,
+    series: Mapping[str, Points],
+    *,
+    x: str = "training step",
+    highest: float | None = None,
+    log_x: bool = False,
+    log_y: bool = False,
+    markers: bool = True,
+    colours: Sequence[str] = (),
+) -> go.Figure:
+    """One line each over training steps, or over what ``x`` names; a third number of a point is its error bar.
+
+    ``colours`` are those of the lines, if they are not to differ all.
+    """
     figure = go.Figure()
-    for (name, points), colour in zip(series.items(), COLOURS, strict=False):
-        x, y = zip(*points, strict=True) if points else ((), ())
-        hover = f"{html.escape(name)}<br>step %{{x}}: %{{y:.4g}}<extra></extra>"
-        line = {"color": colour, "width": 2.5}
-        figure.add_scatter(x=x, y=y, name=name, mode="lines+markers", line=line, hovertemplate=hover)
-    figure.update_xaxes(title="training step")
-    figure.update_yaxes(range=None if highest is None else [0, highest])
+    for i, (name, points) in enumerate(series.items()):
+        colour = colours[i] if colours else COLOURS[i % len(COLOURS)]
+        dash = "solid" if colours or i < len(COLOURS) else "dash"
+        columns = list(zip(*points, strict=True)) if points else [(), ()]
+        hover = f"{html.escape(name)}<br>{html.escape(x)} %{{x}}: %{{y:.4g}}<extra></extra>"
+        figure.add_scatter(
+            x=columns[0],
+            y=columns[1],
+            error_y={"array": columns[2], "thickness": 1} if len(columns) > 2 else None,
+            name=name,
+            mode="lines+markers" if markers else "lines",
+            line={"color": colour, "width": 2.5, "dash": dash},
+            hovertemplate=hover,
+        )
+    figure.update_xaxes(title=x, type="log" if log_x else "linear")
+    figure.update_yaxes(range=None if highest is None else [0, highest], type="log" if log_y else "linear")
     return _styled(figure, title, height=340)
+
+
+def token_scatter(title: str, samples: Mapping[str, TokenSample], value: str, *, log_y: bool = False) -> go.Figure:
+    """``norm``, ``projection`` or ``second_moment`` of the tokens of each sample against how often they occur."""
+    figure = go.Figure()
+    for i, (name, sample) in enumerate(samples.items()):
+        figure.add_scatter(
+            x=np.asarray(sample.count) + 1,
+            y=getattr(sample, value),
+            name=name,
+            mode="markers",
+            marker={"size": 4, "opacity": 0.5, "color": COLOURS[i % len(COLOURS)]},
+            text=_labels(sample),
+            hovertemplate="%{text}: %{y:.3g}<extra></extra>",
+        )
+    figure.update_xaxes(title="occurrences in the training text + 1", type="log")
+    figure.update_yaxes(type="log" if log_y else "linear")
+    return _styled(figure, title, height=380)
 
 
 def token_maps(samples: Mapping[str, TokenSample]) -> go.Figure:

@@ -1,0 +1,80 @@
+"""The audit of anyone's model: its embeddings read, measured and judged."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from coupled_adam import geometry
+from coupled_adam.errors import InputError
+from coupled_adam.evaluation.during_training import cached
+from coupled_adam.evaluation.embedding_files import Embeddings, read_embeddings
+from coupled_adam.evaluation.embeddings import audit_json
+from coupled_adam.evaluation.tokens import TokenSample, sample_tokens
+from coupled_adam.lm.corpus import Corpus
+from coupled_adam.lm.run import open_run
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One embedding matrix of a model."""
+
+    model: str
+    matrix: str
+    """``tied``, ``input``, ``output``, or ``embedding`` where it cannot be told."""
+    audit: geometry.Audit
+    sample: TokenSample
+
+    @property
+    def name(self) -> str:
+        """For a heading."""
+        return self.model if self.matrix in ("tied", "embedding") else f"{self.model} ({self.matrix})"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"model": self.model, "matrix": self.matrix, **audit_json(self.audit)}
+
+
+def audit_model(
+    model: str,
+    benchmarks: Sequence[geometry.Benchmark],
+    *,
+    tensor: str | None = None,
+    data: Path | None = None,
+) -> list[Audited]:
+    """Audit the embeddings of a model: one matrix if they are tied or there is but one, else input and output.
+
+    Args:
+        model: as :func:`coupled_adam.evaluation.embedding_files.read_embeddings` takes it.
+        benchmarks: of word similarity; used where the model has a tokenizer.
+        tensor: the name of the tensor to measure instead.
+        data: the corpus of one of our runs; None for where it was during training.
+
+    Raises:
+        InputError: as ``read_embeddings``; or a matrix that is not finite.
+    """
+    found = read_embeddings(model, tensor=tensor, corpus=_corpus(Path(model), data))
+    matrices = [("tied" if found.tied else "embedding", found.input)]
+    if found.output is not None:
+        matrices = [("input", found.input), ("output", found.output)]
+    return [_audited(found, kind, matrix, benchmarks) for kind, matrix in matrices]
+
+
+def _corpus(folder: Path, data: Path | None) -> Corpus | None:
+    """Of a run, which has no tokenizer of its own; None for other models."""
+    return open_run(folder, data).corpus if (folder / "experiment.toml").exists() else None
+
+
+def _audited(found: Embeddings, kind: str, matrix: Tensor, benchmarks: Sequence[geometry.Benchmark]) -> Audited:
+    counts = (
+        found.unigram_counts if found.unigram_counts is not None and len(found.unigram_counts) == len(matrix) else None
+    )
+    token_of = None if found.token_of is None else cached(found.token_of)
+    try:
+        audit = geometry.audit(matrix, counts=counts, token_of=token_of, benchmarks=benchmarks)
+    except ValueError as error:
+        raise InputError(f"{found.name}: {error}") from None
+    text_of = found.labels or (lambda token: f"row {token}")
+    return Audited(found.name, kind, audit, sample_tokens(matrix, text_of, counts))

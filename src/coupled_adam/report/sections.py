@@ -1,0 +1,174 @@
+"""The charts of the report over many runs, by section."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+from coupled_adam.report import charts
+from coupled_adam.report.aggregate import Comparison, Group, spread, sweep
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart, and what it means in one sentence."""
+
+    figure: go.Figure
+    caption: str
+    wide: bool = False
+
+
+def sections(found: Sequence[Group], pairs: Sequence[Comparison]) -> list[tuple[str, list[Chart]]]:
+    """Headings and their charts, of what the runs hold."""
+    made: list[tuple[str, list[Chart]]] = []
+    if pairs:
+        made.append((f"During training: {pairs[-1].setting}", _curves(pairs[-1])))
+    if len({pair.adamw.first.tokens for pair in pairs}) > 1:
+        made.append(("Model and data size", _sizes(pairs)))
+    made += [("Scaled Coupled Adam", _scaled(line)) for line in sweep(found, "coupling_scale")]
+    made += [("SGD on the embedding", _sgd(line, found)) for line in sweep(found, "lr_factor")]
+    if pairs:
+        made.append((f"The embeddings: {pairs[-1].setting}", _embeddings(pairs[-1])))
+    return [(heading, drawn) for heading, drawn in made if drawn]
+
+
+def _curves(pair: Comparison) -> list[Chart]:
+    def drawn(title: str, figure: str, highest: float | None = None) -> go.Figure:
+        series: dict[str, charts.Points] = {}
+        for group in (pair.adamw, pair.coupled):
+            for run in group.runs:
+                name = run.method if len(group.runs) == 1 else f"{run.method}, seed {run.seed}"
+                series[name] = [(line["step"], line[figure]) for line in run.curve if line.get(figure) is not None]
+        # The lines of a method have its colour.
+        methods = [group for group in (pair.adamw, pair.coupled) for _ in group.runs]
+        colours = [charts.COLOURS[0] if group is pair.adamw else charts.COLOURS[1] for group in methods]
+        return charts.curves(title, series, highest=highest, colours=colours)
+
+    return [
+        Chart(drawn("Validation loss", "validation_loss"), "Nats per token on held-out text; lower is better."),
+        Chart(drawn("Isotropy", "isotropy", 1.02), "1 is a cloud without a preferred direction."),
+        Chart(
+            drawn("Mean shift ratio ‖μ‖ʳ", "mean_shift_ratio", 1.0),
+            "How far all embeddings together have moved off the origin, relative to their length.",
+        ),
+    ]
+
+
+def _sizes(pairs: Sequence[Comparison]) -> list[Chart]:
+    def drawn(title: str, figure: str) -> go.Figure:
+        series: dict[str, list[tuple[float, ...]]] = {}
+        for pair in pairs:
+            for group in (pair.adamw, pair.coupled):
+                if found := group.moments(figure):
+                    name = f"{group.first.model}, {group.first.method}"
+                    series.setdefault(name, []).append((group.first.tokens, found.mean, found.deviation or 0.0))
+        return charts.curves(title, series, x="training tokens", highest=1.05, log_x=True)
+
+    return [
+        Chart(
+            drawn("Isotropy", "isotropy"),
+            "Whether more parameters or more text change the isotropy; bars: one standard deviation over seeds.",
+        ),
+        Chart(drawn("Mean shift ratio ‖μ‖ʳ", "mean_shift_ratio"), "The same for the shift off the origin."),
+    ]
+
+
+def _swept(title: str, x: str, points: Mapping[float, Group], figure: str, baselines: Mapping[str, Group]) -> go.Figure:
+    values = [
+        (at, found.mean, found.deviation or 0.0)
+        for at, group in sorted(points.items())
+        if (found := group.moments(figure))
+    ]
+    series: dict[str, charts.Points] = {next(iter(points.values())).first.method.split()[0]: values}
+    if values:
+        for name, group in baselines.items():
+            if found := group.moments(figure):
+                series[name] = [(values[0][0], found.mean, 0.0), (values[-1][0], found.mean, 0.0)]
+    return charts.curves(title, series, x=x)
+
+
+def _scaled(line: Sequence[Group]) -> list[Chart]:
+    points = {-math.log2(group.first.experiment.optimizer.embedding.coupling_scale): group for group in line}
+
+    def drawn(title: str, figure: str) -> go.Figure:
+        return _swept(title, "n, for a second moment scaled by s = 2⁻ⁿ", points, figure, {})
+
+    return [
+        Chart(
+            drawn("Test loss", "validation_loss"),
+            "The effective learning rate of the embedding grows with n; n = 0 is plain Coupled Adam.",
+        ),
+        Chart(drawn("Isotropy", "isotropy"), "Too large a step leaves the embedding less isotropic."),
+        Chart(
+            drawn("Word similarity r̄", "word_similarity"),
+            "Agreement with human ratings, 100·correlation; higher is better.",
+        ),
+    ]
+
+
+def _sgd(line: Sequence[Group], found: Sequence[Group]) -> list[Chart]:
+    points = {group.first.experiment.optimizer.embedding.lr_factor: group for group in line}
+    setting = line[0].first.setting
+    baselines = {
+        g.first.method: g for g in found if g.first.setting == setting and g.first.method in ("AdamW", "Coupled Adam")
+    }
+
+    def drawn(title: str, figure: str) -> go.Figure:
+        return _swept(title, "f, factor on the learning rate", points, figure, baselines)
+
+    return [
+        Chart(
+            drawn("Test loss", "validation_loss"),
+            "SGD keeps the embeddings centred too; its loss says whether the step size fits.",
+        ),
+        Chart(drawn("Isotropy", "isotropy"), "Level lines: the adaptive optimizers in the same setting."),
+        Chart(drawn("Mean shift ratio ‖μ‖ʳ", "mean_shift_ratio"), "SGD divides no gradient by a moment of its token."),
+    ]
+
+
+def _embeddings(pair: Comparison) -> list[Chart]:
+    samples = {g.first.method: s for g in (pair.adamw, pair.coupled) if (s := g.first.token_sample)}
+    spectra = {
+        g.first.method: [(i + 1, value / values[0]) for i, value in enumerate(values)]
+        for g in (pair.adamw, pair.coupled)
+        if (values := g.first.embeddings.get("singular_values"))
+    }
+    if not samples:
+        return []
+    moments = {name: sample for name, sample in samples.items() if sample.second_moment}
+    drawn = [
+        Chart(
+            charts.token_maps(samples),
+            "Every dot is a token (hover to read it), the red cross the origin. Across: the position along the mean "
+            "embedding. Up: along the widest direction at right angles to it. All maps have one scale.",
+            wide=True,
+        ),
+        Chart(
+            charts.token_scatter("Norm ‖e‖ against frequency", samples, "norm"),
+            "A cloud that rises or falls says that the length of an embedding depends on how often its token occurs.",
+        ),
+        Chart(
+            charts.token_scatter("Projection e·μ against frequency", samples, "projection"),
+            "Far from zero, and sorted by frequency, where the common direction tells frequent tokens from rare ones.",
+        ),
+    ]
+    if moments:
+        drawn.append(
+            Chart(
+                charts.token_scatter("Adam's second moment against frequency", moments, "second_moment", log_y=True),
+                "Mean over the components; a straight line is the proportionality that makes Adam's step depend on the "
+                f"token's frequency (R² {_fit(pair)}; the paper: 0.85–0.91).",
+            )
+        )
+    if spectra:
+        figure = charts.curves("Spectrum", spectra, x="rank of the singular value", log_y=True, markers=False)
+        drawn.append(
+            Chart(figure, "Singular values over the largest: one that towers above the rest is a dominating direction.")
+        )
+    return drawn
+
+
+def _fit(pair: Comparison) -> str:
+    found = pair.adamw.moments("second_moment_frequency_fit")
+    return spread(found, "{:.2f}")

@@ -1,0 +1,197 @@
+"""The report over many runs: aggregate.csv and report.html."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from coupled_adam import experiments
+from coupled_adam.errors import InputError
+from coupled_adam.files import write_text
+from coupled_adam.report.aggregate import (
+    COLUMNS,
+    Comparison,
+    Evaluated,
+    as_csv,
+    comparisons,
+    groups,
+    read_runs,
+    short,
+    spread,
+    table,
+)
+from coupled_adam.report.page import write_page
+from coupled_adam.report.sections import sections
+
+#: A one-sided t-test below this is called significant, as in the paper.
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of the tables of the paper: its name, heading, format, direction, and the published attribute."""
+
+    figure: str
+    heading: str
+    form: str
+    lower_is_better: bool
+    published: str
+
+
+LOSS = Column("validation_loss", "test loss", "{:.3f}", True, "loss")
+ACCURACY = Column("downstream_accuracy", "downstream accuracy", "{:.3f}", False, "downstream_accuracy")
+ISOTROPY = Column("isotropy", "Iso", "{:.3f}", False, "isotropy")
+SHIFT = Column("mean_shift_ratio", "‖μ‖ʳ", "{:.3f}", True, "mean_shift_ratio")
+SIMILARITY = Column("word_similarity", "r̄", "{:.1f}", False, "word_similarity")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure ready to print."""
+
+    text: str
+    significant: bool = False
+    """Whether Coupled Adam is better here, by the t-test."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table of comparisons: one optimizer in one setting, or in a published one."""
+
+    model: str
+    tokens: str
+    method: str
+    runs: str
+    cells: tuple[Cell, ...]
+
+
+def report(folders: Sequence[Path], out: Path) -> list[Evaluated]:
+    """Write aggregate.csv and report.html to ``out`` for the runs in ``folders``, and return the runs.
+
+    Raises:
+        InputError: folders without runs, damaged files, or runs of which none has been evaluated.
+    """
+    runs = read_runs(folders)
+    if not any(run.embeddings or run.validation for run in runs):
+        raise InputError(f"{folders[0]}: none of its {len(runs)} runs has been evaluated; `coupled-adam evaluate` does")
+    found = groups(runs)
+    pairs = comparisons(found)
+    columns = [LOSS, ISOTROPY, SHIFT, SIMILARITY]
+    if any(run.downstream for run in runs):
+        columns.insert(1, ACCURACY)
+    drawn_sections = sections(found, pairs)
+    write_text(out / "aggregate.csv", as_csv(runs))
+    write_page(
+        out / "report.html",
+        "report",
+        {f"{i}-{j}": c.figure for i, (_, drawn) in enumerate(drawn_sections) for j, c in enumerate(drawn)},
+        headline=_headline(pairs),
+        scale=_scale(runs),
+        columns=columns,
+        lines=comparison_lines(pairs, columns),
+        published=published_lines(columns),
+        sections=drawn_sections,
+        rows=[[_number(row[column]) for column in COLUMNS] for row in table(runs)],
+        headings=list(COLUMNS),
+        downstream=_downstream(runs),
+        similarity=_similarity(pairs),
+        missing=[run.name for run in runs if not (run.embeddings and run.validation)],
+        version=version("coupled-adam"),
+    )
+    return runs
+
+
+def comparison_lines(pairs: Sequence[Comparison], columns: Sequence[Column]) -> list[Line]:
+    """Two rows a setting, in the layout of the paper: mean ± standard deviation over seeds."""
+    lines = []
+    for pair in pairs:
+        for group in (pair.adamw, pair.coupled):
+            cells = []
+            for column in columns:
+                p = pair.p_value(column.figure, column.lower_is_better) if group is pair.coupled else None
+                cells.append(Cell(spread(group.moments(column.figure), column.form), p is not None and p < SIGNIFICANT))
+            run = group.first
+            lines.append(Line(run.model, short(run.tokens), run.method, str(len(group.runs)), tuple(cells)))
+    return lines
+
+
+def published_lines(columns: Sequence[Column]) -> list[Line]:
+    """The paper's results in the same layout."""
+    return [
+        Line(row.model, row.tokens, row.method, "", tuple(Cell(_plain(getattr(row, c.published))) for c in columns))
+        for row in experiments.published()
+    ]
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"
+
+
+def _number(value: str | float | None) -> str:
+    return "–" if value is None else value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _headline(pairs: Sequence[Comparison]) -> str:
+    if not pairs:
+        return "These runs hold no pair of AdamW and Coupled Adam that differs in nothing else."
+    better = [pair for pair in pairs if _improves(pair, SHIFT) and _improves(pair, ISOTROPY)]
+    largest = pairs[-1]
+    a, v = (group.moments("mean_shift_ratio") for group in (largest.adamw, largest.coupled))
+    x, y = (group.moments("validation_loss") for group in (largest.adamw, largest.coupled))
+    text = "Coupled Adam leaves the embeddings better centred and more isotropic than AdamW in "
+    text += f"{len(better)} of {len(pairs)} settings."
+    if a and v:
+        text += f" In the largest one the mean shift ratio is {v.mean:.3f} instead of {a.mean:.3f}"
+        text += f" at a test loss of {y.mean:.3f} instead of {x.mean:.3f}." if x and y else "."
+    return text
+
+
+def _improves(pair: Comparison, column: Column) -> bool:
+    a, v = pair.adamw.moments(column.figure), pair.coupled.moments(column.figure)
+    return a is not None and v is not None and (v.mean < a.mean if column.lower_is_better else v.mean > a.mean)
+
+
+def _scale(runs: Sequence[Evaluated]) -> str:
+    sizes, tokens = [run.parameters for run in runs], [run.tokens for run in runs]
+    return (
+        f"{short(min(sizes))} to {short(max(sizes))} parameters on {short(min(tokens))} to {short(max(tokens))} tokens"
+    )
+
+
+def _downstream(runs: Sequence[Evaluated]) -> dict[str, Any] | None:
+    """Accuracy by task; None if no run was evaluated so."""
+    evaluated = [run for run in runs if run.downstream.get("tasks")]
+    names = sorted({name for run in evaluated for name in run.downstream["tasks"]})
+    if not names:
+        return None
+    rows = [
+        [run.name, *(_number(run.downstream["tasks"].get(name, {}).get("acc")) for name in names)] for run in evaluated
+    ]
+    return {"tasks": names, "rows": rows}
+
+
+def _similarity(pairs: Sequence[Comparison]) -> dict[str, Any] | None:
+    """Word similarity of the largest pair, by benchmark and post-processing."""
+    if not pairs:
+        return None
+    pair = pairs[-1]
+    both = {g.first.method: g.first.embeddings.get("word_similarity", {}) for g in (pair.adamw, pair.coupled)}
+    if not all(both.values()):
+        return None
+    rows = []
+    for method, variants in both.items():
+        for variant, benchmarks in variants.items():
+            for kind in ("cosine", "dot"):
+                values = [b[kind] for b in benchmarks if b[kind] is not None]
+                mean = sum(values) / len(values) if values else None
+                figures = [mean, *(b[kind] for b in benchmarks)]
+                rows.append(
+                    [method, variant.replace("_", " "), kind, *("–" if f is None else f"{f:.1f}" for f in figures)]
+                )
+    benchmarks = both["AdamW"]["original"]
+    return {
+        "setting": pairs[-1].setting,
+        "names": [f"{b['benchmark']} ({b['covered']:,} of {b['pairs']:,})" for b in benchmarks],
+        "rows": rows,
+    }

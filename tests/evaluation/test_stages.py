@@ -1,0 +1,131 @@
+"""The stages after training: one file each, made once."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from coupled_adam import geometry
+from coupled_adam.cli import app
+from coupled_adam.errors import InputError
+from coupled_adam.evaluation import stages
+from coupled_adam.evaluation.during_training import evaluator
+from coupled_adam.evaluation.tokens import TokenSample, sample_tokens
+from coupled_adam.lm.config import Experiment
+from coupled_adam.lm.corpus import prepare
+from coupled_adam.lm.run import open_run
+from coupled_adam.lm.sources import TextFiles
+from coupled_adam.lm.train import Metrics, train
+
+OFFLINE = ("validation", "embeddings", "export")
+
+
+@pytest.fixture
+def run_dir(tiny: Experiment, text_file: Path, tmp_path: Path) -> Path:
+    experiment = tiny.with_values(optimizer__embedding__name="adamw", train__keep_every=10)
+    corpus = prepare(TextFiles(text_file), experiment.data, tmp_path / "corpus")
+    train(experiment, corpus, tmp_path / "run", evaluator(experiment, corpus))
+    return tmp_path / "run"
+
+
+def test_the_stages_measure_what_training_measured_and_more(run_dir: Path) -> None:
+    results = stages.evaluate(run_dir, only=OFFLINE)
+    last = Metrics(run_dir / "metrics.jsonl").read()[-1]
+    validation, figures = results["validation"], results["embeddings"]["figures"]
+    assert validation["loss"] == pytest.approx(last["validation_loss"], rel=1e-6)
+    assert validation["perplexity"] == pytest.approx(math.exp(validation["loss"]))
+    assert validation["tokens"] == 2 * 64
+    for name in ("isotropy", "mean_shift_ratio", "condition", "norm_frequency_spearman"):
+        assert figures[name] == pytest.approx(last[name], rel=1e-6)
+    run = open_run(run_dir)
+    fit = geometry.second_moment_frequency_fit(run.second_moment(), run.corpus.unigram_counts)
+    assert figures["second_moment_frequency_fit"] == pytest.approx(fit)
+    assert results["embeddings"] == json.loads((run_dir / "evaluation" / "embeddings.json").read_text())
+    assert len(results["embeddings"]["singular_values"]) == 16
+    assert list(results["embeddings"]["word_similarity"]) == [
+        "original", "centered", "centered_scaled", "post_process", "post_process_fix",
+    ]  # fmt: skip
+    sample = TokenSample(**results["embeddings"]["token_sample"])
+    assert len(sample.text) == 320 and sample.count == sorted(run.corpus.unigram_counts.tolist(), reverse=True)
+    assert (
+        f"| isotropy of the output embedding | {figures['isotropy']:.4g} |" in (run_dir / "model/README.md").read_text()
+    )
+
+
+def test_a_second_call_computes_nothing_and_other_weights_everything(run_dir: Path, monkeypatch) -> None:
+    first = stages.evaluate(run_dir, only=OFFLINE)
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "validation_loss", lambda *args: pytest.fail("validated again"))
+        patched.setattr(geometry, "audit", lambda *args, **kwargs: pytest.fail("measured again"))
+        assert stages.evaluate(run_dir, only=OFFLINE) == first
+    for file in (run_dir / "checkpoints/step-00000024").glob("**/*"):  # back to what was kept of step 20
+        file.is_file() and file.unlink()
+    second = stages.evaluate(run_dir, only=OFFLINE)
+    assert second["validation"]["step"] == 20
+    assert second["validation"]["inputs"]["weights"] != first["validation"]["inputs"]["weights"]
+    assert second["validation"]["loss"] != first["validation"]["loss"]
+    assert second["embeddings"]["figures"] != first["embeddings"]["figures"]
+
+
+def test_other_benchmarks_are_measured_anew(run_dir: Path, tmp_path: Path) -> None:
+    first = stages.evaluate(run_dir, only=["embeddings"])
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    words = ["river", "lake", "mountain", "sun", "moon", "king", "queen", "dog", "cat", "house", "street"]
+    lines = [f"{a}\t{b}\t{i}.5" for i, (a, b) in enumerate(itertools.pairwise(words))]
+    (folder / "rw.txt").write_text("\n".join(lines))
+    second = stages.evaluate(run_dir, only=["embeddings"], benchmarks=folder)
+    assert [b["benchmark"] for b in second["embeddings"]["word_similarity"]["original"]] == ["RW"]
+    assert second["embeddings"]["figures"]["isotropy"] == first["embeddings"]["figures"]["isotropy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "validaton"], "validaton: no stage of that name; choose from validation, embeddings"),
+        (["--benchmarks", "nowhere"], "nowhere: no benchmark there"),
+        (["--data", "nowhere"], "give its folder with --data"),
+    ],
+)
+def test_bad_arguments(run_dir: Path, arguments: list[str], message: str) -> None:
+    only = [] if "--only" in arguments else ["--only", "embeddings"]
+    result = CliRunner().invoke(app, ["evaluate", str(run_dir), *only, *arguments])
+    assert isinstance(result.exception, InputError) and message in str(result.exception)
+
+
+def test_a_damaged_file_is_named(run_dir: Path) -> None:
+    stages.evaluate(run_dir, only=["validation"])
+    (run_dir / "evaluation" / "validation.json").write_text("{")
+    with pytest.raises(InputError, match=r"validation.json: damaged .* delete it"):
+        stages.evaluate(run_dir, only=["validation"])
+
+
+def test_the_command_line(run_dir: Path) -> None:
+    arguments = ["evaluate", str(run_dir), "--only", "validation", "--only", "embeddings"]
+    printed = CliRunner().invoke(app, arguments)
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert f"perplexity                               {found['validation']['perplexity']:.4g}\n" in printed.stdout
+    target = CliRunner().invoke(app, ["export", str(run_dir), "--out", str(run_dir / "hf")]).stdout.strip()
+    assert (Path(target) / "model.safetensors").exists()
+    refused = CliRunner().invoke(app, ["export", str(run_dir), "--out", str(run_dir / "evaluation")])
+    assert "exists, and is no model exported here" in str(refused.exception)
+
+
+def test_a_sample_stands_for_all_frequencies() -> None:
+    rng = np.random.default_rng(0)
+    embedding, counts = rng.normal(size=(1000, 4)) + np.array([3, 0, 0, 0]), rng.permutation(1000)
+    sample = sample_tokens(embedding, str, counts, np.arange(4000.0).reshape(1000, 4), limit=11)
+    assert sample.count == [999, 899, 799, 699, 599, 500, 400, 300, 200, 100, 0]
+    rows = [int(text) for text in sample.text]
+    assert counts[rows].tolist() == sample.count
+    assert sample.norm == pytest.approx(np.linalg.norm(embedding[rows], axis=1), rel=1e-4)
+    mean = embedding.mean(0)
+    assert sample.along == pytest.approx(embedding[rows] @ mean / np.linalg.norm(mean), rel=1e-4)
+    assert sample.projection == pytest.approx(embedding[rows] @ mean, rel=1e-4)
+    assert sample.second_moment == pytest.approx([4 * row + 1.5 for row in rows])
+    # The plane is orthonormal and contains the mean: no token is farther from the origin in it than in space.
+    assert all(math.hypot(x, y) <= n * 1.0001 for x, y, n in zip(sample.along, sample.across, sample.norm, strict=True))

@@ -1,0 +1,132 @@
+"""Exported models: transformers computes what ours computes, and needs nothing of ours."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM
+
+from coupled_adam.errors import InputError
+from coupled_adam.lm.config import Experiment
+from coupled_adam.lm.corpus import prepare
+from coupled_adam.lm.export import export, exported_digest, model_card
+from coupled_adam.lm.run import Run, digest, open_run, whole_weights
+from coupled_adam.lm.sources import TextFiles
+from coupled_adam.lm.train import train
+
+
+def trained(experiment: Experiment, text_file: Path, folder: Path) -> Run:
+    """A run of two steps: the weights are no longer those of the initialisation, and vectors no longer ones."""
+    experiment = experiment.with_values(train__steps=2, schedule__warmup_steps=0, schedule__lr=0.05)
+    corpus = prepare(TextFiles(text_file), experiment.data, folder / "corpus")
+    train(experiment, corpus, folder / "run", lambda model, last: {})
+    return open_run(folder / "run")
+
+
+def exported(run: Run, folder: Path) -> Path:
+    weights = whole_weights(run.model())
+    export(run, weights, digest(weights), folder)
+    return folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "kind"), [("gpt2", GPT2LMHeadModel), ("llama", LlamaForCausalLM)])
+def test_the_logits_are_ours(family, kind, tied, tiny, text_file, tmp_path) -> None:
+    run = trained(tiny.with_values(model__family=family, model__tied=tied), text_file, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(exported(run, tmp_path / "model"))
+    assert type(theirs) is kind and theirs.dtype == torch.float32
+    tokens = torch.from_numpy(run.corpus.shards("validation")[0][:64].astype("int64")).view(4, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, run.model()(tokens), rtol=0, atol=1e-5)
+    same = theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight
+    assert same == tied
+    if family == "gpt2":
+        biases = [p for name, p in theirs.named_parameters() if name.endswith("bias")]
+        assert len(biases) == 2 * 6 + 1 and not any(p.any() for p in biases)
+
+
+def test_the_tokenizer_is_that_of_the_corpus(tiny, text_file, tmp_path) -> None:
+    run = trained(tiny, text_file, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(exported(run, tmp_path / "model"))
+    text = "the river walked, quickly!\n ünseen"
+    assert theirs(text)["input_ids"] == run.corpus.tokenizer.encode(text).ids
+    assert theirs.decode(theirs(text)["input_ids"]) == text
+    assert theirs.eos_token_id == run.corpus.meta["end_of_document"]
+    assert theirs.model_max_length == 16
+
+
+@pytest.mark.long
+def test_it_loads_and_writes_without_our_package(tiny, text_file, tmp_path) -> None:
+    folder = exported(trained(tiny, text_file, tmp_path), tmp_path / "model")
+    code = f"""
+import sys
+sys.modules["coupled_adam"] = None
+from transformers import pipeline
+print(pipeline("text-generation", {str(folder)!r})("the river", max_new_tokens=5)[0]["generated_text"])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("the river")
+
+
+def test_only_other_weights_are_written_again(tiny, text_file, tmp_path) -> None:
+    run = trained(tiny, text_file, tmp_path)
+    folder = exported(run, tmp_path / "model")
+    weights = whole_weights(run.model())
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert exported_digest(folder) == digest(weights)
+    exported(run, folder)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    weights["final_norm.weight"][0] += 1
+    assert digest(weights) != exported_digest(folder)
+    export(run, weights, digest(weights), folder)
+    assert (folder / "model.safetensors").stat().st_mtime_ns > before
+    assert AutoModelForCausalLM.from_pretrained(folder).transformer.ln_f.weight[0] == weights["final_norm.weight"][0]
+
+
+def test_a_model_that_transformers_has_not_is_refused(tiny, text_file, tmp_path) -> None:
+    run = trained(tiny.with_values(model__norm="rmsnorm"), text_file, tmp_path)
+    with pytest.raises(InputError, match="transformers has no gpt2 with rmsnorm"):
+        exported(run, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_card_tells_what_the_model_is(tiny, text_file, tmp_path) -> None:
+    card = model_card(trained(tiny, text_file, tmp_path), {"perplexity": 12.345, "isotropy": None})
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "on 128 tokens" in card and "Coupled Adam on the output embedding" in card
+    assert "| perplexity | 12.35 |" in card and "isotropy" not in card
+
+
+def test_the_second_moment_is_that_of_the_optimizer(tiny, text_file, tmp_path) -> None:
+    for name, shape in (("adamw", (320, 16)), ("coupled_adam", (1, 16)), ("sgd", None)):
+        run = trained(tiny.with_values(optimizer__embedding__name=name), text_file, tmp_path / name)
+        moment = run.second_moment()
+        assert (None if moment is None else tuple(moment.shape)) == shape
+        assert moment is None or moment.min() >= 0 < moment.max()
+    untied = trained(tiny.with_values(model__tied=False, optimizer__embedding__name="adamw"), text_file, tmp_path / "u")
+    # Without a gradient through the input, every row of the output embedding has one all the same: the softmax's.
+    assert (untied.second_moment().sum(1) > 0).all()
+
+
+def test_runs_that_cannot_be_opened(tiny, text_file, tmp_path) -> None:
+    with pytest.raises(InputError, match="holds no run"):
+        open_run(tmp_path)
+    run = trained(tiny, text_file, tmp_path)
+    (tmp_path / "corpus").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"corpus: the corpus of .*run is not there; give its folder with --data"):
+        open_run(run.folder)
+    assert open_run(run.folder, tmp_path / "moved").step == 2
+    other = text_file.with_name("other.txt")
+    other.write_text(text_file.read_text() + "\n\nanother paragraph of text")
+    prepare(TextFiles(other), tiny.data, tmp_path / "other")
+    with pytest.raises(InputError, match="another text than"):
+        open_run(run.folder, tmp_path / "other")
+    for checkpoint in (run.folder / "checkpoints").glob("step-*/state.json"):
+        checkpoint.unlink()
+    with pytest.raises(InputError, match="nothing trained yet"):
+        open_run(run.folder, tmp_path / "moved")
+    assert json.loads((run.folder / "environment.json").read_text())["corpus_folder"] == str(tmp_path / "corpus")

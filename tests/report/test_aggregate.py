@@ -1,0 +1,93 @@
+"""The table over runs: its columns, its means, its tests."""
+
+import csv
+import io
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from made_up import write_run, write_suite
+from scipy import stats
+from typer.testing import CliRunner
+
+from coupled_adam.cli import app
+from coupled_adam.errors import InputError
+from coupled_adam.report import aggregate
+from coupled_adam.report.suite import LOSS, SHIFT, comparison_lines, published_lines
+
+
+def test_the_columns_are_those_of_the_reference_in_its_order(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "exp", figures={"smallest_singular_value": 1.0, "condition": 12.5})
+    (run / "evaluation" / "downstream.json").write_text(json.dumps({"acc": 0.4, "acc_stderr": 0.01, "tasks": {}}))
+    header, row = csv.reader(io.StringIO(aggregate.as_csv(aggregate.read_runs([tmp_path]))))
+    assert header == [
+        "name", "test_loss (~)", "test_loss", "test_perplexity", "lm-eval-avg-acc", "lm-eval-avg-acc-std", "isotropy",
+        "avg norm", "mu norm", "ratio norm", "eb_cos_sim", "eb_dot_sim", "corr_p(norm, lbp)", "corr_s(norm, lbp)",
+        "corr_p(Emu, lbp)", "corr_s(Emu, lbp)", "Smin", "Smax", "Smin/Smax",
+    ]  # fmt: skip
+    found = dict(zip(header, row, strict=True))
+    assert found["name"] == "exp-s1"
+    assert float(found["test_loss (~)"]) == pytest.approx(6 + 8 / 9) and float(found["test_loss"]) == 6
+    assert (found["lm-eval-avg-acc"], found["lm-eval-avg-acc-std"], found["isotropy"]) == ("0.4", "0.01", "0.5")
+    assert (found["Smin"], found["Smax"], found["Smin/Smax"]) == ("1.0", "", "12.5")
+
+
+def test_seeds_are_put_together_and_compared(tmp_path: Path) -> None:
+    losses = {"A": [6.0, 6.2, 6.1], "V": [5.8, 5.9, 6.1]}
+    for method, values in losses.items():
+        name = "adamw" if method == "A" else "coupled_adam"
+        for seed, loss in enumerate(values, start=1):
+            write_run(tmp_path, method, seed, loss, optimizer__embedding__name=name)
+    (pair,) = aggregate.comparisons(aggregate.groups(aggregate.read_runs([tmp_path])))
+    found = pair.coupled.moments("validation_loss")
+    assert (found.count, found.mean) == (3, pytest.approx(statistics.fmean(losses["V"])))
+    assert found.deviation == pytest.approx(statistics.stdev(losses["V"]))
+    # By hand: t = (v̄ − ā) / (s·√(2/3)) with the pooled variance s², and 4 degrees of freedom.
+    pooled = (statistics.variance(losses["A"]) + statistics.variance(losses["V"])) / 2
+    t = (statistics.fmean(losses["V"]) - statistics.fmean(losses["A"])) / (pooled * 2 / 3) ** 0.5
+    assert pair.p_value("validation_loss", lower_is_better=True) == pytest.approx(stats.t.cdf(t, 4))
+    assert pair.p_value("validation_loss", lower_is_better=False) == pytest.approx(1 - stats.t.cdf(t, 4))
+    assert pair.p_value("isotropy", lower_is_better=False) is None, "no spread at all"
+    assert pair.p_value("downstream_accuracy", lower_is_better=False) is None
+
+
+def test_the_lines_are_in_the_layout_of_the_paper(tmp_path: Path) -> None:
+    write_suite(tmp_path)
+    pairs = aggregate.comparisons(aggregate.groups(aggregate.read_runs([tmp_path])))
+    lines = comparison_lines(pairs, [LOSS, SHIFT])
+    assert [(line.tokens, line.method, line.runs) for line in lines] == [
+        (tokens, method, "2") for _ in range(2) for tokens in ("512", "1,024") for method in ("AdamW", "Coupled Adam")
+    ]
+    assert [cell.text for cell in lines[0].cells] == ["6.115 ± 0.007", "0.715 ± 0.007"]
+    assert [cell.significant for cell in lines[0].cells] == [False, False], "nothing to compare AdamW with"
+    assert [cell.significant for cell in lines[1].cells] == [True, True]
+    assert [cell.text for cell in published_lines([LOSS, SHIFT])[0].cells] == ["3.03", "0.82"]
+
+
+def test_sweeps_are_in_order_with_the_plain_optimizer_among_them(tmp_path: Path) -> None:
+    write_suite(tmp_path)
+    found = aggregate.groups(aggregate.read_runs([tmp_path]))
+    (line,) = aggregate.sweep(found, "coupling_scale")
+    assert [g.first.experiment.optimizer.embedding.coupling_scale for g in line] == [0.5, 1.0, 2.0]
+    assert line[0].first.method == "Coupled Adam s=0.5"
+    (line,) = aggregate.sweep(found, "lr_factor")
+    assert [g.first.method for g in line] == ["SGD f=100", "SGD f=200"]
+
+
+def test_what_cannot_be_reported(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no run"):
+        aggregate.read_runs([tmp_path])
+    run = write_run(tmp_path, "exp")
+    for file in (run / "evaluation").iterdir():
+        file.unlink()
+    result = CliRunner().invoke(app, ["report", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "none of its 1 runs has been evaluated" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(614_400, "0.61M"), (512, "512"), (124e6, "124M"), (1.31e9, "1.3B"), (98_304_000, "98M")]
+)
+def test_short_numbers(number: int, text: str) -> None:
+    assert aggregate.short(int(number)) == text

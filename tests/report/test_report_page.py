@@ -1,0 +1,89 @@
+"""The report over many runs in a real browser."""
+
+from collections.abc import Iterator
+
+import pytest
+from conftest import opened
+from made_up import write_suite
+from playwright.sync_api import Browser, Page
+from typer.testing import CliRunner
+
+from coupled_adam.cli import app
+
+
+@pytest.fixture(scope="module")
+def page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    folder = tmp_path_factory.mktemp("suite")
+    write_suite(folder / "runs")
+    result = CliRunner().invoke(app, ["report", str(folder / "runs"), "--out", str(folder / "out")])
+    assert result.exit_code == 0, result.exception
+    assert result.stdout == f"20 runs: {folder / 'out' / 'aggregate.csv'}, {folder / 'out' / 'report.html'}\n"
+    page = opened(browser, folder / "out" / "report.html")
+    yield page
+    page.close()
+
+
+def column(page: Page, table: str, heading: str) -> list[str]:
+    headings = page.locator(f"#{table} thead th").all_inner_texts()
+    index = [h.rstrip(" ▲▼") for h in headings].index(heading) + 1
+    return page.locator(f"#{table} tbody tr > :nth-child({index})").all_inner_texts()
+
+
+def test_it_opens_without_errors_and_asks_for_nothing_else(page: Page) -> None:
+    assert page.problems == []
+    assert [url for url in page.requested if not url.startswith(("data:", "blob:"))] == [page.url]
+
+
+def test_every_section_has_its_charts_and_every_chart_its_sentence(page: Page) -> None:
+    headings = page.locator("h2").all_inner_texts()
+    assert [h.split(":")[0] for h in headings] == [
+        "AdamW against Coupled Adam", "During training", "Model and data size", "Scaled Coupled Adam",
+        "SGD on the embedding", "The embeddings", "Word similarity", "All runs",
+    ]  # fmt: skip
+    drawn = page.locator(".js-plotly-plot").evaluate_all(
+        "charts => charts.map(c => c.querySelectorAll('.scatterlayer .trace').length)"
+    )
+    assert len(drawn) == 3 + 2 + 3 + 3 + 5
+    assert min(drawn) >= 1 and drawn[0] == 4, "two seeds of two optimizers"
+    captions = page.locator(".charts > div > p, .wide > p").all_inner_texts()
+    assert len(captions) == len(drawn) and all(caption.endswith(".") for caption in captions)
+
+
+def test_no_chart_is_wider_than_its_place(page: Page) -> None:
+    overhang = page.locator(".js-plotly-plot").evaluate_all(
+        "charts => charts.map(c => c.querySelector('.main-svg').clientWidth - c.parentElement.clientWidth)"
+    )
+    assert max(overhang) <= 0
+
+
+def test_the_tables_stand_beside_the_published_figures(page: Page) -> None:
+    assert column(page, "comparison", "method")[:2] == ["AdamW", "Coupled Adam"]
+    assert column(page, "comparison", "test loss")[:2] == ["6.115 ± 0.007", "6.015 ± 0.007 *"]
+    assert column(page, "published", "‖μ‖ʳ")[:2] == ["0.82", "0.03"]
+    assert "0.00M" not in page.locator("body").inner_text()
+
+
+def test_a_table_sorts_by_number_and_back(page: Page) -> None:
+    heading = page.locator("#runs thead th", has_text="ratio norm")
+    heading.click()
+    rising = [float(value) for value in column(page, "runs", "ratio norm")]
+    assert rising == sorted(rising) and rising[0] < rising[-1]
+    heading.press("Enter")
+    assert [float(value) for value in column(page, "runs", "ratio norm")] == rising[::-1]
+    assert heading.get_attribute("aria-sort") == "descending"
+
+
+def test_hovering_over_a_dot_shows_its_token(page: Page) -> None:
+    dot = page.locator(".wide .js-plotly-plot .scatterlayer .trace").first.locator(".point").nth(5)
+    dot.scroll_into_view_if_needed()
+    box = dot.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)
+    text = page.locator(".wide .hoverlayer .hovertext").first.text_content(timeout=5000)
+    assert "'<t" in text and "times" in text
+
+
+def test_it_fits_a_narrow_screen_and_paper(page: Page) -> None:
+    page.set_viewport_size({"width": 380, "height": 800})
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    assert page.pdf(format="A4")[:5] == b"%PDF-"
