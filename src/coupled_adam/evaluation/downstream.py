@@ -1,0 +1,249 @@
+"""Accuracy on downstream tasks, with the harness of the papers: EleutherAI's lm-eval."""
+
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from coupled_adam.errors import InputError, require
+from coupled_adam.evaluation.tasks import Definition, definitions
+from coupled_adam.files import write_json
+from coupled_adam.lm.progress import say
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.models.huggingface import HFLM
+
+PAPER_TASKS = ("hellaswag", "winogrande", "arc_easy", "arc_challenge", "truthfulqa_mc2", "lambada_openai", "race")
+
+#: The tasks that changed since the paper's lm-eval 0.4.3, as they were there.
+OLDER_VERSIONS = {"truthfulqa_mc2": "truthfulqa_mc2_043", "race": "race_043"}
+
+#: The tasks of the paper in the versions of the paper.
+PAPER_TASKS_043 = tuple(OLDER_VERSIONS.get(name, name) for name in PAPER_TASKS)
+
+#: Resamplings behind the standard error of a figure that is no mean, as the perplexity. lm-eval's 100,000 take minutes.
+BOOTSTRAP = 1000
+
+Record = dict[str, Any]
+
+
+def downstream(
+    model_dir: Path,
+    out: Path,
+    *,
+    digest: str,
+    tasks: Sequence[str] = PAPER_TASKS,
+    limit: int | None = None,
+    include_path: Path | None = None,
+    batch_size: int = 16,
+    device: str | None = None,
+) -> Record:
+    """Evaluate a Hugging Face directory on ``tasks``; write ``out`` (JSON) after each of them; return what it holds.
+
+    ``digest`` stands for the weights and the tokenizer: a result in ``out`` is used again if digest, task, version,
+    limit, definition (the files it names included) and lm-eval are the same. The model is loaded if a result is
+    missing, on ``device`` (a GPU if there is one), in the precision of the directory. Tasks have as many examples in
+    the prompt as they say, by default none. One process; no process group is joined.
+
+    ``limit`` is the number of samples a task, all if None. Definitions in the folder ``include_path`` (lm-eval's YAML)
+    come before those of lm-eval.
+
+    The result: ``acc``, the mean over the tasks ``mean_over`` (those that ran and have an ``acc``; ``n_tasks`` of
+    them), and ``acc_stderr``, √(Σ s²)/n; ``complete``: whether these are the seven of the paper, in either version;
+    ``settings``; ``tasks``: per task its version, number of samples n, ``acc``, ``acc_stderr`` and other ``metrics``,
+    and what else it depends on; ``failed``: why a task was not run, above all for want of its data; ``earlier``: other
+    results for the same digest. A figure that is not defined is None, and so is a standard error that needs it.
+
+    Raises InputError for an unknown task, a limit below 1, a directory without a model, or an ``out`` that is something
+    else; ImportError without lm-eval.
+    """
+    require("eval", "lm_eval", "accelerate")
+    import datasets
+
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit}: at least 1 sample a task, or none for all")
+    names = list(dict.fromkeys(tasks))
+    harness = f"lm-eval {importlib.metadata.version('lm_eval')}"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings: Record = {"model_digest": digest, "tasks": names, "limit": limit, "harness": harness}
+    settings |= {"batch_size": batch_size, "device": device}
+
+    earlier = _earlier(out, digest)
+    results: dict[str, Record] = {}
+    failed: dict[str, str] = {}
+    lm: HFLM | None = None
+
+    def write() -> Record:
+        ordered = {name: results[name] for name in names if name in results}
+        result = mean_accuracy(ordered) | {"settings": settings, "tasks": ordered, "failed": failed}
+        result["earlier"] = list(earlier.values())
+        write_json(out, result)
+        return result
+
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        manager, defined = stack.enter_context(definitions(names, include_path))
+        stack.callback(setattr, datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE)
+        keys: dict[str, Record] = {}
+        for d in defined:
+            keys[d.name] = {"task": d.name, "version": d.version, "limit": limit}
+            keys[d.name] |= {"definition": d.digest, "harness": harness}
+            if kept := earlier.pop(_key(keys[d.name]), None):
+                say(f"{d.name}: {_line(kept)}, from {out.name}")
+                results[d.name] = kept
+        for d in defined:
+            if d.name in results:
+                continue
+            started = time.monotonic()
+            try:
+                with _no_output():
+                    task = manager.load([d.name])["tasks"][d.name]
+            except Exception as error:  # definitions and data sets are the code of others: any error may come
+                # The hub is tried for half a minute, again for each task. What lies in the cache is found without it.
+                datasets.config.HF_HUB_OFFLINE |= isinstance(error, ConnectionError)
+                failed[d.name] = _reason(d, error)
+                say(f"{d.name}: not run: {failed[d.name]}")
+                continue
+            with _no_output():
+                lm = lm or _load(model_dir, batch_size, device)
+                figures = _evaluate(lm, task, limit)
+            results[d.name] = keys[d.name] | figures | {"batch_size": batch_size, "device": device}
+            write()
+            say(f"{d.name}: {_line(results[d.name])}, {time.monotonic() - started:.0f} s")
+    return write()
+
+
+def mean_accuracy(results: Mapping[str, Record]) -> Record:
+    """Mean ``acc`` over ``results``, its standard error √(Σ s²)/n, and which tasks it is the mean of.
+
+    The standard errors are taken for those of independent figures, as the paper does.
+    """
+    counted = [name for name, result in results.items() if result["acc"] is not None]
+    n, errors = len(counted), [results[name]["acc_stderr"] for name in counted]
+    known = n > 0 and None not in errors
+    current = {older: name for name, older in OLDER_VERSIONS.items()}
+    return {
+        "acc": sum(results[name]["acc"] for name in counted) / n if n else None,
+        "acc_stderr": math.sqrt(sum(s * s for s in errors)) / n if known else None,
+        "n_tasks": n,
+        "mean_over": counted,
+        "complete": sorted(current.get(name, name) for name in counted) == sorted(PAPER_TASKS),
+    }
+
+
+def _load(model_dir: Path, batch_size: int, device: str) -> "HFLM":
+    """The model as lm-eval wants it. Given a path instead, lm-eval would join the process group of torchrun."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (model_dir / "config.json").is_file():
+        raise InputError(f"{model_dir}: no Hugging Face directory (config.json is missing)")
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    return HFLM(pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _evaluate(lm: "HFLM", task: "Task", limit: int | None) -> Record:
+    """Figures of one task.
+
+    ``lm_eval.evaluate`` and not ``simple_evaluate``: the latter seeds the generators of the whole process, asks the hub
+    for a model of the directory's name, and collects facts of the machine, all of it again for each task.
+    """
+    from lm_eval import evaluate
+
+    name = task.config.task
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(1234)  # that of simple_evaluate
+    outcome = evaluate(
+        lm=lm, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
+    )
+    metrics: dict[str, float | None] = {}
+    for key, value in outcome["results"][name].items():
+        metric, _, filtered = key.partition(",")
+        if filtered:  # else it is no figure, but the task's name and the like
+            metrics[metric if filtered == "none" else key] = _number(value)
+    return {
+        "n": outcome["n-samples"][name]["effective"],
+        "num_fewshot": outcome["n-shot"][name],
+        "acc": metrics.pop("acc", None),
+        "acc_stderr": metrics.pop("acc_stderr", None),
+        "metrics": metrics,
+    }
+
+
+def _number(value: object) -> float | None:
+    """lm-eval gives "N/A" for the standard error of one sample."""
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
+
+
+def _reason(definition: Definition, error: Exception) -> str:
+    """Why a task could not be loaded, and what helps."""
+    what = f"{type(error).__name__}: {error}".splitlines()[0]
+    if not definition.dataset or not isinstance(error, OSError | ValueError):
+        return what
+    arguments = ", ".join(map(repr, definition.dataset))
+    return (
+        f"its data set {definition.dataset[0]} is not on this machine and not to be had from the Hugging Face hub"
+        f" ({what}). Where there is a network, run the same command, or"
+        f' python -c "import datasets; datasets.load_dataset({arguments})", and copy the folder HF_HOME'
+        " (~/.cache/huggingface) here; or define the task over local files in a folder for --include-path"
+    )
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+    return tuple(record[k] for k in ("task", "version", "limit", "definition", "harness"))
+
+
+def _earlier(out: Path, digest: str) -> dict[tuple[Any, ...], Record]:
+    """The results in ``out`` for the same model."""
+    if not out.exists():
+        return {}
+    try:
+        stored = json.loads(out.read_text(encoding="utf-8"))
+        if stored["settings"]["model_digest"] != digest:
+            return {}
+        return {_key(record): record for record in [*stored["earlier"], *stored["tasks"].values()]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{out}: not a result of this evaluation; move it away") from error
+
+
+def _line(record: Record) -> str:
+    error = "" if record["acc_stderr"] is None else f" ± {record['acc_stderr']:.4f}"
+    accuracy = "no acc" if record["acc"] is None else f"acc {record['acc']:.4f}{error}"
+    return f"{accuracy}, {record['n']} samples"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Have lm-eval and the libraries under it log errors alone, and start no processes of their own."""
+    with ExitStack() as stack:
+        for name in ("lm_eval", "datasets", "huggingface_hub", "transformers"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        if "DISABLE_MULTIPROC" not in os.environ:
+            os.environ["DISABLE_MULTIPROC"] = "1"  # else the bootstrap forks as often as there are cores
+            stack.callback(os.environ.pop, "DISABLE_MULTIPROC", None)
+        yield
+
+
+@contextmanager
+def _no_output() -> Iterator[None]:
+    """Drop what is printed, and bars unless they are on a terminal."""
+    with Path(os.devnull).open("w") as sink, ExitStack() as stack:
+        stack.enter_context(redirect_stdout(sink))
+        if not sys.stderr.isatty():
+            stack.enter_context(redirect_stderr(sink))
+        yield
