@@ -1,0 +1,141 @@
+"""The audit through the command line: files, models and runs, in words, as JSON and as a page in a real browser."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import opened, paragraphs
+from playwright.sync_api import Browser
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from coupled_adam import geometry
+from coupled_adam.cli import app
+from coupled_adam.errors import InputError
+from coupled_adam.evaluation.during_training import evaluator
+from coupled_adam.lm.config import Experiment
+from coupled_adam.lm.corpus import prepare
+from coupled_adam.lm.run import open_run
+from coupled_adam.lm.sources import TextFiles
+from coupled_adam.lm.train import train
+
+SHIFTED = np.random.default_rng(0).normal(size=(200, 8)) + 2
+
+
+def audit(*arguments: object) -> list[dict]:
+    result = CliRunner().invoke(app, ["audit", *map(str, arguments), "--json"])
+    assert result.exception is None, result.exception
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def arrays(tmp_path: Path) -> list[Path]:
+    """A shifted cloud and a centred one."""
+    paths = [tmp_path / "shifted.npy", tmp_path / "centred.npy"]
+    for path, matrix in zip(paths, (SHIFTED, SHIFTED - SHIFTED.mean(0)), strict=True):
+        np.save(path, matrix)
+    return paths
+
+
+@pytest.fixture
+def untied(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=120, tie_word_embeddings=False, **sizes))
+    with torch.no_grad():
+        model.lm_head.weight += 0.1
+    model.save_pretrained(tmp_path / "untied")
+    return tmp_path / "untied"
+
+
+def test_models_stand_side_by_side(arrays: list[Path]) -> None:
+    shifted, centred = audit(*arrays)
+    assert (shifted["model"], shifted["matrix"], centred["model"]) == ("shifted", "embedding", "centred")
+    assert shifted["figures"]["mean_shift_ratio"] == pytest.approx(geometry.mean_shift_ratio(SHIFTED), rel=1e-5)
+    assert centred["figures"]["mean_shift_ratio"] == pytest.approx(0, abs=1e-6)
+    assert [f["level"] for f in shifted["findings"]][:2] == ["poor", "poor"]
+    printed = CliRunner().invoke(app, ["audit", *map(str, arrays)]).stdout
+    row = next(line for line in printed.splitlines() if "mean shift ratio" in line)
+    assert row.split()[-2:] == [f"{shifted['figures']['mean_shift_ratio']:.3f}", "0.000"]
+    assert "most of an average embedding is a shift that all tokens share" in " ".join(printed.split())
+
+
+def test_input_and_output_are_told_apart_and_the_output_can_be_centred(untied: Path, tmp_path: Path) -> None:
+    before = audit(untied)
+    assert [m["matrix"] for m in before] == ["input", "output"]
+    after = audit(untied, "--center", tmp_path / "copy")
+    assert after == before, "of what was given, not of the copy"
+    inner, outer = audit(tmp_path / "copy")
+    assert inner["figures"] == before[0]["figures"]
+    assert outer["figures"]["mean_shift_ratio"] < 1e-6 < 0.5 < before[1]["figures"]["mean_shift_ratio"]
+    models = [LlamaForCausalLM.from_pretrained(path) for path in (untied, tmp_path / "copy")]
+    tokens = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        scores = [model(tokens).logits.log_softmax(-1) for model in models]
+    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-5)
+
+
+def test_a_run_is_measured_with_its_own_frequencies(tiny: Experiment, text_file: Path, tmp_path: Path) -> None:
+    corpus = prepare(TextFiles(text_file), tiny.data, tmp_path / "corpus")
+    train(tiny, corpus, tmp_path / "run", evaluator(tiny, corpus))
+    (found,) = audit(tmp_path / "run")
+    embedding = open_run(tmp_path / "run").model().get_output_embeddings().weight
+    expected = geometry.norm_frequency_correlation(embedding, corpus.unigram_counts)
+    assert found["figures"]["norm_frequency_spearman"] == pytest.approx(expected.spearman)
+    assert found["matrix"] == "tied"
+    refused = CliRunner().invoke(app, ["audit", str(tmp_path / "run"), "--center", str(tmp_path / "copy")])
+    assert isinstance(refused.exception, InputError) and not (tmp_path / "copy").exists()
+
+
+def test_the_page(arrays: list[Path], browser: Browser, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["audit", *map(str, arrays), "--html", str(tmp_path / "audit.html")])
+    assert result.exit_code == 0 and result.stdout.rstrip().endswith("audit.html")
+    page = opened(browser, tmp_path / "audit.html")
+    assert page.problems == []
+    assert page.locator(".verdict li").count() == 5, "of the shifted one also whether centring helps"
+    assert page.locator("#figures tbody tr").filter(has_text="mean shift").locator("td").count() == 2
+    dots = page.locator(".js-plotly-plot").evaluate_all("c => c.map(x => x.querySelectorAll('.point').length)")
+    assert dots == [201, 201, 0], "the tokens and the origin, twice, and the spectrum's lines"
+    page.set_viewport_size({"width": 380, "height": 800})
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (np.full((3, 2), np.nan), "6 values that are NaN"),
+        (np.zeros(3), "shape"),
+    ],
+)
+def test_bad_models_are_one_line(content: np.ndarray | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        np.save(tmp_path / "bad.npy", content)
+    result = CliRunner().invoke(app, ["audit", str(tmp_path / "bad.npy")])
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception) and "\n" not in str(result.exception)
+
+
+def test_one_model_at_a_time_is_centred(arrays: list[Path], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["audit", *map(str, arrays), "--center", str(tmp_path / "copy.npy")])
+    assert "takes one model at a time, not 2" in str(result.exception)
+
+
+def test_words_are_looked_up_in_a_model_that_was_exported(tiny: Experiment, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(paragraphs(200))
+    corpus = prepare(TextFiles(text), tiny.data, tmp_path / "corpus")
+    train(tiny.with_values(train__steps=2, schedule__warmup_steps=0), corpus, tmp_path / "run", lambda m, last: {})
+    assert CliRunner().invoke(app, ["export", str(tmp_path / "run")]).exit_code == 0
+    (benchmarks := tmp_path / "benchmarks").mkdir()
+    words = ["river", "lake", "mountain", "sun", "moon", "king", "queen", "dog", "cat", "house", "street"]
+    (benchmarks / "rw.txt").write_text(
+        "".join(f"{w}\t{v}\t{i}\n" for i, (w, v) in enumerate(zip(words, words[::-1], strict=True)))
+    )
+    of_the_run, of_the_export = audit(tmp_path / "run", tmp_path / "run" / "model", "--benchmarks", benchmarks)
+    assert of_the_run["figures"]["word_similarity_pairs"] == 11
+    assert of_the_export["word_similarity"] == of_the_run["word_similarity"]
