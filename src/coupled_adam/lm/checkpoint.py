@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,8 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -21,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from coupled_adam.errors import InputError
 from coupled_adam.files import move_into_place, write_json
 from coupled_adam.lm.parallel import World
 
@@ -90,6 +96,72 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[Optimizer
             set_state_dict(model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state)
     state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return state
+
+
+def load_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Some tensors of the model in a checkpoint, by name, whole and as they were saved; the others are not read.
+
+    Raises:
+        InputError: the checkpoint is damaged, or lacks one of them.
+    """
+    try:
+        reader = _Reader(path / "dcp")
+        known = reader.read_metadata().state_dict_metadata
+        content: dict[str, Tensor] = {}
+        for name in names:
+            stored = known.get(f"model.{name}")
+            if not isinstance(stored, TensorStorageMetadata):
+                raise InputError(f"{path}: this checkpoint holds no {name}")
+            content[f"model.{name}"] = torch.empty(stored.size, dtype=stored.properties.dtype)
+        with _quiet():
+            load(dict(content), storage_reader=reader, no_dist=True)
+    except InputError:
+        raise
+    except (Exception, CheckpointException) as error:  # of every kind; torch's own is no Exception
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:160]
+        raise InputError(f"{path}: damaged ({reason})") from None
+    return {name: content[f"model.{name}"] for name in names}
+
+
+class _Reader(FileSystemReader):
+    """Reads a checkpoint that may be somebody else's: torch unpickles the description of one without any check."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with Path(self.path, ".metadata").open("rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the classes of which a description consists."""
+
+    parts = frozenset(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ) | {
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "WindowsPath"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = getattr(torch, name, None) if module == "torch" else None
+        if (module, name) in self.parts or isinstance(found, torch.dtype):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its description names {module}.{name}, which none does")
 
 
 @contextmanager

@@ -1,0 +1,190 @@
+"""A copy of a model whose output embedding has its mean at the origin, where that changes no prediction."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coupled_adam.errors import InputError
+from coupled_adam.evaluation import model_folders, tensor_files
+from coupled_adam.evaluation.embedding_files import Embeddings
+from coupled_adam.files import written_whole
+
+#: Rows that are held in float64 at a time.
+ROWS = 4096
+
+#: Keys of a configuration that cap the logits, and those that cap something else.
+CAPS, OTHER_CAPS = re.compile(r"soft_?cap|logits?_cap"), re.compile(r"att(entio)?n|router|mlp")
+
+#: Weights in other forms, which would stay as they were, and so are not copied.
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".bin.index.json")
+
+
+@dataclass(frozen=True)
+class Centered:
+    """What :func:`center` has written."""
+
+    path: Path
+    """The copy."""
+    tensor: str
+    """The name of the tensor that was centred."""
+    mean_norm: float
+    """‖μ‖ of the row μ that was subtracted."""
+    rounding: float
+    """The largest ‖·‖ of what rounding to the stored type added to a row. With a hidden state h and scores that the
+    model multiplies by c (1 for most), no log-probability differs by more than 2·c·‖h‖ times this."""
+    condition: str | None
+    """What could not be seen in the file, and must hold for the predictions to be unchanged; None if nothing."""
+
+
+def center(embeddings: Embeddings, out: Path) -> Centered:
+    """Write a copy of a model to ``out`` with W − μ as output embedding, μ the mean of its rows. It appears whole.
+
+    All scores of a position shift by h·μ, which the softmax does not notice. The mean is taken in float64 and the
+    result rounded to the stored type: exactly unchanged are the predictions in exact arithmetic, and in bfloat16 they
+    differ as much as by rounding the weights once more.
+
+    ``out`` is a folder for a model folder, and a file for a .safetensors or .npy file. All else in them stays as it is,
+    to the byte; weights in other forms beside those that were read are left out.
+
+    Raises:
+        InputError: the predictions would change or it cannot be told (tied, no output embedding, capped logits, an
+            unknown architecture, a head of several parts), the format cannot be written, or ``out`` exists.
+    """
+    origin = embeddings.origin
+    source = origin.path
+    if reason := _reason_against(embeddings):
+        raise InputError(f"{embeddings.name}: not centred: {reason}")
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out}: exists already; choose another place for the centred copy")
+    if source.is_file() and out.suffix != source.suffix:
+        raise InputError(f"{out}: the copy of a {source.suffix} file; let its name end so")
+    if origin.kind == "numpy":
+        return _center_array(source, out)
+    assert origin.head is not None
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"{out}: lies within the model that is copied; choose another place")
+    if missing := sorted({path.name for path in origin.files.values() if not path.exists()}):
+        raise InputError(
+            f"{source}: lacks {', '.join(missing[:3])}; fetch the whole model (hf download NAME --local-dir DIR)"
+        )
+    file = origin.files[origin.head]
+    weights = tensor_files.safetensors_in({origin.head: file}).stored(origin.head)
+    mean = _mean(weights, embeddings.name)
+    with written_whole(out) as aside:
+        if source.is_dir():
+            _copy_folder(source, aside, {path.name for path in origin.files.values()})
+        else:
+            shutil.copyfile(source, aside)
+        rounding = _overwrite(aside / file.name if source.is_dir() else aside, origin.head, weights, mean)
+    condition = None
+    if origin.config is None:
+        condition = "no config.json beside the file: the model must not cap its logits (soft-capping)"
+    return Centered(out, origin.head, mean.norm().item(), rounding, condition)
+
+
+def _reason_against(embeddings: Embeddings) -> str | None:
+    origin = embeddings.origin
+    if origin.kind == "gguf":
+        return "a GGUF file cannot be written without loss; centre the model that it was made from, and convert that"
+    if origin.kind == "run":
+        return "a run is centred as a Hugging Face folder; export it first (coupled-adam export)"
+    if origin.kind == "pickle":
+        return "pickles are not written; convert the model to safetensors"
+    if origin.kind == "numpy":
+        return None if origin.path.suffix == ".npy" else ".npz files are not written; give the output embedding as .npy"
+    if embeddings.tied:
+        return "input and output embedding are one matrix, so that what the model reads would change too"
+    if embeddings.output is None or origin.head is None:
+        return "it has no output embedding of its own"
+    prefix = origin.head.removesuffix("weight")
+    if parts := [n for n in origin.files if n.startswith(prefix) and n not in (origin.head, prefix + "bias")]:
+        return f"its head has more parts than one matrix ({parts[0]}), and only all scores together may be shifted"
+    if origin.config is not None:
+        config = model_folders.full_config(origin.path if origin.path.is_dir() else origin.path.parent)
+        if config is None:
+            kind = origin.config.get("model_type")
+            return f"transformers does not know the model type {kind!r}, so what it does to its logits is not known"
+        for key, value in _caps(config):
+            return f"it caps its logits ({key} = {value}), and a capped shift is no shift"
+    return None
+
+
+def _caps(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _caps(value)
+        elif value and CAPS.search(str(key)) and not OTHER_CAPS.search(str(key)):
+            yield key, value
+
+
+def _center_array(source: Path, out: Path) -> Centered:
+    stored = np.load(source, allow_pickle=False, mmap_mode="r")
+    weights = tensor_files.arrays_in(source).stored("embedding")
+    mean = _mean(weights, source.name)
+    result, rounding = np.empty_like(stored), 0.0
+    for start, rows, error in _centered(weights, mean):
+        result[start : start + len(rows)] = rows.numpy()
+        rounding = max(rounding, error)
+    with written_whole(out) as aside, aside.open("wb") as file:  # np.save would add .npy to the name
+        np.save(file, result)
+    condition = "it must be the output embedding of a model that shares it with nothing and does not cap its logits"
+    return Centered(out, "embedding", mean.norm().item(), rounding, condition)
+
+
+def _mean(weights: Tensor, name: str) -> Tensor:
+    """The mean row, float64 (H,)."""
+    mean = torch.zeros(weights.shape[1], dtype=torch.float64)
+    for start in range(0, len(weights), ROWS):
+        mean += weights[start : start + ROWS].double().sum(0)
+    mean /= len(weights)
+    if not mean.isfinite().all():
+        raise InputError(f"{name}: not centred: its output embedding holds values that are not finite")
+    return mean
+
+
+def _centered(weights: Tensor, mean: Tensor) -> Iterator[tuple[int, Tensor, float]]:
+    """W − μ in the type of W, some rows at a time: the first of them, the rows, and the largest error of rounding."""
+    for start in range(0, len(weights), ROWS):
+        exact = weights[start : start + ROWS].double() - mean
+        rows = exact.to(weights.dtype)
+        yield start, rows, (rows.double() - exact).norm(dim=1).max().item()
+
+
+def _copy_folder(source: Path, target: Path, weights: set[str]) -> None:
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        hidden = [name for name in names if name.startswith(".")]
+        others = [name for name in names if name.endswith(OTHER_WEIGHTS)]
+        return hidden + [name for name in others if Path(folder) != source or name not in weights]
+
+    # The files' contents without their permissions: what the cache of the hub holds is not to be written to.
+    shutil.copytree(source, target, ignore=left_out, copy_function=shutil.copyfile)
+
+
+def _overwrite(path: Path, name: str, weights: Tensor, mean: Tensor) -> float:
+    """Put W − μ in the place of a tensor of a safetensors file. Returns the largest error of rounding of a row.
+
+    In place, so that the order, the metadata and all other tensors stay as they are, and none of them is read.
+    """
+    rounding = 0.0
+    with path.open("r+b") as file:
+        begin = _place(file, name)
+        file.seek(begin)
+        for _, rows, error in _centered(weights, mean):
+            file.write(rows.contiguous().view(torch.uint8).numpy().tobytes())
+            rounding = max(rounding, error)
+    return rounding
+
+
+def _place(file: IO[bytes], name: str) -> int:
+    """Where the bytes of a tensor begin: after the length of the header (8 bytes), the header, and its offset there."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    return 8 + length + int(header[name]["data_offsets"][0])

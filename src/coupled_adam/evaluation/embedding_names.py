@@ -1,0 +1,114 @@
+"""Which of a model's tensors are its embeddings, by the names that families of models give them."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from coupled_adam.errors import InputError
+from coupled_adam.evaluation.tensor_files import Tensors
+
+#: How the name of a token embedding ends.
+INPUT = (
+    "embed_tokens.weight",  # LLaMA, Mistral, Qwen, Gemma, OPT, BART; of a multimodal model, below its language_model
+    "wte.weight",  # GPT-2, GPT-J, MPT
+    "word_embeddings.weight",  # BERT, RoBERTa, BLOOM, Falcon
+    "tok_embeddings.weight",  # ModernBERT, InternLM2, LLaMA as Meta published it
+    "embed_in.weight",  # GPT-NeoX, Pythia
+    "shared.weight",  # T5, BART
+    "token_embd.weight",  # GGUF
+    "token_embedding.weight",  # ours, the text side of CLIP
+    "token_embeddings.weight",  # OpenELM
+    "tokens_embed.weight",  # GPT
+    "word_embedding.weight",  # XLNet
+    "embeddings.weight",  # Mamba, RWKV in transformers, XLM
+    "embedding.weight",  # Mamba as its authors published it, static embeddings
+    "emb.weight",  # RWKV as its authors published it
+)
+
+#: How the name of an output embedding ends.
+OUTPUT = (
+    "lm_head.weight",
+    "embed_out.weight",  # GPT-NeoX
+    "cls.predictions.decoder.weight",  # BERT
+    "lm_head.decoder.weight",  # RoBERTa
+    "generator_lm_head.weight",  # ELECTRA
+    "vocab_projector.weight",  # DistilBERT
+    "output_projection.weight",  # BioGPT
+    "output_layer.weight",  # ChatGLM
+    "ff_out.weight",  # OLMo as its authors published it
+    "lm_loss.weight",  # XLNet
+    "head.weight",  # ours, RWKV
+    "output.weight",  # GGUF, InternLM2, LLaMA as Meta published it
+    "decoder.weight",  # ModernBERT
+)
+
+#: Names of a file that holds nothing but an embedding.
+ALONE = ("embedding", "embeddings", "weight")
+
+
+def candidates(names: Iterable[str]) -> list[str]:
+    """The names among which the embeddings of a model are, with nothing known but names."""
+    known = list(names)
+    return [name for endings in (INPUT, OUTPUT) for name in next(_by_depth(known, endings), [])]
+
+
+def find_input(tensors: Tensors) -> str | None:
+    """The name of the token embedding; None if there is none that is known.
+
+    The least deeply nested one counts: deeper ones belong to parts, such as a layer that predicts further ahead. Of
+    several at one depth (the towers of a multimodal model) it is the one with most rows.
+    """
+    for group in _by_depth(tensors.files, INPUT):
+        if matrices := [name for name in group if len(tensors.shape(name)) == 2]:
+            return max(matrices, key=lambda name: tensors.shape(name)[0])
+    for name in ALONE:
+        if name in tensors.files and len(tensors.shape(name)) == 2:
+            return name
+    return None
+
+
+def find_output(tensors: Tensors, rows: int | None = None, width: int | None = None) -> str | None:
+    """The name of the output embedding; None if there is none.
+
+    Args:
+        rows, width: the shape of the token embedding. What differs in width, or has less than half its rows, is the
+            head of a classifier or a layer within the model. A few rows more or less are padding.
+    """
+    for group in _by_depth(tensors.files, OUTPUT):
+        for name in group:
+            shape = tensors.shape(name)
+            if len(shape) == 2 and width in (None, shape[1]) and (rows is None or 2 * shape[0] >= rows):
+                return name
+    return None
+
+
+def only_matrix(tensors: Tensors) -> str | None:
+    """The single 2-D tensor, if there is just one."""
+    matrices = [name for name in tensors.files if len(tensors.shape(name)) == 2]
+    return matrices[0] if len(matrices) == 1 else None
+
+
+def none_found(source: str, tensors: Tensors) -> InputError:
+    """The error of a model without a known embedding; it lists the matrices with the most rows."""
+    shapes = {name: tensors.shape(name) for name in tensors.files}
+    matrices = sorted((name for name in shapes if len(shapes[name]) == 2), key=lambda name: -shapes[name][0])
+    if not matrices:
+        return InputError(f"{source}: no embedding: none of its tensors is a matrix ({_listed(list(shapes)[:5])})")
+    largest = [f"{name} {shapes[name][0]:,} × {shapes[name][1]:,}" for name in matrices[:5]]
+    return InputError(
+        f"{source}: no tensor has the name of a known embedding; name one. Those with the most rows: {_listed(largest)}"
+    )
+
+
+def _by_depth(names: Collection[str], endings: Sequence[str]) -> Iterator[list[str]]:
+    """Names with one of the endings: those of the lowest depth first, and among these in the order of the endings."""
+    found: dict[int, list[str]] = {}
+    for ending in endings:
+        for name in names:
+            if name == ending or name.endswith("." + ending):
+                group = found.setdefault(name.count("."), [])
+                if name not in group:
+                    group.append(name)
+    return (found[depth] for depth in sorted(found))
+
+
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items) or "it is empty"
