@@ -66,6 +66,11 @@ def text_file(tmp_path):
 
 @pytest.fixture
 def tiny() -> Experiment:
+    """As :func:`tiny_experiment`."""
+    return tiny_experiment()
+
+
+def tiny_experiment() -> Experiment:
     """A run that takes a second: two layers, 16 wide, 24 steps."""
     return Experiment.from_dict(
         {

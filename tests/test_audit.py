@@ -14,14 +14,13 @@ from typer.testing import CliRunner
 from coupled_adam import geometry
 from coupled_adam.cli import app
 from coupled_adam.errors import InputError
-from coupled_adam.evaluation.during_training import evaluator
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import prepare
 from coupled_adam.lm.run import open_run
 from coupled_adam.lm.sources import TextFiles
 from coupled_adam.lm.train import train
 
-SHIFTED = np.random.default_rng(0).normal(size=(200, 8)) + 2
+SHIFTED = 0.1 * np.random.default_rng(0).normal(size=(200, 8)) + 2
 
 
 def audit(*arguments: object) -> list[dict]:
@@ -52,7 +51,11 @@ def untied(tmp_path: Path) -> Path:
 
 def test_models_stand_side_by_side(arrays: list[Path]) -> None:
     shifted, centred = audit(*arrays)
-    assert (shifted["model"], shifted["matrix"], centred["model"]) == ("shifted", "embedding", "centred")
+    assert (shifted["model"], shifted["matrix"], centred["model"]) == (
+        "shifted.npy",
+        "embedding",
+        "centred.npy",
+    )
     assert shifted["figures"]["mean_shift_ratio"] == pytest.approx(geometry.mean_shift_ratio(SHIFTED), rel=1e-5)
     assert centred["figures"]["mean_shift_ratio"] == pytest.approx(0, abs=1e-6)
     assert [f["level"] for f in shifted["findings"]][:2] == ["poor", "poor"]
@@ -79,7 +82,7 @@ def test_input_and_output_are_told_apart_and_the_output_can_be_centred(untied: P
 
 def test_a_run_is_measured_with_its_own_frequencies(tiny: Experiment, text_file: Path, tmp_path: Path) -> None:
     corpus = prepare(TextFiles(text_file), tiny.data, tmp_path / "corpus")
-    train(tiny, corpus, tmp_path / "run", evaluator(tiny, corpus))
+    train(tiny, corpus, tmp_path / "run", lambda model, last: {})
     (found,) = audit(tmp_path / "run")
     embedding = open_run(tmp_path / "run").model().get_output_embeddings().weight
     expected = geometry.norm_frequency_correlation(embedding, corpus.unigram_counts)
@@ -128,8 +131,9 @@ def test_one_model_at_a_time_is_centred(arrays: list[Path], tmp_path: Path) -> N
 def test_words_are_looked_up_in_a_model_that_was_exported(tiny: Experiment, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(paragraphs(200))
+    tiny = tiny.with_values(data__vocabulary=600, train__steps=2, schedule__warmup_steps=0)
     corpus = prepare(TextFiles(text), tiny.data, tmp_path / "corpus")
-    train(tiny.with_values(train__steps=2, schedule__warmup_steps=0), corpus, tmp_path / "run", lambda m, last: {})
+    train(tiny, corpus, tmp_path / "run", lambda m, last: {})
     assert CliRunner().invoke(app, ["export", str(tmp_path / "run")]).exit_code == 0
     (benchmarks := tmp_path / "benchmarks").mkdir()
     words = ["river", "lake", "mountain", "sun", "moon", "king", "queen", "dog", "cat", "house", "street"]

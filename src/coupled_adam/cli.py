@@ -26,7 +26,7 @@ from coupled_adam.lm.parallel import joined
 from coupled_adam.lm.sources import source_of
 from coupled_adam.lm.train import DivergedError, Interrupted, Metrics, train
 from coupled_adam.report import aggregate, audit_page
-from coupled_adam.report.aggregate import Moments, spread
+from coupled_adam.report.aggregate import Moments, short, spread
 from coupled_adam.report.audit_page import write_audit_page
 from coupled_adam.report.suite import report
 from coupled_adam.reproduce import FIGURES, reproduce
@@ -134,7 +134,7 @@ def experiments_command(
         table.add_column(heading, no_wrap=True)
     for n, e in loaded.items():
         shape = f"{e.model.family} {e.model.layers}/{e.model.heads}/{e.model.width}"
-        sizes = (_short(estimates[n].parameters), _short(estimates[n].tokens), f"{e.train.steps:,}")
+        sizes = (short(estimates[n].parameters), short(estimates[n].tokens), f"{e.train.steps:,}")
         table.add_row(n, shape, *sizes, _embedding(e), e.optimizer.core.name, _hours(estimates[n].gpu_hours))
     Console(width=None if sys.stdout.isatty() else WIDE).print(table)
     if name:
@@ -149,13 +149,6 @@ def experiments_command(
         ):
             print(f"{label:<17} {size / 2**30:,.2f} GiB" + (" for a micro-batch" if label == "activations" else ""))
         print(f"arithmetic        {found.flops:.3g} FLOP")
-
-
-def _short(number: int) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:,}"
 
 
 def _hours(hours: float) -> str:

@@ -87,7 +87,7 @@ def test_what_cannot_be_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(614_400, "0.61M"), (512, "512"), (124e6, "124M"), (1.31e9, "1.3B"), (98_304_000, "98M")]
+    ("number", "text"), [(614_400, "0.614M"), (512, "512"), (124e6, "124M"), (1.31e9, "1.31B"), (98_304_000, "98.3M")]
 )
 def test_short_numbers(number: int, text: str) -> None:
     assert aggregate.short(int(number)) == text

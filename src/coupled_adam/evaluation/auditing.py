@@ -14,6 +14,7 @@ from coupled_adam.evaluation.embedding_files import Embeddings, read_embeddings
 from coupled_adam.evaluation.embeddings import audit_json
 from coupled_adam.evaluation.tokens import TokenSample, sample_tokens
 from coupled_adam.lm.corpus import Corpus
+from coupled_adam.lm.progress import say
 from coupled_adam.lm.run import open_run
 
 
@@ -63,8 +64,16 @@ def audit_model(
 
 
 def _corpus(folder: Path, data: Path | None) -> Corpus | None:
-    """Of a run, which has no tokenizer of its own; None for other models."""
-    return open_run(folder, data).corpus if (folder / "experiment.toml").exists() else None
+    """Of a run, which has no tokenizer of its own; None for other models, and where it is not to be found."""
+    if not (folder / "experiment.toml").exists():
+        return None
+    try:
+        return open_run(folder, data).corpus
+    except InputError as error:
+        if data:
+            raise
+        say(f"{error}. Without it nothing is said of words and frequencies")
+        return None
 
 
 def _audited(found: Embeddings, kind: str, matrix: Tensor, benchmarks: Sequence[geometry.Benchmark]) -> Audited:

@@ -180,7 +180,9 @@ def _read_run(folder: Path, tensor: str | None, corpus: Corpus | None) -> Embedd
         _check_corpus(folder, corpus)
     tied = experiment.model.tied
     names = [tensor or "token_embedding.weight"] + (["head.weight"] if tensor is None and not tied else [])
-    matrices = [read.to(torch.float32) for read in load_tensors(checkpoint, names).values()]
+    matrices = [
+        read.to(torch.float32) for read in load_tensors(checkpoint, [f"model.{name}" for name in names]).values()
+    ]
     if matrices[0].ndim != 2:
         raise InputError(f"{checkpoint}: {names[0]!r} has shape {tuple(matrices[0].shape)}, no matrix")
     return Embeddings(

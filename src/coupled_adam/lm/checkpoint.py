@@ -98,29 +98,46 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[Optimizer
     return state
 
 
+def tensor_names(path: Path) -> set[str]:
+    """What the tensors of a checkpoint are called: ``model.NAME``, ``optimizer.state.NAME.exp_avg`` and the like.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
+    with _damage_named(path):
+        stored = _Reader(path / "dcp").read_metadata().state_dict_metadata
+    return {name for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+
+
 def load_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Some tensors of the model in a checkpoint, by name, whole and as they were saved; the others are not read.
+    """Some tensors of a checkpoint, by name, whole and as they were saved; the others are not read.
 
     Raises:
         InputError: the checkpoint is damaged, or lacks one of them.
     """
-    try:
+    content: dict[str, Tensor] = {}
+    with _damage_named(path), quiet():
         reader = _Reader(path / "dcp")
         known = reader.read_metadata().state_dict_metadata
-        content: dict[str, Tensor] = {}
         for name in names:
-            stored = known.get(f"model.{name}")
+            stored = known.get(name)
             if not isinstance(stored, TensorStorageMetadata):
                 raise InputError(f"{path}: this checkpoint holds no {name}")
-            content[f"model.{name}"] = torch.empty(stored.size, dtype=stored.properties.dtype)
-        with _quiet():
-            load(dict(content), storage_reader=reader, no_dist=True)
+            content[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
+        load(dict(content), storage_reader=reader, no_dist=True)
+    return content
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """An InputError for whatever reading a damaged checkpoint raises."""
+    try:
+        yield
     except InputError:
         raise
     except (Exception, CheckpointException) as error:  # of every kind; torch's own is no Exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:160]
         raise InputError(f"{path}: damaged ({reason})") from None
-    return {name: content[f"model.{name}"] for name in names}
 
 
 class _Reader(FileSystemReader):

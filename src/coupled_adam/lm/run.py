@@ -8,13 +8,10 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from coupled_adam.errors import InputError
-from coupled_adam.lm.checkpoint import latest_checkpoint, load_checkpoint, quiet, step_of
+from coupled_adam.lm.checkpoint import latest_checkpoint, load_checkpoint, load_tensors, quiet, step_of, tensor_names
 from coupled_adam.lm.config import Experiment, load_experiment
 from coupled_adam.lm.corpus import Corpus, open_corpus
 from coupled_adam.lm.model import LanguageModel, build_model
@@ -46,15 +43,10 @@ class Run:
 
     def second_moment(self) -> Tensor | None:
         """Adam's second moment of the output embedding, (V, H) or shared (1, H); None if its optimizer has none."""
-        metadata = FileSystemReader(self.checkpoint / "dcp").read_metadata().state_dict_metadata
-        for name in ("head.weight", "token_embedding.weight"):  # a tied embedding goes by its first name
-            key = f"optimizer.state.{name}.exp_avg_sq"
-            if isinstance(stored := metadata.get(key), TensorStorageMetadata):
-                moment = torch.empty(stored.size, dtype=stored.properties.dtype)
-                with quiet():
-                    load({key: moment}, checkpoint_id=self.checkpoint / "dcp", no_dist=True)
-                return moment
-        return None
+        # A tied embedding goes by its first name.
+        keys = [f"optimizer.state.{name}.exp_avg_sq" for name in ("head.weight", "token_embedding.weight")]
+        key = next((key for key in keys if key in tensor_names(self.checkpoint)), None)
+        return load_tensors(self.checkpoint, [key])[key] if key else None
 
 
 def open_run(folder: Path, data: Path | None = None) -> Run:

@@ -182,10 +182,10 @@ def spread(found: Moments | None, form: str) -> str:
 
 
 def short(number: int) -> str:
-    """614400 -> 0.61M."""
-    for size, letter in ((1e9, "B"), (1e6, "M")):
-        if number >= size / 10:
-            return f"{number / size:.2g}{letter}" if number < 10 * size else f"{number / size:.0f}{letter}"
+    """Three digits: 614400 -> 0.614M."""
+    for size, least, letter in ((1e9, 1e9, "B"), (1e6, 1e5, "M")):
+        if number >= least:
+            return f"{number / size:.3g}{letter}"
     return f"{number:,}"
 
 
