@@ -164,8 +164,13 @@ def gguf_in(path: Path) -> tuple[Tensors, dict[str, Any]]:
     require("audit", "gguf")
     import gguf
 
+    class Reader(gguf.GGUFReader):
+        # It takes a slice for each token of the vocabulary. Of a plain view of the file that is three times as fast.
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
     with _readable(path, "GGUF file", IndexError, KeyError, TypeError, MemoryError):
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         metadata = {name: field.contents() for name, field in reader.fields.items()}
 
