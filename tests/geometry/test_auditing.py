@@ -24,13 +24,15 @@ def test_the_figures_are_those_of_the_functions() -> None:
     assert (found.tokens, found.width, found.zero_rows) == (3000, 16, 0)
     assert found.isotropy == geometry.isotropy(shifted)
     assert found.isotropy_centered == geometry.isotropy(shifted - shifted.mean(0))
-    assert found.isotropy_post_processed == geometry.isotropy(post_processing.post_process_fix(shifted, 1))
+    assert found.isotropy_post_processed == geometry.isotropy(
+        post_processing.post_process_fix(shifted, post_processing.principal_components(shifted, 1))
+    )
     assert found.mean_shift_ratio == geometry.mean_shift_ratio(shifted)
     assert found.condition == geometry.condition(shifted)
     assert found.norm_frequency == geometry.norm_frequency_correlation(shifted, COUNTS)
     assert found.projection_frequency == geometry.projection_frequency_correlation(shifted, COUNTS)
     assert found.largest_singular_value == found.singular_values[0]
-    assert list(found.word_similarity) == list(post_processing.VARIANTS)
+    assert list(found.word_similarity) == [name for name, _ in post_processing.variants(shifted)]
     assert found.mean_similarity == found.word_similarity["original"][0].cosine
     # Centring gives back the cloud, whose dot products are the ratings but for the cloud's own small mean.
     assert found.word_similarity["centered"][0].dot > 99 > found.word_similarity["original"][0].cosine

@@ -44,8 +44,19 @@ def test_how_many_components(width: int, count: int) -> None:
     assert pp.isotropy_components(width) == count
 
 
+def test_components_that_are_known_are_taken_as_they_are() -> None:
+    three = components(3)
+    np.testing.assert_allclose(
+        pp.post_process_fix(E, three), (E - E.mean(0)) @ (np.eye(6) - three @ three.T), atol=1e-9
+    )
+    for (name, matrix), (same, known) in zip(pp.variants(E), pp.variants(E, components(2)), strict=True):
+        assert name == same
+        np.testing.assert_allclose(matrix, known, atol=1e-9)
+
+
 def test_the_argument_is_left_as_it_was() -> None:
     before = E.copy()
-    for processed in pp.VARIANTS.values():
-        processed(E)
+    assert [name for name, _ in pp.variants(E)] == [
+        "original", "centered", "centered_scaled", "post_process", "post_process_fix",
+    ]  # fmt: skip
     assert np.array_equal(E, before)

@@ -87,18 +87,21 @@ def audit(
     """
     e = as_matrix(embedding)
     values = metrics.singular_values(e)
-    components = post_processing.isotropy_components(e.shape[1])
+    for_isotropy, for_words = (
+        post_processing.isotropy_components(e.shape[1]),
+        post_processing.WORD_SIMILARITY_COMPONENTS,
+    )
+    top = post_processing.principal_components(e, max(for_isotropy, for_words))
     similarity = {}
     if token_of is not None and benchmarks:
-        for name, processed in post_processing.VARIANTS.items():
-            matrix = processed(e)
+        for name, matrix in post_processing.variants(e, top[:, :for_words]):
             similarity[name] = [word_similarity(matrix, token_of, benchmark) for benchmark in benchmarks]
     return Audit(
         tokens=len(e),
         width=e.shape[1],
         isotropy=metrics.isotropy(e),
         isotropy_centered=metrics.isotropy(post_processing.centered(e)),
-        isotropy_post_processed=metrics.isotropy(post_processing.post_process_fix(e, components)),
+        isotropy_post_processed=metrics.isotropy(post_processing.post_process_fix(e, top[:, :for_isotropy])),
         average_norm=metrics.average_norm(e),
         mean_norm=metrics.mean_norm(e),
         mean_shift_ratio=metrics.mean_shift_ratio(e),

@@ -6,7 +6,7 @@ Implications", section 5; Mu & Viswanath 2018, "All-but-the-Top", algorithm 1.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -14,11 +14,6 @@ from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix
 
 #: Components that the word similarity of the literature takes out.
 WORD_SIMILARITY_COMPONENTS = 2
-
-
-def original(embedding: Matrix) -> Float64:
-    """E."""
-    return as_matrix(embedding)
 
 
 def centered(embedding: Matrix) -> Float64:
@@ -35,20 +30,22 @@ def centered_scaled(embedding: Matrix) -> Float64:
     return np.asarray(e - norms * direction)
 
 
-def post_process(embedding: Matrix) -> Float64:
-    """All-but-the-Top with two components, as it is commonly computed: what the components of E − μ see of E is taken
-    from E − μ, so that the part of μ along them is taken away twice."""
+def post_process(embedding: Matrix, top: Float64 | None = None) -> Float64:
+    """All-but-the-Top as it is commonly computed: what the first two principal components of E − μ see of E is taken
+    from E − μ, so that the part of μ along them is taken away twice.
+
+    ``top`` are the components, if they are known: (H, D), of which the result is then without all D.
+    """
     e = as_matrix(embedding)
-    mean = e.mean(0)
-    top = principal_components(e, WORD_SIMILARITY_COMPONENTS)
-    return np.asarray((e - mean) - (e @ top) @ top.T)
+    top = principal_components(e, WORD_SIMILARITY_COMPONENTS) if top is None else top
+    return np.asarray((e - e.mean(0)) - (e @ top) @ top.T)
 
 
-def post_process_fix(embedding: Matrix, components: int = WORD_SIMILARITY_COMPONENTS) -> Float64:
-    """All-but-the-Top as its authors meant it: E − μ without its first principal components."""
+def post_process_fix(embedding: Matrix, top: Float64 | None = None) -> Float64:
+    """All-but-the-Top as its authors meant it: E − μ without its first two principal components, or without ``top``."""
     e = as_matrix(embedding)
+    top = principal_components(e, WORD_SIMILARITY_COMPONENTS) if top is None else top
     rest = e - e.mean(0)
-    top = principal_components(e, components)
     return np.asarray(rest - (rest @ top) @ top.T)
 
 
@@ -66,7 +63,12 @@ def isotropy_components(width: int) -> int:
     return math.ceil(width / 100)
 
 
-#: The variants between which word similarity is compared.
-VARIANTS: dict[str, Callable[[Matrix], Float64]] = {
-    f.__name__: f for f in (original, centered, centered_scaled, post_process, post_process_fix)
-}
+def variants(embedding: Matrix, top: Float64 | None = None) -> Iterator[tuple[str, Float64]]:
+    """The matrices between which word similarity is compared, by name; ``top`` as of :func:`post_process`."""
+    e = as_matrix(embedding)
+    top = principal_components(e, WORD_SIMILARITY_COMPONENTS) if top is None else top
+    yield "original", e
+    yield "centered", centered(e)
+    yield "centered_scaled", centered_scaled(e)
+    yield "post_process", post_process(e, top)
+    yield "post_process_fix", post_process_fix(e, top)

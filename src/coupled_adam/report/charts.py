@@ -122,8 +122,9 @@ def _range(values: Sequence[float]) -> list[float]:
 
 
 def _styled(figure: go.Figure, title: str | None, height: int) -> go.Figure:
-    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
-    margin = {"l": 60, "r": 20, "t": 70 if title else 40, "b": 50}
+    # Below the chart, where several lines of it cover nothing.
+    legend = {"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0}
+    margin = {"l": 60, "r": 20, "t": 40, "b": 50}
     return figure.update_layout(
         template="plotly_white", title=title, height=height, margin=margin, legend=legend, hovermode="closest"
     )
