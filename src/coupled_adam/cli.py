@@ -24,6 +24,7 @@ from coupled_adam.lm.corpus import corpus_for, prepare
 from coupled_adam.lm.estimate import PEAK_FLOPS, UTILISATION, estimate
 from coupled_adam.lm.parallel import joined
 from coupled_adam.lm.sources import source_of
+from coupled_adam.lm.tracking import require_trackers
 from coupled_adam.lm.train import DivergedError, Interrupted, Metrics, train
 from coupled_adam.report import aggregate, audit_page
 from coupled_adam.report.aggregate import Moments, short, spread
@@ -184,6 +185,7 @@ def train_command(
     config = config.overridden(overrides or [])
     run_dir = out or Path("runs") / config.run.name
     with joined() as world:
+        world.from_main(lambda: require_trackers(config.tracking))  # the corpus may take long to prepare
         corpus = world.from_main(lambda: corpus_for(config, data))
         train(config, corpus, run_dir, evaluator(config, corpus, world), world)
         if world.main:

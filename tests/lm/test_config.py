@@ -30,6 +30,10 @@ def test_the_resolved_file_is_the_same_experiment(tiny: Experiment) -> None:
             "[run]\nname = 'x'\n[train]\nbatch_tokens = 100",
             "batch_tokens 100 is not a multiple of data.sequence_length 128",
         ),
+        (
+            "[run]\nname = 'x'\n[tracking]\ntrackers = ['wandb', 'csv']",
+            "tracking.trackers.1: .*'tensorboard', 'wandb' or 'trackio' .*'csv'",
+        ),
         ("[model]\nlayers = 2", "run: .*required"),
         ("run name", "not TOML"),
     ],

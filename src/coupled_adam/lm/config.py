@@ -157,6 +157,14 @@ class Evaluation(Section):
     """The same, for the evaluation after the last step. None: ``batches``."""
 
 
+class Tracking(Section):
+    """Where a run can be watched besides metrics.jsonl. No part of what the run is: it may change between resumes."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(default=(), strict=False)
+    project: str = Field(default="coupled-adam", min_length=1)
+    """What W&B and trackio file the run under."""
+
+
 class Experiment(Section):
     """A whole run. ``Experiment.from_toml(experiment.to_toml())`` is the same experiment."""
 
@@ -168,6 +176,7 @@ class Experiment(Section):
     train: Train = Train()
     parallel: Parallel = Parallel()
     evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
     def _batch_holds_sequences(self) -> Self:
@@ -235,8 +244,8 @@ class Experiment(Section):
         return self.from_dict(tables, "command line")
 
     def differences(self, other: Self) -> list[str]:
-        """The keys at which ``other`` differs, each as ``section.key: this value, other value``."""
-        mine, theirs = _flatten(self.model_dump()), _flatten(other.model_dump())
+        """The keys at which ``other`` is another run, each as ``section.key: this value, other value``."""
+        mine, theirs = (_flatten(each.model_dump(exclude={"tracking"})) for each in (self, other))
         return [f"{k}: {mine.get(k)}, {theirs.get(k)}" for k in mine | theirs if mine.get(k) != theirs.get(k)]
 
 

@@ -1,5 +1,6 @@
-"""What an experiment takes, without running it: parameters, memory, arithmetic."""
+"""What an experiment takes, without running it: parameters, memory, arithmetic; and how fast the arithmetic is done."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +9,13 @@ from coupled_adam.errors import InputError
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.model import LanguageModel, parameter_count
 from coupled_adam.lm.optimizers import state_bytes
+from coupled_adam.lm.parallel import World
 
 #: Dense bfloat16 FLOP/s of a GPU, from NVIDIA's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+
+#: Words in the name of a device that is slower than the GPU of the table, or a part of it.
+OTHER_PEAK = {"PCIE", "NVL", "MIG"}
 
 #: Share of the peak that training of such models is taken to reach; an assumption.
 UTILISATION = 0.4
@@ -54,8 +59,7 @@ def estimate(experiment: Experiment, gpu: str = "H100") -> Estimate:
     layer = data.sequence_length * (train.micro_batch or experiment.batch_size) * model.width
     wide = 1 if train.precision == "bfloat16" else 2
     stored = 2 * model.layers + 34 if train.activation_checkpointing else 34 * model.layers
-    per_token = 6 * parameters + 12 * model.layers * model.width * data.sequence_length
-    flops = tokens * per_token * (4 / 3 if train.activation_checkpointing else 1)
+    flops = tokens * flops_per_token(experiment, parameters) * (4 / 3 if train.activation_checkpointing else 1)
     return Estimate(
         parameters=parameters,
         embedding_parameters=network.head.weight.numel(),
@@ -69,3 +73,24 @@ def estimate(experiment: Experiment, gpu: str = "H100") -> Estimate:
         gpu=gpu,
         gpu_hours=flops / (PEAK_FLOPS[gpu] * UTILISATION) / 3600,
     )
+
+
+def flops_per_token(experiment: Experiment, parameters: int) -> int:
+    """Arithmetic of the model for one token of training; what checkpointing computes again is not counted."""
+    return 6 * parameters + 12 * experiment.model.layers * experiment.model.width * experiment.data.sequence_length
+
+
+def peak_flops(experiment: Experiment, world: World) -> float | None:
+    """FLOP/s that the devices of all processes have together, or None where PEAK_FLOPS does not say it."""
+    if world.device.type != "cuda" or experiment.train.precision != "bfloat16":
+        return None
+    words = set(re.split(r"\W+", torch.cuda.get_device_name(world.device).upper()))
+    known = [peak for gpu, peak in PEAK_FLOPS.items() if gpu in words and not words & OTHER_PEAK]
+    return known[0] * world.size if known else None
+
+
+def speed(flops: float, peak: float | None) -> str:
+    """FLOP/s as the share of the peak that the model makes use of (MFU), or as they are where the peak is not known."""
+    if peak:
+        return f"MFU {flops / peak:.1%}"
+    return f"{flops / 1e12:,.1f} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:,.1f} GFLOP/s"

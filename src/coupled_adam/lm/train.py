@@ -23,10 +23,12 @@ from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, step_of
 from coupled_adam.lm.config import Experiment, Schedule, load_experiment
 from coupled_adam.lm.corpus import Corpus
-from coupled_adam.lm.model import LanguageModel, build_model
+from coupled_adam.lm.estimate import flops_per_token, peak_flops, speed
+from coupled_adam.lm.model import LanguageModel, build_model, parameter_count
 from coupled_adam.lm.optimizers import build_optimizers
 from coupled_adam.lm.parallel import World, gradients_wait, share
 from coupled_adam.lm.progress import progress_bar
+from coupled_adam.lm.tracking import Track, require_trackers, trackers
 
 Figures = dict[str, float | None]
 Evaluate = Callable[[LanguageModel, bool], Figures]
@@ -50,18 +52,20 @@ def train(
     """Train, or go on training, the run in ``run_dir``, and return the trained model.
 
     Writes experiment.toml, environment.json, metrics.jsonl (a line a step; every ``evaluation.every`` steps also what
-    ``evaluate`` says of the model, which is told whether it is the last time) and checkpoints/. A finished run is only
-    loaded. In several processes the global batch, and so the run, is the same; all call this and ``evaluate`` together.
+    ``evaluate`` says of the model, which is told whether it is the last time) and checkpoints/; the lines of
+    metrics.jsonl go to the trackers of the experiment too. A finished run is only loaded. In several processes the
+    global batch, and so the run, is the same; all call this and ``evaluate`` together.
 
     Raises:
         InputError: ``run_dir`` is in use, or holds a run with other settings or another corpus; or the batch cannot be
-            shared out to the processes.
+            shared out to the processes; or a tracker is not installed or cannot be opened.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved and the next call goes on from it.
         DivergedError: the loss or gradient norm is not finite; the last checkpoint is intact.
     """
     world = world or World()
     torch.set_flush_denormal(True)  # products of denormal numbers are a hundred times slower
     micro = micro_batch(experiment, world)
+    world.from_main(lambda: require_trackers(experiment.tracking))
     lock = FileLock(run_dir / ".lock")
     world.from_main(lambda: _claim(run_dir, experiment, corpus, lock))
     try:
@@ -76,6 +80,7 @@ def _train(
     config, every = experiment.train, experiment.evaluation.every
     sequence_length, seed = experiment.data.sequence_length, experiment.run.seed
     model = build_model(experiment.model, corpus.vocabulary_size, sequence_length, seed).to(world.device)
+    flops, peak = flops_per_token(experiment, parameter_count(model)), peak_flops(experiment, world)
     model.activation_checkpointing = config.activation_checkpointing
     if config.compile:
         for block in model.blocks:
@@ -83,20 +88,20 @@ def _train(
     shared = share(model, experiment.parallel, world)
     optimizers = build_optimizers(model, experiment)
     batches = Batches(corpus.shards("train"), sequence_length, experiment.batch_size, seed, corpus.vocabulary_size)
-    metrics = Metrics(run_dir / "metrics.jsonl") if world.main else None
-    start, checkpoints = 0, run_dir / "checkpoints"
+    start = done = 0
+    checkpoints = run_dir / "checkpoints"
     checkpoint = world.from_main(lambda: latest_checkpoint(checkpoints))
     if checkpoint:
         finished = step_of(checkpoint) == config.steps
-        start = load_checkpoint(checkpoint, model, [] if finished else optimizers.all)["step"]
-    if metrics:
-        metrics.cut_after(start)
-    if start == 0:
-        figures = evaluate(model, False)
-        if metrics:
-            metrics.write({"step": 0, "tokens": 0, **figures})
+        start = done = load_checkpoint(checkpoint, model, [] if finished else optimizers.all)["step"]
 
-    with stop_requested() as stop, progress_bar(experiment.run.name, start, config.steps, world.main) as show:
+    with (
+        recorded(experiment, run_dir, start, world) as write,
+        stop_requested() as stop,
+        progress_bar(experiment.run.name, start, config.steps, world.main) as show,
+    ):
+        if start == 0:
+            write({"step": 0, "tokens": 0, **evaluate(model, False)})
         for step in range(start, config.steps):
             began = time.perf_counter()
             optimizers.zero_grad()
@@ -107,19 +112,20 @@ def _train(
             _check_finite(step, loss, norm)
             done, rate, last = step + 1, config.batch_tokens / (time.perf_counter() - began), step + 1 == config.steps
             line: dict[str, Any] = {"step": done, "tokens": done * config.batch_tokens, "loss": loss, "lr": lr}
-            line |= {"grad_norm": norm, "tokens_per_second": round(rate)}
+            line |= {"grad_norm": norm, "tokens_per_second": round(rate), "flops_per_second": round(rate * flops)}
             if done % every == 0 or last:
                 line |= evaluate(model, last)
-            if metrics:
-                metrics.write(line)
-            show(done, f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+            write(line)
+            show(done, f"loss {loss:.3f}, {rate:,.0f} tokens/s, {speed(rate * flops, peak)}")
             stopping = world.sum(torch.tensor(stop.number)).item() > 0  # whichever of the processes was asked
             if done % config.checkpoint_every == 0 or last or stopping:
                 state = {"corpus": corpus.fingerprint}
                 save_checkpoint(checkpoints, done, model, optimizers.all, state, world, config.keep_every)
-            if stopping and not last:
-                message = f"{experiment.run.name}: stopped and saved at step {done} of {config.steps}"
-                raise Interrupted(message, stop.number or signal.SIGTERM)
+            if stopping:
+                break
+    if done < config.steps:
+        message = f"{experiment.run.name}: stopped and saved at step {done} of {config.steps}"
+        raise Interrupted(message, stop.number or signal.SIGTERM)
     return model
 
 
@@ -184,6 +190,22 @@ class Metrics:
         """Append one line."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+@contextmanager
+def recorded(experiment: Experiment, run_dir: Path, start: int, world: World) -> Iterator[Track]:
+    """What writes a line to metrics.jsonl and to the trackers; it does so in the main process alone."""
+    metrics = Metrics(run_dir / "metrics.jsonl")
+    if world.main:
+        metrics.cut_after(start)
+    with trackers(experiment, run_dir, start, world) as track:
+
+        def write(line: dict[str, Any]) -> None:
+            if world.main:
+                metrics.write(line)
+                track(line)
+
+        yield write
 
 
 class Stop:
