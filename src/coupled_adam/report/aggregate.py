@@ -63,7 +63,7 @@ class Evaluated:
     @property
     def setting(self) -> str:
         """What runs have in common that differ in seed and in the optimizer of the embedding alone."""
-        content = self.experiment.model_dump(exclude={"run", "parallel"})
+        content = self.experiment.model_dump(exclude={"run", "parallel", "tracking"})
         del content["optimizer"]["embedding"]
         return json.dumps(content, sort_keys=True)
 
