@@ -17,6 +17,11 @@ HEAVY = [
     "plotly",
     "jinja2",
     "transformers",
+    "lm_eval",
+    "gguf",
+    "tensorboard",
+    "wandb",
+    "trackio",
 ]
 
 

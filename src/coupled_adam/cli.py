@@ -262,9 +262,8 @@ def evaluate_command(
                 print(f"{label:<40} {value:.4g}")
         if "export" in results:
             print(f"exported to {results['export']}")
-    for task, reason in failed.items():
-        print(f"coupled-adam: {task}: {reason}", file=sys.stderr)
     if failed:
+        print(f"coupled-adam: not run: {', '.join(failed)}; the reasons are above", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -333,7 +332,8 @@ def audit_command(
             print(f"Page: {html}")
     if center_to:
         done = center(read_embeddings(models[0], tensor=tensor), center_to)
-        print(f"Centred copy: {done.path}", file=sys.stderr)
+        provided = f"; {done.condition}" if done.condition else ""
+        print(f"Centred copy: {done.path} (‖μ‖ was {done.mean_norm:.4g}){provided}", file=sys.stderr)
 
 
 def main() -> None:

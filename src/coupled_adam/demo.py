@@ -121,8 +121,8 @@ def table(results: dict[str, Any]) -> list[Row]:
 def _write_report(
     path: Path, experiment: Experiment, corpus: Corpus, runs: dict[str, Trained], results: dict[str, Any]
 ) -> None:
-    def series(key: str) -> dict[str, charts.Points]:
-        return {METHODS[method]: [(line["step"], line[key]) for line in run.lines] for method, run in runs.items()}
+    def series(key: str) -> list[tuple[str, charts.Points]]:
+        return [(METHODS[method], [(line["step"], line[key]) for line in run.lines]) for method, run in runs.items()]
 
     samples = {
         METHODS[method]: sample_tokens(run.model.get_output_embeddings().weight, corpus.text_of, corpus.unigram_counts)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import paragraphs, tiny_experiment
 from typer.testing import CliRunner
 
@@ -139,3 +140,40 @@ def test_a_sample_stands_for_all_frequencies() -> None:
     assert sample.second_moment == pytest.approx([4 * row + 1.5 for row in rows])
     # The plane is orthonormal and contains the mean: no token is farther from the origin in it than in space.
     assert all(math.hypot(x, y) <= n * 1.0001 for x, y, n in zip(sample.along, sample.across, sample.norm, strict=True))
+
+
+@pytest.mark.long
+def test_a_trained_run_answers_a_local_task_as_its_own_probabilities_say(run_dir: Path, tmp_path: Path) -> None:
+    contexts, choices = ["the river", "a dog saw", "over the sun", "king and"], [" lake", " moon", " slowly", " xq"]
+    documents = [{"context": c, "choices": choices, "answer": i % 4} for i, c in enumerate(contexts * 3)]
+    (tmp_path / "next.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (tmp_path / "next.yaml").write_text(
+        f"""
+task: next
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "next.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+    )
+    run = open_run(run_dir)
+    model, encode = run.model(), run.corpus.tokenizer.encode
+
+    def score(context: str, choice: str) -> float:
+        tokens, given = torch.tensor([encode(context + choice).ids]), len(encode(context).ids)
+        with torch.no_grad():
+            log_p = model(tokens[:, :-1]).log_softmax(-1)
+        return float(log_p.gather(-1, tokens[:, 1:, None])[0, given - 1 :].sum())
+
+    best = [max(range(4), key=lambda i: score(d["context"], choices[i])) for d in documents]
+    right = [b == d["answer"] for b, d in zip(best, documents, strict=True)]
+    assert 0 < sum(right) < 12
+    arguments = ["evaluate", str(run_dir), "--only", "downstream", "--tasks", "next", "--include-path", str(tmp_path)]
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["downstream"]
+    assert found["acc"] == pytest.approx(sum(right) / 12)
+    assert found["tasks"]["next"]["n"] == 12 and not found["complete"]

@@ -60,7 +60,7 @@ def write_audit_page(path: Path, audited: Sequence[Audited]) -> None:
         for name, sample in samples.items()
     ]
     spectra = {m.name: [(i + 1, v / m.audit.singular_values[0]) for i, v in _thinned(m)] for m in audited}
-    figure = charts.curves("Spectrum", spectra, x="rank of the singular value", log_y=True, markers=False)
+    figure = charts.curves("Spectrum", spectra.items(), x="rank of the singular value", log_y=True, markers=False)
     drawn.append(
         Chart(figure, "Singular values over the largest: one that towers above the rest is a dominating direction.")
     )

@@ -1,7 +1,7 @@
 """The charts of the report."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,37 +18,43 @@ Points = Sequence[tuple[float, ...]]
 
 def curves(
     title: str,
-    series: Mapping[str, Points],
+    lines: Iterable[tuple[str, Points]],
     *,
     x: str = "training step",
     highest: float | None = None,
     log_x: bool = False,
     log_y: bool = False,
     markers: bool = True,
-    colours: Sequence[str] = (),
 ) -> go.Figure:
-    """One line each over training steps, or over what ``x`` names; a third number of a point is its error bar.
+    """Lines over training steps, or over what ``x`` names; a third number of a point is its error bar.
 
-    ``colours`` are those of the lines, if they are not to differ all.
+    Lines of one name have one colour and one entry in the legend.
     """
-    figure = go.Figure()
-    for i, (name, points) in enumerate(series.items()):
-        colour = colours[i] if colours else COLOURS[i % len(COLOURS)]
-        dash = "solid" if colours or i < len(COLOURS) else "dash"
+    figure, known = go.Figure(), list[str]()
+    for name, points in lines:
+        first = name not in known
+        if first:
+            known.append(name)
+        i = known.index(name)
         columns = list(zip(*points, strict=True)) if points else [(), ()]
-        hover = f"{html.escape(name)}<br>{html.escape(x)} %{{x}}: %{{y:.4g}}<extra></extra>"
         figure.add_scatter(
             x=columns[0],
             y=columns[1],
             error_y={"array": columns[2], "thickness": 1} if len(columns) > 2 else None,
             name=name,
+            legendgroup=name,
+            showlegend=first,
             mode="lines+markers" if markers else "lines",
-            line={"color": colour, "width": 2.5, "dash": dash},
-            hovertemplate=hover,
+            line={
+                "color": COLOURS[i % len(COLOURS)],
+                "width": 2.5,
+                "dash": "solid" if i < len(COLOURS) else "dash",
+            },
+            hovertemplate=f"{html.escape(name)}<br>{html.escape(x)} %{{x}}: %{{y:.4g}}<extra></extra>",
         )
     figure.update_xaxes(title=x, type="log" if log_x else "linear")
     figure.update_yaxes(range=None if highest is None else [0, highest], type="log" if log_y else "linear")
-    return _styled(figure, title, height=340)
+    return _styled(figure, title, height=360)
 
 
 def token_scatter(title: str, samples: Mapping[str, TokenSample], value: str, *, log_y: bool = False) -> go.Figure:
@@ -123,7 +129,7 @@ def _range(values: Sequence[float]) -> list[float]:
 
 def _styled(figure: go.Figure, title: str | None, height: int) -> go.Figure:
     # Below the chart, where several lines of it cover nothing.
-    legend = {"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0}
+    legend = {"orientation": "h", "y": -0.25, "yanchor": "top", "x": 0}
     margin = {"l": 60, "r": 20, "t": 40, "b": 50}
     return figure.update_layout(
         template="plotly_white", title=title, height=height, margin=margin, legend=legend, hovermode="closest"

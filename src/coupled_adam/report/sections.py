@@ -35,18 +35,18 @@ def sections(found: Sequence[Group], pairs: Sequence[Comparison]) -> list[tuple[
 
 def _curves(pair: Comparison) -> list[Chart]:
     def drawn(title: str, figure: str, highest: float | None = None) -> go.Figure:
-        series: dict[str, charts.Points] = {}
-        for group in (pair.adamw, pair.coupled):
-            for run in group.runs:
-                name = run.method if len(group.runs) == 1 else f"{run.method}, seed {run.seed}"
-                series[name] = [(line["step"], line[figure]) for line in run.curve if line.get(figure) is not None]
-        # The lines of a method have its colour.
-        methods = [group for group in (pair.adamw, pair.coupled) for _ in group.runs]
-        colours = [charts.COLOURS[0] if group is pair.adamw else charts.COLOURS[1] for group in methods]
-        return charts.curves(title, series, highest=highest, colours=colours)
+        lines = [
+            (run.method, [(line["step"], line[figure]) for line in run.curve if line.get(figure) is not None])
+            for group in (pair.adamw, pair.coupled)
+            for run in group.runs
+        ]
+        return charts.curves(title, lines, highest=highest)
 
     return [
-        Chart(drawn("Validation loss", "validation_loss"), "Nats per token on held-out text; lower is better."),
+        Chart(
+            drawn("Validation loss", "validation_loss"),
+            "Nats per token on held-out text, a line a seed; lower is better.",
+        ),
         Chart(drawn("Isotropy", "isotropy", 1.02), "1 is a cloud without a preferred direction."),
         Chart(
             drawn("Mean shift ratio ‖μ‖ʳ", "mean_shift_ratio", 1.0),
@@ -63,7 +63,7 @@ def _sizes(pairs: Sequence[Comparison]) -> list[Chart]:
                 if found := group.moments(figure):
                     name = f"{group.first.model}, {group.first.method}"
                     series.setdefault(name, []).append((group.first.tokens, found.mean, found.deviation or 0.0))
-        return charts.curves(title, series, x="training tokens", highest=1.05, log_x=True)
+        return charts.curves(title, series.items(), x="training tokens", highest=1.05, log_x=True)
 
     return [
         Chart(
@@ -85,7 +85,7 @@ def _swept(title: str, x: str, points: Mapping[float, Group], figure: str, basel
         for name, group in baselines.items():
             if found := group.moments(figure):
                 series[name] = [(values[0][0], found.mean, 0.0), (values[-1][0], found.mean, 0.0)]
-    return charts.curves(title, series, x=x)
+    return charts.curves(title, series.items(), x=x)
 
 
 def _scaled(line: Sequence[Group]) -> list[Chart]:
@@ -162,7 +162,7 @@ def _embeddings(pair: Comparison) -> list[Chart]:
             )
         )
     if spectra:
-        figure = charts.curves("Spectrum", spectra, x="rank of the singular value", log_y=True, markers=False)
+        figure = charts.curves("Spectrum", spectra.items(), x="rank of the singular value", log_y=True, markers=False)
         drawn.append(
             Chart(figure, "Singular values over the largest: one that towers above the rest is a dominating direction.")
         )
