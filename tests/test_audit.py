@@ -123,6 +123,23 @@ def test_bad_models_are_one_line(content: np.ndarray | None, message: str, tmp_p
     assert message in str(result.exception) and "\n" not in str(result.exception)
 
 
+def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / name / "out.npy" for name in ("a", "b")]
+    for i, path in enumerate(paths):
+        path.parent.mkdir()
+        np.save(path, SHIFTED * (i + 1))
+    assert [m["model"] for m in audit(*paths, paths[0])] == list(map(str, paths))
+
+
+def test_a_tensor_that_is_no_embedding_is_measured_without_words(tiny: Experiment, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(paragraphs(200))
+    tiny = tiny.with_values(train__steps=2, schedule__warmup_steps=0)
+    train(tiny, prepare(TextFiles(text), tiny.data, tmp_path / "corpus"), tmp_path / "run", lambda m, last: {})
+    (found,) = audit(tmp_path / "run", "--tensor", "position_embedding.weight")
+    assert found["figures"]["tokens"] == 16 and found["word_similarity"] == {}
+
+
 def test_one_model_at_a_time_is_centred(arrays: list[Path], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["audit", *map(str, arrays), "--center", str(tmp_path / "copy.npy")])
     assert "takes one model at a time, not 2" in str(result.exception)

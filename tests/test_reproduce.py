@@ -1,5 +1,6 @@
 """A suite: what is planned, and that it goes on, whatever happens to single runs."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -56,9 +57,13 @@ def test_a_failing_run_is_named_and_the_others_go_on(tiny_suite, tmp_path: Path,
     found = json.loads((tmp_path / "results.json").read_text())
     assert list(found["failed"]) == ["V-s2"]
     assert {row["name"]: row["runs"] for row in found["experiments"]} == {"A": 2, "V": 1}
+    assert (tmp_path / "report.html").exists()
+    table = list(csv.DictReader((tmp_path / "aggregate.csv").open()))
+    assert [row["name"] for row in table] == ["A-s1", "A-s2", "V-s1"]
     finals = [loop.Metrics(tmp_path / f"A-s{seed}" / "metrics.jsonl").read()[-1] for seed in (1, 2)]
     loss = found["experiments"][0]["figures"]["validation_loss"]
     assert loss["mean"] == pytest.approx(sum(f["validation_loss"] for f in finals) / 2)
+    assert [float(row["test_loss"]) for row in table[:2]] == pytest.approx([f["validation_loss"] for f in finals])
     assert loss["deviation"] == pytest.approx(abs(finals[0]["validation_loss"] - finals[1]["validation_loss"]) / 2**0.5)
 
 
@@ -68,3 +73,6 @@ def test_what_is_finished_is_not_trained_again(tiny_suite, tmp_path: Path, monke
     monkeypatch.setattr(reproduce, "train", lambda *args: pytest.fail("trained again"))
     monkeypatch.setattr(reproduce, "prepare", prepare)
     assert reproduce.reproduce("mini", ["small"], [1], tmp_path) == first
+    two = {"small": {"seeds": [1], "experiments": ["A", "V"]}, "sgd": {"seeds": [1], "experiments": ["A"]}}
+    monkeypatch.setattr(experiments, "families", lambda suite: two)
+    assert reproduce.reproduce("mini", ["sgd"], [], tmp_path) == first, "over all that is there, not the family alone"

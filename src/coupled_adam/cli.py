@@ -14,11 +14,12 @@ from rich.table import Table
 
 from coupled_adam import __version__, demo, experiments
 from coupled_adam.errors import InputError
-from coupled_adam.evaluation.auditing import audit_model
+from coupled_adam.evaluation.auditing import audit_models
 from coupled_adam.evaluation.centering import center
+from coupled_adam.evaluation.downstream import PAPER_TASKS, PAPER_TASKS_043
 from coupled_adam.evaluation.during_training import evaluator
 from coupled_adam.evaluation.embedding_files import read_embeddings
-from coupled_adam.evaluation.stages import STAGES, Downstream, card_figures, evaluate, export_run, read_benchmarks
+from coupled_adam.evaluation.stages import STAGES, Downstream, evaluate, export_run, found_figures, read_benchmarks
 from coupled_adam.lm.config import Data, Experiment, load_experiment
 from coupled_adam.lm.corpus import corpus_for, prepare
 from coupled_adam.lm.estimate import PEAK_FLOPS, UTILISATION, estimate
@@ -39,6 +40,9 @@ WIDE = 130
 
 #: The colours of a verdict.
 LEVELS = {"good": "green", "fair": "yellow", "poor": "red"}
+
+#: Names for several tasks: those of the paper, as they are now and as they were in the paper's harness.
+TASK_SETS = {"paper": PAPER_TASKS, "paper-0.4.3": PAPER_TASKS_043}
 
 #: What a shell adds to the number of the signal that ended a program.
 SIGNALLED = 128
@@ -225,7 +229,8 @@ def reproduce_command(
         for row in results["experiments"]:
             table.add_row(row["name"], str(row["runs"]), *(_spread(row["figures"][figure]) for figure in FIGURES))
         Console(width=None if sys.stdout.isatty() else WIDE).print(table)
-        print(f"Report: {folder / 'report.html'}")
+        if results["experiments"]:
+            print(f"Report: {folder / 'report.html'}")
     for name, reason in results["failed"].items():
         print(f"{name} failed: {reason}", file=sys.stderr)
     if results["failed"]:
@@ -236,19 +241,24 @@ def _spread(moments: dict[str, float | None] | None) -> str:
     return spread(Moments(**moments) if moments else None, "{:.3f}")  # type: ignore[arg-type]
 
 
-@app.command(name="evaluate", epilog="Example: coupled-adam evaluate runs/exp12V-s1 --limit 100")
+@app.command(
+    name="evaluate", epilog="Example: coupled-adam evaluate runs/exp12V-s1 --only validation --only embeddings"
+)
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
     data: Annotated[Path | None, typer.Option(help="Its corpus, if it is no longer where it was.")] = None,
     only: Annotated[list[str] | None, typer.Option(help=f"A stage: {', '.join(STAGES)}. May be repeated.")] = None,
-    tasks: Annotated[str, typer.Option(help="Of lm-evaluation-harness, with commas. [default: the paper's]")] = "",
+    tasks: Annotated[
+        str, typer.Option(help=f"Of lm-eval, with commas between; or one of {', '.join(TASK_SETS)}.")
+    ] = "paper",
     limit: Annotated[int | None, typer.Option(min=1, help="Samples of a task.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder of your own task definitions.")] = None,
     benchmarks: Annotated[Path | None, typer.Option(help="Folder of word-similarity benchmarks.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what the stages found as JSON.")] = False,
 ) -> None:
     """Validation loss, embedding quality, export and downstream tasks of a run; what is done is not done again."""
-    names = tuple(name.strip() for name in tasks.split(",") if name.strip()) or None
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip()) or PAPER_TASKS
+    names = tuple(task for name in names for task in TASK_SETS.get(name, (name,)))
     with joined() as world:
         results = evaluate(run, data, only or STAGES, benchmarks, Downstream(names, limit, include_path), world)
         if not world.main:
@@ -257,7 +267,7 @@ def evaluate_command(
     if as_json:
         print(json.dumps(results, ensure_ascii=False))
     else:
-        for label, value in card_figures(run).items():
+        for label, value in found_figures(results).items():
             if value is not None:
                 print(f"{label:<40} {value:.4g}")
         if "export" in results:
@@ -310,7 +320,7 @@ def audit_command(
     if center_to is not None and len(models) > 1:
         raise InputError(f"--center {center_to}: takes one model at a time, not {len(models)}")
     words = read_benchmarks(benchmarks)
-    audited = [matrix for model in models for matrix in audit_model(model, words, tensor=tensor, data=data)]
+    audited = audit_models(models, words, tensor=tensor, data=data)
     if html:
         write_audit_page(html, audited)
     if as_json:
@@ -333,14 +343,15 @@ def audit_command(
     if center_to:
         done = center(read_embeddings(models[0], tensor=tensor), center_to)
         provided = f"; {done.condition}" if done.condition else ""
-        print(f"Centred copy: {done.path} (‖μ‖ was {done.mean_norm:.4g}){provided}", file=sys.stderr)
+        rounded = f"‖μ‖ was {done.mean_norm:.4g}; rounding moves a row by at most {done.rounding:.2g}"
+        print(f"Centred copy: {done.path} ({rounded}){provided}", file=sys.stderr)
 
 
 def main() -> None:
     """Run the command line; a bad input is one line and exit code 2."""
     try:
         app()
-    except InputError as error:
+    except (InputError, ImportError) as error:  # an extra that is not installed is named by the latter
         sys.exit(_failed(error, 2))
     except (DivergedError, OSError) as error:
         sys.exit(_failed(error, 1))

@@ -103,7 +103,9 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
         except (DivergedError, InputError, OSError) as error:
             failed[run.experiment.run.name] = str(error)
             say(f"{run.experiment.run.name} failed: {error}")
-    done = [run for run in runs if run.finished and run.experiment.run.name not in failed]
+    # The report is over all that was made in the folder, also for another family or seed.
+    made = {run.folder: run for run in (*runs, *plan(suite, [], [], out))}
+    done = [run for run in made.values() if run.finished and run.experiment.run.name not in failed]
     if done:
         report([run.folder for run in done], out)
     results = {"experiments": _summed_up(done), "failed": failed}

@@ -94,6 +94,32 @@ def test_other_benchmarks_are_measured_anew(run_dir: Path, tmp_path: Path) -> No
     assert second["embeddings"]["figures"]["isotropy"] == first["embeddings"]["figures"]["isotropy"]
 
 
+def test_a_model_that_cannot_be_exported_is_refused_before_anything_is_computed(run_dir: Path) -> None:
+    file = run_dir / "experiment.toml"
+    file.write_text(file.read_text().replace("[model]", '[model]\nnorm = "rmsnorm"'))
+    with pytest.raises(InputError, match="transformers has no gpt2 with rmsnorm"):
+        stages.evaluate(run_dir)
+    assert not (run_dir / "evaluation").exists()
+
+
+def test_what_the_other_stages_found_is_kept_where_the_tasks_fail(run_dir: Path) -> None:
+    result = CliRunner().invoke(app, ["evaluate", str(run_dir), "--include-path", "nowhere"])
+    assert result.exit_code == 1
+    assert "perplexity" in result.stdout and "nowhere" in result.stderr
+    assert (run_dir / "evaluation" / "embeddings.json").exists() and (run_dir / "model" / "README.md").exists()
+
+
+def test_the_card_tells_only_of_its_own_weights(run_dir: Path) -> None:
+    stages.evaluate(run_dir, only=("validation", "embeddings", "export"))
+    path = run_dir / "evaluation" / "validation.json"
+    content = json.loads(path.read_text())
+    content["inputs"]["weights"] = "others"
+    path.write_text(json.dumps(content))
+    stages.export_run(run_dir)
+    card = (run_dir / "model" / "README.md").read_text()
+    assert "perplexity" not in card and "| isotropy of the output embedding |" in card
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

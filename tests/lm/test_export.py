@@ -107,6 +107,8 @@ def test_the_second_moment_is_that_of_the_optimizer(tiny, text_file, tmp_path) -
         moment = run.second_moment()
         assert (None if moment is None else tuple(moment.shape)) == shape
         assert moment is None or moment.min() >= 0 < moment.max()
+    sgd = trained(tiny.with_values(model__tied=False, optimizer__embedding__name="sgd"), text_file, tmp_path / "v")
+    assert sgd.second_moment() is None, "not that of the input embedding, which has AdamW"
     untied = trained(tiny.with_values(model__tied=False, optimizer__embedding__name="adamw"), text_file, tmp_path / "u")
     # Without a gradient through the input, every row of the output embedding has one all the same: the softmax's.
     assert (untied.second_moment().sum(1) > 0).all()
@@ -125,8 +127,10 @@ def test_runs_that_cannot_be_opened(tiny, text_file, tmp_path) -> None:
     prepare(TextFiles(other), tiny.data, tmp_path / "other")
     with pytest.raises(InputError, match="another text than"):
         open_run(run.folder, tmp_path / "other")
-    for checkpoint in (run.folder / "checkpoints").glob("step-*/state.json"):
-        checkpoint.unlink()
+    (run.checkpoint / "dcp" / ".metadata").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="step-00000002: damaged"):
+        open_run(run.folder, tmp_path / "moved").model()
+    (run.checkpoint / "state.json").unlink()
     with pytest.raises(InputError, match="nothing trained yet"):
         open_run(run.folder, tmp_path / "moved")
     assert json.loads((run.folder / "environment.json").read_text())["corpus_folder"] == str(tmp_path / "corpus")

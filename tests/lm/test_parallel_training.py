@@ -163,11 +163,11 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tiny, corpus, t
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_several_processes_evaluate_as_one_does(strategy, processes, tiny, corpus, tmp_path) -> None:
+def test_three_processes_evaluate_batches_of_four_as_one_does(strategy, processes, tiny, corpus, tmp_path) -> None:
     experiment = tiny.with_values(parallel__strategy=strategy, optimizer__embedding__name="adamw")
     runs.run(experiment.to_toml(), corpus.folder, tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
-    together, nothing = processes(2).run(runs.evaluated, tmp_path / "run")
+    together, nothing, _ = processes(3).run(runs.evaluated, tmp_path / "run")
     alone = evaluate(tmp_path / "alone", only=("validation", "embeddings", "export"))
     assert nothing == {}
     assert together["validation"]["loss"] == pytest.approx(alone["validation"]["loss"], abs=1e-6)

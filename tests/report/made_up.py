@@ -31,7 +31,13 @@ def write_run(
     figures = {"isotropy": 0.5, "mean_shift_ratio": 0.5, "word_similarity": 10.0, "average_norm": 1.0} | (figures or {})
     lines = [{"step": s, "validation_loss": loss + 8 / (s + 1), **figures} for s in range(0, 9, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    validation = {"inputs": {}, "step": 8, "loss": loss, "perplexity": math.exp(loss), "tokens": 512}
+    validation = {
+        "inputs": {"weights": "w"},
+        "step": experiment.train.steps,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "tokens": 512,
+    }
     (run / "evaluation" / "validation.json").write_text(json.dumps(validation))
     (run / "evaluation" / "embeddings.json").write_text(json.dumps(embeddings(figures, experiment)))
     return run
@@ -43,8 +49,8 @@ def embeddings(figures: dict[str, Any], experiment: Experiment) -> dict[str, Any
     adam = experiment.optimizer.embedding.name == "adamw"
     benchmark = {"benchmark": "MEN", "cosine": 12.5, "dot": None, "covered": 40, "pairs": 3000}
     return {
-        "inputs": {},
-        "step": 8,
+        "inputs": {"weights": "w"},
+        "step": experiment.train.steps,
         "figures": figures,
         "word_similarity": {variant: [benchmark] for variant in VARIANTS},
         "singular_values": [8.0, 4.0, 2.0, 1.0],

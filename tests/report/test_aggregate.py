@@ -16,10 +16,18 @@ from coupled_adam.errors import InputError
 from coupled_adam.report import aggregate
 from coupled_adam.report.suite import LOSS, SHIFT, comparison_lines, published_lines
 
+DOWNSTREAM = {
+    "acc": 0.4,
+    "acc_stderr": 0.01,
+    "complete": True,
+    "settings": {"model_digest": "w", "limit": None},
+    "tasks": {},
+}
+
 
 def test_the_columns_are_those_of_the_reference_in_its_order(tmp_path: Path) -> None:
     run = write_run(tmp_path, "exp", figures={"smallest_singular_value": 1.0, "condition": 12.5})
-    (run / "evaluation" / "downstream.json").write_text(json.dumps({"acc": 0.4, "acc_stderr": 0.01, "tasks": {}}))
+    (run / "evaluation" / "downstream.json").write_text(json.dumps(DOWNSTREAM))
     header, row = csv.reader(io.StringIO(aggregate.as_csv(aggregate.read_runs([tmp_path]))))
     assert header == [
         "name", "test_loss (~)", "test_loss", "test_perplexity", "lm-eval-avg-acc", "lm-eval-avg-acc-std", "isotropy",
@@ -73,6 +81,50 @@ def test_sweeps_are_in_order_with_the_plain_optimizer_among_them(tmp_path: Path)
     assert line[0].first.method == "Coupled Adam s=0.5"
     (line,) = aggregate.sweep(found, "lr_factor")
     assert [g.first.method for g in line] == ["SGD f=100", "SGD f=200"]
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"complete": False},
+        {"settings": {"model_digest": "w", "limit": 5}},
+        {"settings": {"model_digest": "old", "limit": None}},
+    ],
+)
+def test_an_accuracy_that_is_not_the_papers_is_none(difference: dict, tmp_path: Path) -> None:
+    run = write_run(tmp_path, "exp")
+    (run / "evaluation" / "downstream.json").write_text(json.dumps(DOWNSTREAM | difference))
+    (found,) = aggregate.read_runs([tmp_path])
+    assert found.figures["downstream_accuracy"] is None and found.figures["validation_loss"] == 6
+
+
+def test_figures_of_a_run_on_its_way_are_not_counted(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        run = write_run(tmp_path, "exp", seed)
+    path = run / "evaluation" / "validation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 2, "loss": 9.0}))
+    (group,) = aggregate.groups(aggregate.read_runs([tmp_path]))
+    assert (group.moments("validation_loss").count, group.moments("validation_loss").mean) == (1, 6.0)
+
+
+def test_runs_are_grouped_by_all_that_changes_the_result(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", 1, train__compile=True, evaluation__every=2)
+    write_run(tmp_path, "a", 2, train__micro_batch=1)
+    for momentum in (0.5, 0.9):
+        values = {"optimizer__embedding__name": "sgd", "optimizer__embedding__momentum": momentum}
+        write_run(tmp_path, f"sgd-{momentum}", 1, **values)
+    found = aggregate.groups(aggregate.read_runs([tmp_path]))
+    assert {g.first.method: len(g.runs) for g in found} == {"AdamW": 2, "SGD momentum 0.5": 1, "SGD": 1}
+    write_run(tmp_path / "again", "a", 1)
+    with pytest.raises(InputError, match="are the same experiment with the same seed; give one"):
+        aggregate.groups(aggregate.read_runs([tmp_path, tmp_path / "again"]))
+
+
+def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "exp")
+    (run / "metrics.jsonl").write_text('{"step": 0}\n{"step"\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl: line 2 is damaged"):
+        aggregate.read_runs([tmp_path])
 
 
 def test_what_cannot_be_reported(tmp_path: Path) -> None:

@@ -73,6 +73,13 @@ def test_a_table_sorts_by_number_and_back(page: Page) -> None:
     assert heading.get_attribute("aria-sort") == "descending"
 
 
+def test_sizes_sort_by_size(page: Page) -> None:
+    page.locator("#published thead th", has_text="model").click()
+    assert list(dict.fromkeys(column(page, "published", "model"))) == ["125M", "355M", "760M", "1.3B", "2.6B"]
+    page.locator("#comparison thead th", has_text="tokens").click()
+    assert list(dict.fromkeys(column(page, "comparison", "tokens"))) == ["512", "1,024"]
+
+
 def test_hovering_over_a_dot_shows_its_token(page: Page) -> None:
     dot = page.locator(".wide .js-plotly-plot .scatterlayer .trace").first.locator(".point").nth(5)
     dot.scroll_into_view_if_needed()

@@ -1,7 +1,7 @@
 """The audit of anyone's model: its embeddings read, measured and judged."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,18 @@ class Audited:
         return {"model": self.model, "matrix": self.matrix, **audit_json(self.audit)}
 
 
-def audit_model(
-    model: str,
+def audit_models(
+    models: Sequence[str],
     benchmarks: Sequence[geometry.Benchmark],
     *,
     tensor: str | None = None,
     data: Path | None = None,
 ) -> list[Audited]:
-    """Audit the embeddings of a model: one matrix if they are tied or there is but one, else input and output.
+    """Audit the embeddings of models: one matrix each if they are tied or there is but one, else input and output.
 
     Args:
-        model: as :func:`coupled_adam.evaluation.embedding_files.read_embeddings` takes it.
+        models: as :func:`coupled_adam.evaluation.embedding_files.read_embeddings` takes them. Two of one short name are
+            told apart by what was given, and one that is given twice is measured once.
         benchmarks: of word similarity; used where the model has a tokenizer.
         tensor: the name of the tensor to measure instead.
         data: the corpus of one of our runs; None for where it was during training.
@@ -56,6 +57,19 @@ def audit_model(
     Raises:
         InputError: as ``read_embeddings``; or a matrix that is not finite.
     """
+    given = list(dict.fromkeys(models))
+    audited = {model: _audit(model, benchmarks, tensor, data) for model in given}
+    names = [matrices[0].model for matrices in audited.values()]
+    return [
+        replace(matrix, model=model) if names.count(matrix.model) > 1 else matrix
+        for model, matrices in audited.items()
+        for matrix in matrices
+    ]
+
+
+def _audit(
+    model: str, benchmarks: Sequence[geometry.Benchmark], tensor: str | None, data: Path | None
+) -> list[Audited]:
     found = read_embeddings(model, tensor=tensor, corpus=_corpus(Path(model), data))
     matrices = [("tied" if found.tied else "embedding", found.input)]
     if found.output is not None:
@@ -77,13 +91,16 @@ def _corpus(folder: Path, data: Path | None) -> Corpus | None:
 
 
 def _audited(found: Embeddings, kind: str, matrix: Tensor, benchmarks: Sequence[geometry.Benchmark]) -> Audited:
-    counts = (
-        found.unigram_counts if found.unigram_counts is not None and len(found.unigram_counts) == len(matrix) else None
-    )
-    token_of = None if found.token_of is None else cached(found.token_of)
+    counts, token_of, text_of = found.unigram_counts, found.token_of, found.labels
+    if counts is not None and len(counts) != len(matrix):
+        counts = None
+    if token_of is not None:
+        token_of = cached(token_of)
+        tokens = {token_of(word) for benchmark in benchmarks for pair in benchmark.pairs for word in pair[:2]}
+        if max((token for token in tokens if token is not None), default=0) >= len(matrix):
+            token_of = text_of = None  # the rows are something else than the tokens of this tokenizer
     try:
         audit = geometry.audit(matrix, counts=counts, token_of=token_of, benchmarks=benchmarks)
     except ValueError as error:
         raise InputError(f"{found.name}: {error}") from None
-    text_of = found.labels or (lambda token: f"row {token}")
-    return Audited(found.name, kind, audit, sample_tokens(matrix, text_of, counts))
+    return Audited(found.name, kind, audit, sample_tokens(matrix, text_of or (lambda token: f"row {token}"), counts))

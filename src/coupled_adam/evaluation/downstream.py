@@ -117,7 +117,15 @@ def downstream(
                 continue
             with _no_output():
                 lm = lm or _load(model_dir, batch_size, device)
-                figures = _evaluate(lm, task, limit)
+                try:
+                    figures = _evaluate(lm, task, limit)
+                except Exception as error:  # of the task's own code, or of what its samples ask of the model
+                    reason = (str(error).strip().splitlines() or [""])[0][:200]
+                    failed[d.name] = f"failed while it ran: {type(error).__name__}: {reason}"
+                    figures = {}
+            if not figures:
+                say(f"{d.name}: {failed[d.name]}")
+                continue
             results[d.name] = keys[d.name] | figures | {"batch_size": batch_size, "device": device}
             write()
             say(f"{d.name}: {_line(results[d.name])}, {time.monotonic() - started:.0f} s")

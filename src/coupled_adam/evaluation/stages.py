@@ -7,7 +7,7 @@ of a run say what they were made from; a second call computes only what is missi
 import hashlib
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +20,9 @@ from coupled_adam.errors import InputError
 from coupled_adam.evaluation.during_training import cached
 from coupled_adam.evaluation.embeddings import audit_json
 from coupled_adam.evaluation.tokens import sample_tokens
-from coupled_adam.evaluation.validation import held_out, validation_loss
+from coupled_adam.evaluation.validation import batches_used, held_out, validation_loss
 from coupled_adam.files import write_json
-from coupled_adam.lm.export import export, exported_digest, write_model_card
+from coupled_adam.lm.export import export, exported_digest, transformers_config, write_model_card
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
 from coupled_adam.lm.progress import say
@@ -36,7 +36,7 @@ class Downstream:
     """What the stage of that name runs: see :func:`coupled_adam.evaluation.downstream.downstream`."""
 
     tasks: tuple[str, ...] | None = None
-    """None: those of the paper."""
+    """None: those of the paper, as they are now."""
     limit: int | None = None
     include_path: Path | None = None
 
@@ -69,6 +69,8 @@ def evaluate(
         raise InputError(f"{unknown[0]}: no stage of that name; choose from {', '.join(STAGES)}")
     world = world or World()
     run = world.from_main(lambda: open_run(folder, data))
+    if "export" in only or "downstream" in only:
+        world.from_main(lambda: transformers_config(run.experiment, run.corpus))  # refused before anything is computed
     model = run.model(world)
     weights = whole_weights(model)
     sha256 = world.from_main(lambda: digest(weights))
@@ -83,9 +85,13 @@ def evaluate(
         export(run, weights, sha256, folder / "model")
         results["export"] = str(folder / "model")
     if "downstream" in only:
-        results["downstream"] = _downstream(run, sha256, downstream or Downstream())
+        try:
+            results["downstream"] = _downstream(run, sha256, downstream or Downstream())
+        except (InputError, ImportError) as error:  # what the other stages found is kept, and shown
+            say(f"downstream: {error}")
+            results["downstream"] = {"failed": {"downstream": str(error)}}
     if "export" in results:
-        write_model_card(run, folder / "model", card_figures(folder))
+        write_model_card(run, folder / "model", card_figures(folder, sha256))
     return results
 
 
@@ -99,8 +105,9 @@ def export_run(folder: Path, data: Path | None = None, out: Path | None = None) 
     if target.exists() and exported_digest(target) is None:
         raise InputError(f"{target}: exists, and is no model exported here; choose another folder")
     weights = whole_weights(run.model())
-    export(run, weights, digest(weights), target)
-    write_model_card(run, target, card_figures(folder))
+    sha256 = digest(weights)
+    export(run, weights, sha256, target)
+    write_model_card(run, target, card_figures(folder, sha256))
     return target
 
 
@@ -116,11 +123,23 @@ def read_stage(folder: Path, stage: str) -> dict[str, Any] | None:
     return content
 
 
-def card_figures(folder: Path) -> dict[str, float | None]:
-    """What the card of an exported model tells, by what to call it."""
-    validation, embeddings, tasks = (
-        read_stage(folder, stage) or {} for stage in ("validation", "embeddings", "downstream")
-    )
+def card_figures(folder: Path, weights: str) -> dict[str, float | None]:
+    """What the card of an exported model tells: what the stages' files hold of weights of that digest."""
+    files = {stage: read_stage(folder, stage) or {} for stage in ("validation", "embeddings", "downstream")}
+
+    def measured(content: dict[str, Any]) -> str | None:
+        digests: tuple[str | None, str | None] = (
+            content.get("inputs", {}).get("weights"),
+            content.get("settings", {}).get("model_digest"),
+        )
+        return digests[0] or digests[1]
+
+    return found_figures({stage: content for stage, content in files.items() if measured(content) == weights})
+
+
+def found_figures(results: Mapping[str, Any]) -> dict[str, float | None]:
+    """The figures that say most of what :func:`evaluate` returns, by what to call them; None for those it lacks."""
+    validation, embeddings, tasks = (results.get(s, {}) for s in ("validation", "embeddings", "downstream"))
     figures = embeddings.get("figures", {})
     return {
         "validation loss (nats per token)": validation.get("loss"),
@@ -128,8 +147,22 @@ def card_figures(folder: Path) -> dict[str, float | None]:
         "isotropy of the output embedding": figures.get("isotropy"),
         "mean shift ratio": figures.get("mean_shift_ratio"),
         "word similarity (100·Pearson)": figures.get("word_similarity"),
-        "mean accuracy of the downstream tasks": tasks.get("acc"),
+        accuracy_label(tasks): tasks.get("acc"),
     }
+
+
+def accuracy_label(downstream: Mapping[str, Any]) -> str:
+    """What the mean accuracy in the file of the stage ``downstream`` is the mean of."""
+    if is_papers_accuracy(downstream):
+        return "mean accuracy of the paper's tasks"
+    limit = downstream.get("settings", {}).get("limit")
+    tasks = ", ".join(downstream.get("mean_over", []))
+    return f"mean accuracy of {tasks}" + (f" ({limit} samples each)" if limit else "")
+
+
+def is_papers_accuracy(downstream: Mapping[str, Any]) -> bool:
+    """Whether the mean accuracy is that of the paper: over its seven tasks, with all of their samples."""
+    return bool(downstream.get("complete")) and downstream["settings"]["limit"] is None
 
 
 def _known(run: Run, stage: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
@@ -154,8 +187,7 @@ def _validation(run: Run, model: LanguageModel, weights: str, world: World) -> d
     if world.main:
         say(f"{run.experiment.run.name}: validation")
     loss = validation_loss(model, batches, count, world)
-    used = min(count, max(len(batches) // batches.batch_size, 1))
-    tokens = used * batches.batch_size * batches.sequence_length
+    tokens = batches_used(batches, count) * batches.batch_size * batches.sequence_length
     figures = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
     return world.from_main(lambda: _written(run, "validation", inputs, figures))
 
@@ -173,7 +205,10 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, folder: Path | None) 
     counts, moment = run.corpus.unigram_counts, run.second_moment()
     if moment is not None and moment.shape != embedding.shape:
         moment = None  # shared over the vocabulary, it says nothing of the tokens
-    audit = geometry.audit(embedding, counts=counts, token_of=cached(run.corpus.token_of), benchmarks=benchmarks)
+    try:
+        audit = geometry.audit(embedding, counts=counts, token_of=cached(run.corpus.token_of), benchmarks=benchmarks)
+    except ValueError as error:
+        raise InputError(f"{run.folder}: {error}") from None
     content = audit_json(audit)
     fit = None if moment is None else geometry.second_moment_frequency_fit(moment, counts)
     content["figures"]["second_moment_frequency_fit"] = None if fit is None or math.isnan(fit) else fit

@@ -2,6 +2,7 @@
 
 import torch
 
+from coupled_adam.errors import InputError
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
@@ -15,16 +16,26 @@ def held_out(experiment: Experiment, corpus: Corpus) -> Batches:
     return Batches(shards, experiment.data.sequence_length, experiment.batch_size, 0, corpus.vocabulary_size)
 
 
+def batches_used(batches: Batches, count: int) -> int:
+    """``count``, or one pass over the data if that is less."""
+    return min(count, max(len(batches) // batches.batch_size, 1))
+
+
 @torch.no_grad()
 def validation_loss(model: LanguageModel, batches: Batches, count: int, world: World | None = None) -> float:
     """Mean cross entropy per token, in nats, over ``count`` batches, or one pass over the data if that is less.
 
-    Several processes share each batch, and all get the result; the model is called equally often in each.
+    Several processes share each batch, and all get the result; the model is called equally often in each. Raises
+    InputError if there are more of them than sequences in a batch.
     """
     world = world or World()
+    if batches.batch_size < world.size:
+        raise InputError(
+            f"{world.size} processes share batches of {batches.batch_size} sequences: start at most so many processes"
+        )
     total = torch.zeros(2, dtype=torch.float64)
-    for step in range(min(count, max(len(batches) // batches.batch_size, 1))):
-        inputs, targets = (x.chunk(world.size)[world.rank].to(world.device) for x in batches.batch(step))
+    for step in range(batches_used(batches, count)):
+        inputs, targets = (x.tensor_split(world.size)[world.rank].to(world.device) for x in batches.batch(step))
         total += torch.tensor([model(inputs, targets).item(), targets.numel()])
     loss, tokens = world.sum(total.to(world.device)).tolist()
     return float(loss / tokens)

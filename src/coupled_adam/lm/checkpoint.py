@@ -82,17 +82,19 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def load_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> dict[str, Any]:
     """Load the weights, and the state of the optimizers given, in place. Returns what state.json holds.
 
-    The number of processes, and how they share the model, may differ from those that saved it.
+    The number of processes, and how they share the model, may differ from those that saved it. Raises InputError if the
+    checkpoint is damaged.
     """
     alone = not (dist.is_available() and dist.is_initialized())
-    with quiet():
+    with _damage_named(path), quiet():
+        reader = _Reader(path / "dcp")
         if not optimizers:
             model_state = get_model_state_dict(model)
-            load({"model": model_state}, checkpoint_id=path / "dcp", no_dist=alone)
+            load({"model": model_state}, storage_reader=reader, no_dist=alone)
             set_model_state_dict(model, model_state)
         else:
             model_state, optimizer_state = get_state_dict(model, optimizers)
-            load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path / "dcp", no_dist=alone)
+            load({"model": model_state, "optimizer": optimizer_state}, storage_reader=reader, no_dist=alone)
             set_state_dict(model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state)
     state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return state
@@ -172,12 +174,15 @@ class _Unpickler(pickle.Unpickler):
         ("torch", "Size"),
         ("pathlib", "PosixPath"),
         ("pathlib", "WindowsPath"),
+        ("pathlib._local", "PosixPath"),
+        ("pathlib._local", "WindowsPath"),
     }
 
     def find_class(self, module: str, name: str) -> Any:
         found = getattr(torch, name, None) if module == "torch" else None
         if (module, name) in self.parts or isinstance(found, torch.dtype):
-            return super().find_class(module, name)
+            # Python 3.13 calls its module otherwise than the versions before and after.
+            return super().find_class("pathlib" if module == "pathlib._local" else module, name)
         raise pickle.UnpicklingError(f"its description names {module}.{name}, which none does")
 
 

@@ -43,10 +43,9 @@ class Run:
 
     def second_moment(self) -> Tensor | None:
         """Adam's second moment of the output embedding, (V, H) or shared (1, H); None if its optimizer has none."""
-        # A tied embedding goes by its first name.
-        keys = [f"optimizer.state.{name}.exp_avg_sq" for name in ("head.weight", "token_embedding.weight")]
-        key = next((key for key in keys if key in tensor_names(self.checkpoint)), None)
-        return load_tensors(self.checkpoint, [key])[key] if key else None
+        name = "token_embedding.weight" if self.experiment.model.tied else "head.weight"
+        key = f"optimizer.state.{name}.exp_avg_sq"
+        return load_tensors(self.checkpoint, [key])[key] if key in tensor_names(self.checkpoint) else None
 
 
 def open_run(folder: Path, data: Path | None = None) -> Run:

@@ -175,11 +175,18 @@ class Metrics:
         self.path = path
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines."""
+        """All whole lines. Raises InputError naming a damaged one."""
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        found = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                if line.endswith("\n"):
+                    found.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise InputError(f"{self.path}: line {number} is damaged ({error})") from None
+        return found
 
     def cut_after(self, step: int) -> None:
         """Drop what was written after the checkpoint that a run goes on from; all of it, if there is none."""

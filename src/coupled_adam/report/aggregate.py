@@ -15,13 +15,16 @@ from typing import Any
 from scipy import stats
 
 from coupled_adam.errors import InputError
-from coupled_adam.evaluation.stages import read_stage
+from coupled_adam.evaluation.stages import is_papers_accuracy, read_stage
 from coupled_adam.evaluation.tokens import TokenSample
-from coupled_adam.lm.config import Experiment, load_experiment
+from coupled_adam.lm.config import EmbeddingOptimizer, Experiment, load_experiment
 from coupled_adam.lm.estimate import estimate
 from coupled_adam.lm.train import Metrics
 
 Value = float | None
+
+#: Value of optimizer.embedding.name, and what people call it.
+METHODS = {"adamw": "AdamW", "coupled_adam": "Coupled Adam", "adams": "Adams", "sgd": "SGD"}
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,21 @@ class Evaluated:
     @property
     def setting(self) -> str:
         """What runs have in common that differ in seed and in the optimizer of the embedding alone."""
-        content = self.experiment.model_dump(exclude={"run", "parallel", "tracking"})
+        speed = {"micro_batch", "compile", "activation_checkpointing", "checkpoint_every", "keep_every"}
+        content = self.experiment.model_dump(include={"model", "data", "optimizer", "schedule", "train"})
         del content["optimizer"]["embedding"]
+        content["train"] = {key: value for key, value in content["train"].items() if key not in speed}
         return json.dumps(content, sort_keys=True)
 
     @property
     def method(self) -> str:
         """What people call the optimizer of the embedding, with what it is set to."""
         e = self.experiment.optimizer.embedding
-        name = {"adamw": "AdamW", "coupled_adam": "Coupled Adam", "adams": "Adams", "sgd": "SGD"}[e.name]
+        name = METHODS[e.name]
         extra = [f"s={e.coupling_scale:g}"] if e.coupling_scale != 1 else []
         extra += [f"κ={e.coupling_factor:g}"] if e.coupling_factor else []
         extra += [f"f={e.lr_factor:g}"] if e.lr_factor != 1 else []
+        extra += [f"momentum {e.momentum:g}"] if e.name == "sgd" and e.momentum != EmbeddingOptimizer().momentum else []
         return " ".join([name, *extra])
 
     @property
@@ -86,8 +92,8 @@ class Evaluated:
             "validation_loss_during_training": last.get("validation_loss"),
             "validation_loss": self.validation.get("loss"),
             "perplexity": self.validation.get("perplexity"),
-            "downstream_accuracy": self.downstream.get("acc"),
-            "downstream_accuracy_error": self.downstream.get("acc_stderr"),
+            "downstream_accuracy": self.downstream["acc"] if is_papers_accuracy(self.downstream) else None,
+            "downstream_accuracy_error": self.downstream["acc_stderr"] if is_papers_accuracy(self.downstream) else None,
         }
 
     @property
@@ -117,12 +123,18 @@ def read_runs(folders: Iterable[Path]) -> list[Evaluated]:
 
 
 def _read_run(folder: Path) -> Evaluated:
+    experiment = load_experiment(folder / "experiment.toml")
     lines = Metrics(folder / "metrics.jsonl").read()
-    validation, embeddings, downstream = (
-        read_stage(folder, s) or {} for s in ("validation", "embeddings", "downstream")
-    )
+    files = {stage: read_stage(folder, stage) or {} for stage in ("validation", "embeddings", "downstream")}
+    # Figures of a run on its way are not those of the experiment.
+    for stage in ("validation", "embeddings"):
+        if files[stage].get("step") != experiment.train.steps:
+            files[stage] = {}
+    measured = {files[stage].get("inputs", {}).get("weights") for stage in ("validation", "embeddings")}
+    if files["downstream"].get("settings", {}).get("model_digest") not in measured:
+        files["downstream"] = {}
     curve = [line for line in lines if "validation_loss" in line]
-    return Evaluated(folder, load_experiment(folder / "experiment.toml"), curve, validation, embeddings, downstream)
+    return Evaluated(folder, experiment, curve, **files)
 
 
 #: The columns of the reference's table in its order, and the figure in each.
@@ -199,6 +211,11 @@ class Group:
     def first(self) -> Evaluated:
         return self.runs[0]
 
+    @property
+    def setting(self) -> str:
+        """Model and data, for a heading."""
+        return f"{self.first.model} parameters, {short(self.first.tokens)} tokens"
+
     def values(self, figure: str) -> list[float]:
         """Of the runs that have it."""
         return [value for run in self.runs if (value := run.figures.get(figure)) is not None]
@@ -216,10 +233,17 @@ def moments(values: Sequence[float]) -> Moments | None:
 
 
 def groups(runs: Sequence[Evaluated]) -> list[Group]:
-    """The runs by setting and method, in the order in which they come, each by seed."""
+    """The runs by setting and method, in the order in which they come, each by seed.
+
+    Raises:
+        InputError: two runs that differ in nothing, not even the seed: they are no two observations.
+    """
     found: dict[tuple[str, str], list[Evaluated]] = {}
     for run in runs:
-        found.setdefault((run.setting, run.method), []).append(run)
+        same = found.setdefault((run.setting, run.method), [])
+        if twins := [other for other in same if other.seed == run.seed]:
+            raise InputError(f"{twins[0].folder} and {run.folder} are the same experiment with the same seed; give one")
+        same.append(run)
     return [Group(tuple(sorted(same, key=lambda run: run.seed))) for same in found.values()]
 
 
@@ -233,8 +257,7 @@ class Comparison:
     @property
     def setting(self) -> str:
         """Model and data, for a heading."""
-        run = self.adamw.first
-        return f"{run.model} parameters, {short(run.tokens)} tokens"
+        return self.adamw.setting
 
     def p_value(self, figure: str, lower_is_better: bool) -> float | None:
         """Of Student's t-test that Coupled Adam is better, one-sided; None without two runs of each, or any spread.
@@ -256,6 +279,11 @@ def comparisons(found: Sequence[Group]) -> list[Comparison]:
         for (setting, method), group in by_key.items()
         if method == "AdamW" and (setting, "Coupled Adam") in by_key
     ]
+
+
+def largest(pairs: Sequence[Comparison]) -> Comparison:
+    """The one that took most arithmetic to train."""
+    return max(pairs, key=lambda pair: pair.adamw.first.parameters * pair.adamw.first.tokens)
 
 
 def sweep(found: Sequence[Group], name: str) -> list[list[Group]]:

@@ -59,8 +59,8 @@ def write_audit_page(path: Path, audited: Sequence[Audited]) -> None:
         )
         for name, sample in samples.items()
     ]
-    spectra = {m.name: [(i + 1, v / m.audit.singular_values[0]) for i, v in _thinned(m)] for m in audited}
-    figure = charts.curves("Spectrum", spectra.items(), x="rank of the singular value", log_y=True, markers=False)
+    spectra = [(m.name, _spectrum(m)) for m in audited]
+    figure = charts.curves("Spectrum", spectra, x="rank of the singular value", log_y=True, markers=False)
     drawn.append(
         Chart(figure, "Singular values over the largest: one that towers above the rest is a dominating direction.")
     )
@@ -79,6 +79,7 @@ def write_audit_page(path: Path, audited: Sequence[Audited]) -> None:
     )
 
 
-def _thinned(matrix: Audited) -> list[tuple[int, float]]:
-    """The singular values that are not zero, by rank: they are drawn on a logarithmic scale."""
-    return [(i, float(value)) for i, value in enumerate(matrix.audit.singular_values) if value > 0]
+def _spectrum(matrix: Audited) -> list[tuple[float, ...]]:
+    """The singular values over the largest, by rank, without zeros: they are drawn on a logarithmic scale."""
+    values = matrix.audit.singular_values
+    return [(i + 1, float(value / values[0])) for i, value in enumerate(values) if value > 0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 
 from coupled_adam.report import charts
-from coupled_adam.report.aggregate import Comparison, Group, spread, sweep
+from coupled_adam.report.aggregate import METHODS, Comparison, Group, largest, spread, sweep
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ def sections(found: Sequence[Group], pairs: Sequence[Comparison]) -> list[tuple[
     """Headings and their charts, of what the runs hold."""
     made: list[tuple[str, list[Chart]]] = []
     if pairs:
-        made.append((f"During training: {pairs[-1].setting}", _curves(pairs[-1])))
-    if len({pair.adamw.first.tokens for pair in pairs}) > 1:
+        made.append((f"During training: {largest(pairs).setting}", _curves(largest(pairs))))
+    if len(pairs) > 1:
         made.append(("Model and data size", _sizes(pairs)))
-    made += [("Scaled Coupled Adam", _scaled(line)) for line in sweep(found, "coupling_scale")]
-    made += [("SGD on the embedding", _sgd(line, found)) for line in sweep(found, "lr_factor")]
+    made += [(f"Scaled Coupled Adam: {line[0].setting}", _scaled(line)) for line in sweep(found, "coupling_scale")]
+    made += [(f"SGD on the embedding: {line[0].setting}", _sgd(line, found)) for line in sweep(found, "lr_factor")]
     if pairs:
-        made.append((f"The embeddings: {pairs[-1].setting}", _embeddings(pairs[-1])))
+        made.append((f"The embeddings: {largest(pairs).setting}", _embeddings(largest(pairs))))
     return [(heading, drawn) for heading, drawn in made if drawn]
 
 
@@ -80,7 +80,8 @@ def _swept(title: str, x: str, points: Mapping[float, Group], figure: str, basel
         for at, group in sorted(points.items())
         if (found := group.moments(figure))
     ]
-    series: dict[str, charts.Points] = {next(iter(points.values())).first.method.split()[0]: values}
+    optimizer = next(iter(points.values())).first.experiment.optimizer.embedding.name
+    series: dict[str, charts.Points] = {METHODS[optimizer]: values}
     if values:
         for name, group in baselines.items():
             if found := group.moments(figure):

@@ -16,6 +16,7 @@ from coupled_adam.report.aggregate import (
     as_csv,
     comparisons,
     groups,
+    largest,
     read_runs,
     short,
     spread,
@@ -112,7 +113,9 @@ def comparison_lines(pairs: Sequence[Comparison], columns: Sequence[Column]) -> 
                 p = pair.p_value(column.figure, column.lower_is_better) if group is pair.coupled else None
                 cells.append(Cell(spread(group.moments(column.figure), column.form), p is not None and p < SIGNIFICANT))
             run = group.first
-            lines.append(Line(run.model, short(run.tokens), run.method, str(len(group.runs)), tuple(cells)))
+            counted = group.moments(LOSS.figure)
+            runs = str(counted.count if counted else 0)
+            lines.append(Line(run.model, short(run.tokens), run.method, runs, tuple(cells)))
     return lines
 
 
@@ -136,13 +139,13 @@ def _headline(pairs: Sequence[Comparison]) -> str:
     if not pairs:
         return "These runs hold no pair of AdamW and Coupled Adam that differs in nothing else."
     better = [pair for pair in pairs if _improves(pair, SHIFT) and _improves(pair, ISOTROPY)]
-    largest = pairs[-1]
-    a, v = (group.moments("mean_shift_ratio") for group in (largest.adamw, largest.coupled))
-    x, y = (group.moments("validation_loss") for group in (largest.adamw, largest.coupled))
+    chosen = largest(pairs)
+    a, v = (group.moments("mean_shift_ratio") for group in (chosen.adamw, chosen.coupled))
+    x, y = (group.moments("validation_loss") for group in (chosen.adamw, chosen.coupled))
     text = "Coupled Adam leaves the embeddings better centred and more isotropic than AdamW in "
     text += f"{len(better)} of {len(pairs)} settings."
     if a and v:
-        text += f" In the largest one the mean shift ratio is {v.mean:.3f} instead of {a.mean:.3f}"
+        text += f" In the largest one ({chosen.setting}) the mean shift ratio is {v.mean:.3f} instead of {a.mean:.3f}"
         text += f" at a test loss of {y.mean:.3f} instead of {x.mean:.3f}." if x and y else "."
     return text
 
@@ -175,7 +178,7 @@ def _similarity(pairs: Sequence[Comparison]) -> dict[str, Any] | None:
     """Word similarity of the largest pair, by benchmark and post-processing."""
     if not pairs:
         return None
-    pair = pairs[-1]
+    pair = largest(pairs)
     both = {g.first.method: g.first.embeddings.get("word_similarity", {}) for g in (pair.adamw, pair.coupled)}
     if not all(both.values()):
         return None
@@ -191,7 +194,7 @@ def _similarity(pairs: Sequence[Comparison]) -> dict[str, Any] | None:
                 )
     benchmarks = both["AdamW"]["original"]
     return {
-        "setting": pairs[-1].setting,
+        "setting": pair.setting,
         "names": [f"{b['benchmark']} ({b['covered']:,} of {b['pairs']:,})" for b in benchmarks],
         "rows": rows,
     }
