@@ -401,7 +401,7 @@ def test_a_run_of_which_something_is_wrong(tiny: Experiment, corpus: Corpus, tmp
     write_json(folder / "environment.json", {"corpus": "another"})
     with pytest.raises(InputError, match="not the text that"):
         read_embeddings(str(folder), corpus=corpus)
-    with pytest.raises(InputError, match=r"holds no no\.such"):
+    with pytest.raises(InputError, match=r"holds no model\.no\.such"):
         read_embeddings(str(folder), tensor="no.such")
     dcp = folder / "checkpoints" / "step-00000002" / "dcp"
     description = (dcp / ".metadata").read_bytes()
