@@ -79,7 +79,7 @@ def report(folders: Sequence[Path], out: Path) -> list[Evaluated]:
     found = groups(runs)
     pairs = comparisons(found)
     columns = [LOSS, ISOTROPY, SHIFT, SIMILARITY]
-    if any(run.downstream for run in runs):
+    if any(run.figures[ACCURACY.figure] is not None for run in runs):
         columns.insert(1, ACCURACY)
     drawn_sections = sections(found, pairs)
     write_text(out / "aggregate.csv", as_csv(runs))
