@@ -57,6 +57,29 @@ def opened(browser: Browser, path: Path) -> Page:
     return page
 
 
+def fits(page: Page, width: int) -> None:
+    """Waits until a screen of that width shows the page without scrolling sideways, and every chart fits its place.
+
+    The charts follow the screen when the browser gets to it; one that never does is a TimeoutError.
+    """
+    page.set_viewport_size({"width": width, "height": 900})
+    page.wait_for_function(
+        """() => document.documentElement.scrollWidth <= innerWidth
+        && [...document.querySelectorAll(".js-plotly-plot")].every(
+            chart => chart.querySelector(".main-svg").clientWidth <= chart.parentElement.clientWidth)""",
+        timeout=30_000,
+    )
+
+
+def hovered(page: Page, chart: str) -> str:
+    """What the first chart of that selector says of a dot under the mouse."""
+    dot = page.locator(f"{chart} .scatterlayer .trace").first.locator(".point").nth(5)
+    dot.scroll_into_view_if_needed()
+    box = dot.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)
+    return str(page.locator(f"{chart} .hoverlayer .hovertext").first.text_content(timeout=5000))
+
+
 @pytest.fixture
 def text_file(tmp_path):
     path = tmp_path / "text.txt"

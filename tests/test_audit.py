@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import opened, paragraphs
+from conftest import fits, opened, paragraphs
 from playwright.sync_api import Browser
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -101,9 +101,7 @@ def test_the_page(arrays: list[Path], browser: Browser, tmp_path: Path) -> None:
     assert page.locator("#figures tbody tr").filter(has_text="mean shift").locator("td").count() == 2
     dots = page.locator(".js-plotly-plot").evaluate_all("c => c.map(x => x.querySelectorAll('.point').length)")
     assert dots == [201, 201, 0], "the tokens and the origin, twice, and the spectrum's lines"
-    page.set_viewport_size({"width": 380, "height": 800})
-    page.wait_for_timeout(300)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    fits(page, 380)
     page.close()
 
 

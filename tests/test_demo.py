@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import opened, paragraphs
+from conftest import fits, hovered, opened, paragraphs
 from playwright.sync_api import Browser, Page
 
 COMMAND = [sys.executable, "-m", "coupled_adam", "demo"]
@@ -145,18 +145,12 @@ def test_the_charts_are_drawn(page: Page) -> None:
 
 
 def test_no_chart_is_wider_than_its_place(page: Page) -> None:
-    overhang = page.locator(".js-plotly-plot").evaluate_all(
-        "charts => charts.map(c => c.querySelector('.main-svg').clientWidth - c.parentElement.clientWidth)"
-    )
-    assert len(overhang) == 4 and max(overhang) <= 0
+    assert page.locator(".js-plotly-plot").count() > 3
+    fits(page, 1200)
 
 
 def test_hovering_over_a_dot_shows_its_token(page: Page) -> None:
-    dot = page.locator("#chart-embeddings .scatterlayer .trace").first.locator(".point").nth(5)
-    dot.scroll_into_view_if_needed()
-    box = dot.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)
-    text = page.locator("#chart-embeddings .hoverlayer .hovertext").first.text_content(timeout=5000)
+    text = hovered(page, "#chart-embeddings")
     assert "times" in text and "'" in text
 
 
@@ -169,6 +163,4 @@ def test_the_table_is_that_of_the_terminal(page: Page, finished: Path) -> None:
 
 
 def test_a_narrow_screen_does_not_scroll_sideways(page: Page) -> None:
-    page.set_viewport_size({"width": 380, "height": 800})
-    page.wait_for_timeout(300)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    fits(page, 380)

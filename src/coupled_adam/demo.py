@@ -1,5 +1,6 @@
 """The demo: the same small language model trained with AdamW and with Coupled Adam, measured side by side."""
 
+import functools
 import json
 import time
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from coupled_adam import experiments, geometry
 from coupled_adam.errors import InputError
-from coupled_adam.evaluation.during_training import cached, evaluator
+from coupled_adam.evaluation.during_training import evaluator
 from coupled_adam.evaluation.embeddings import word_similarity_figures
 from coupled_adam.evaluation.tokens import sample_tokens
 from coupled_adam.files import write_json
@@ -87,7 +88,9 @@ def _train(experiment: Experiment, corpus: Corpus, run_dir: Path) -> Trained:
     model = train(experiment, corpus, run_dir, evaluator(experiment, corpus))
     lines = [line for line in Metrics(run_dir / "metrics.jsonl").read() if "isotropy" in line]
     benchmarks = geometry.published_benchmarks()
-    similarity = word_similarity_figures(model.get_output_embeddings().weight, cached(corpus.token_of), benchmarks)
+    similarity = word_similarity_figures(
+        model.get_output_embeddings().weight, functools.cache(corpus.token_of), benchmarks
+    )
     return Trained(model, lines, similarity)
 
 

@@ -1,5 +1,6 @@
 """The audit of anyone's model: its embeddings read, measured and judged."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from coupled_adam import geometry
 from coupled_adam.errors import InputError
-from coupled_adam.evaluation.during_training import cached
 from coupled_adam.evaluation.embedding_files import Embeddings, read_embeddings
 from coupled_adam.evaluation.embeddings import audit_json
 from coupled_adam.evaluation.tokens import TokenSample, sample_tokens
@@ -95,7 +95,7 @@ def _audited(found: Embeddings, kind: str, matrix: Tensor, benchmarks: Sequence[
     if counts is not None and len(counts) != len(matrix):
         counts = None
     if token_of is not None:
-        token_of = cached(token_of)
+        token_of = functools.cache(token_of)
         tokens = {token_of(word) for benchmark in benchmarks for pair in benchmark.pairs for word in pair[:2]}
         if max((token for token in tokens if token is not None), default=0) >= len(matrix):
             token_of = text_of = None  # the rows are something else than the tokens of this tokenizer

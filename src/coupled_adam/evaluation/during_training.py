@@ -1,6 +1,6 @@
 """What is measured of a model while it trains."""
 
-from collections.abc import Callable
+import functools
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -14,8 +14,6 @@ from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
 from coupled_adam.lm.train import Evaluate, Figures
 
-TokenOf = Callable[[str], int | None]
-
 
 def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None) -> Evaluate:
     """The function that :func:`coupled_adam.lm.train.train` calls: validation loss and figures of the embedding.
@@ -23,7 +21,7 @@ def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None
     All processes call it; the figures of the embedding are computed, and returned, in the main one alone.
     """
     world, settings = world or World(), experiment.evaluation
-    benchmarks, token_of = geometry.published_benchmarks(), cached(corpus.token_of)
+    benchmarks, token_of = geometry.published_benchmarks(), functools.cache(corpus.token_of)
     batches = held_out(experiment, corpus)
 
     def evaluate(model: LanguageModel, last: bool) -> Figures:
@@ -42,15 +40,3 @@ def output_embedding(model: LanguageModel) -> torch.Tensor:
     """The output embedding, whole. All processes call it."""
     weight = model.get_output_embeddings().weight.detach()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
-def cached(token_of: TokenOf) -> TokenOf:
-    """The tokens of the benchmarks' words do not change during a run."""
-    known: dict[str, int | None] = {}
-
-    def look_up(word: str) -> int | None:
-        if word not in known:
-            known[word] = token_of(word)
-        return known[word]
-
-    return look_up

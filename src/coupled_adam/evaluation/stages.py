@@ -4,6 +4,7 @@
 of a run say what they were made from; a second call computes only what is missing or made from something else.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from coupled_adam import geometry
 from coupled_adam.errors import InputError
-from coupled_adam.evaluation.during_training import cached
+from coupled_adam.evaluation.downstream import PAPER_TASKS, downstream
 from coupled_adam.evaluation.embeddings import audit_json
 from coupled_adam.evaluation.tokens import sample_tokens
 from coupled_adam.evaluation.validation import batches_used, held_out, validation_loss
@@ -35,8 +36,7 @@ STAGES = ("validation", "embeddings", "export", "downstream")
 class Downstream:
     """What the stage of that name runs: see :func:`coupled_adam.evaluation.downstream.downstream`."""
 
-    tasks: tuple[str, ...] | None = None
-    """None: those of the paper, as they are now."""
+    tasks: tuple[str, ...] = PAPER_TASKS
     limit: int | None = None
     include_path: Path | None = None
 
@@ -46,7 +46,7 @@ def evaluate(
     data: Path | None = None,
     only: Collection[str] = STAGES,
     benchmarks: Path | None = None,
-    downstream: Downstream | None = None,
+    tasks: Downstream | None = None,
     world: World | None = None,
 ) -> dict[str, Any]:
     """Run what is not yet done of the stages ``only`` for the run in ``folder``, and return what their files hold.
@@ -56,7 +56,7 @@ def evaluate(
         data: of its corpus; None for where it was during training.
         only: a choice of :data:`STAGES`. ``downstream`` exports the model first.
         benchmarks: a folder of word-similarity benchmarks; None for those that come with packages.
-        downstream: tasks and their limits.
+        tasks: of the stage ``downstream``.
         world: the processes that share the validation text; all call this, the main one does the rest.
 
     Returns:
@@ -86,7 +86,7 @@ def evaluate(
         results["export"] = str(folder / "model")
     if "downstream" in only:
         try:
-            results["downstream"] = _downstream(run, sha256, downstream or Downstream())
+            results["downstream"] = _downstream(run, sha256, tasks or Downstream())
         except (InputError, ImportError) as error:  # what the other stages found is kept, and shown
             say(f"downstream: {error}")
             results["downstream"] = {"failed": {"downstream": str(error)}}
@@ -127,14 +127,11 @@ def card_figures(folder: Path, weights: str) -> dict[str, float | None]:
     """What the card of an exported model tells: what the stages' files hold of weights of that digest."""
     files = {stage: read_stage(folder, stage) or {} for stage in ("validation", "embeddings", "downstream")}
 
-    def measured(content: dict[str, Any]) -> str | None:
-        digests: tuple[str | None, str | None] = (
-            content.get("inputs", {}).get("weights"),
-            content.get("settings", {}).get("model_digest"),
-        )
-        return digests[0] or digests[1]
-
-    return found_figures({stage: content for stage, content in files.items() if measured(content) == weights})
+    measured = {
+        stage: content.get("inputs", {}).get("weights") or content.get("settings", {}).get("model_digest")
+        for stage, content in files.items()
+    }
+    return found_figures({stage: content for stage, content in files.items() if measured[stage] == weights})
 
 
 def found_figures(results: Mapping[str, Any]) -> dict[str, float | None]:
@@ -206,7 +203,9 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, folder: Path | None) 
     if moment is not None and moment.shape != embedding.shape:
         moment = None  # shared over the vocabulary, it says nothing of the tokens
     try:
-        audit = geometry.audit(embedding, counts=counts, token_of=cached(run.corpus.token_of), benchmarks=benchmarks)
+        audit = geometry.audit(
+            embedding, counts=counts, token_of=functools.cache(run.corpus.token_of), benchmarks=benchmarks
+        )
     except ValueError as error:
         raise InputError(f"{run.folder}: {error}") from None
     content = audit_json(audit)
@@ -217,13 +216,11 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, folder: Path | None) 
 
 
 def _downstream(run: Run, weights: str, settings: Downstream) -> dict[str, Any]:
-    from coupled_adam.evaluation.downstream import PAPER_TASKS, downstream
-
     return downstream(
         run.folder / "model",
         run.folder / "evaluation" / "downstream.json",
         digest=weights,
-        tasks=PAPER_TASKS if settings.tasks is None else settings.tasks,
+        tasks=settings.tasks,
         limit=settings.limit,
         include_path=settings.include_path,
     )
