@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from coupled_adam.lm.config import Model
-from coupled_adam.lm.model import LanguageModel, build_model, parameter_count
+from coupled_adam.lm.model import LanguageModel, activated, build_model, parameter_count
 
 VOCABULARY, LENGTH = 96, 12
 
@@ -98,6 +98,34 @@ def test_activation_checkpointing_changes_nothing(family: str) -> None:
     network = model(family=family)
     expected = gradients(network)
     network.activation_checkpointing = True
+    for found, grad in zip(gradients(network), expected, strict=True):
+        torch.testing.assert_close(found, grad)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_is_computed_again_is_not_kept_and_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, calls = model(family=family), []
+
+    def counted(*inputs: Tensor) -> Tensor:
+        calls.append(inputs)
+        return activated(*inputs)
+
+    monkeypatch.setattr("coupled_adam.lm.model.activated", counted)
+    found = gradients(network)
+    assert len(calls) == 2 * len(network.blocks)
+    network.recompute = False
+    expected = gradients(network)
+    assert len(calls) == 3 * len(network.blocks)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_compiled_blocks_compute_the_same(family: str) -> None:
+    network = model(family=family)
+    expected = gradients(network)
+    for block in network.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
     for found, grad in zip(gradients(network), expected, strict=True):
         torch.testing.assert_close(found, grad)
 

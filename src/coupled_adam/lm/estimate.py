@@ -20,6 +20,9 @@ OTHER_PEAK = {"PCIE", "NVL", "MIG"}
 #: Share of the peak that training of such models is taken to reach; an assumption.
 UTILISATION = 0.4
 
+#: What a layer keeps for the backward pass, in bytes for a position and a unit of the width, in 16 bits; counted.
+KEPT_BYTES = {"gpt2": 20, "llama": 37}
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -42,8 +45,8 @@ class Estimate:
 def estimate(experiment: Experiment, gpu: str = "H100") -> Estimate:
     """Count on the device ``meta``: no weights are allocated.
 
-    Activations: Korthikanti et al., arXiv 2205.05198, equation 1 without the attention matrix, which is never stored:
-    34·s·b·h bytes a layer in 16 bits; with checkpointing 2·s·b·h a layer and one layer's 34. Arithmetic: 6 a parameter
+    Activations: KEPT_BYTES·s·b·h a layer in 16 bits; with checkpointing 2·s·b·h a layer and for one layer 34, after
+    Korthikanti et al., arXiv 2205.05198, equation 1 without the attention matrix. Arithmetic: 6 a parameter
     and token (Kaplan et al., arXiv 2001.08361) plus 12·layers·width·sequence a token for attention, a third more with
     checkpointing. The micro-batch is that of the experiment, or the whole batch.
 
@@ -58,7 +61,7 @@ def estimate(experiment: Experiment, gpu: str = "H100") -> Estimate:
     parameters, tokens = parameter_count(network), train.steps * train.batch_tokens
     layer = data.sequence_length * (train.micro_batch or experiment.batch_size) * model.width
     wide = 1 if train.precision == "bfloat16" else 2
-    stored = 2 * model.layers + 34 if train.activation_checkpointing else 34 * model.layers
+    stored = 2 * model.layers + 34 if train.activation_checkpointing else KEPT_BYTES[model.family] * model.layers
     flops = tokens * flops_per_token(experiment, parameters) * (4 / 3 if train.activation_checkpointing else 1)
     return Estimate(
         parameters=parameters,

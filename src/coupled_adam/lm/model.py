@@ -1,16 +1,18 @@
 """The language models: a GPT-2 and a LLaMA without biases, to be read in one sitting."""
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from coupled_adam.lm.config import Model
-
-#: Positions whose logits exist at a time: (positions, vocabulary) in all would be the largest tensor of the step.
-LOSS_CHUNK = 128
+from coupled_adam.lm.loss import TiedGradient, linear_cross_entropy, tied_embedding
 
 #: θ of the rotary positions, and ε of RMSNorm, as LLaMA has them.
 ROTARY_BASE, RMS_EPS = 10_000.0, 1e-5
@@ -60,14 +62,38 @@ class Perceptron(nn.Module):
         self.expansion = nn.Linear(config.width, config.hidden_width, bias=False)
         self.projection = nn.Linear(config.hidden_width, config.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         """(batch, sequence, width) -> the same."""
-        if self.gate is not None:
-            hidden = F.silu(self.gate(x)) * self.expansion(x)
-        else:
-            # The approximation of GELU that GPT-2 was trained with; transformers calls it "gelu_new".
-            hidden = F.gelu(self.expansion(x), approximate="tanh")
-        return self.projection(hidden)  # type: ignore[no-any-return]
+        inputs = [self.expansion(x)] if self.gate is None else [self.expansion(x), self.gate(x)]
+        hidden = activated(*inputs)
+        with recomputed(hidden, activated, *inputs, enabled=recompute):
+            return self.projection(hidden)  # type: ignore[no-any-return]
+
+
+def activated(expanded: Tensor, gate: Tensor | None = None) -> Tensor:
+    """SwiGLU where there is a gate, else the approximation of GELU that GPT-2 was trained with ("gelu_new")."""
+    return F.gelu(expanded, approximate="tanh") if gate is None else F.silu(gate) * expanded
+
+
+def recomputed(
+    result: Tensor, function: Callable[..., Tensor], *inputs: Tensor, enabled: bool
+) -> AbstractContextManager[object]:
+    """Where autograd keeps ``inputs`` in the place of ``result``, which is ``function(*inputs)`` and quickly computed.
+
+    A compiler finds out for itself what to compute again.
+    """
+    address, size = result.data_ptr(), result.numel()
+    if not enabled or is_compiling() or address == 0:  # as that of a DTensor, whose parts have addresses of their own
+        return nullcontext()
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        same = saved.data_ptr() == address and saved.numel() == size and saved.is_contiguous()
+        return saved.shape if same else saved
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        return packed if isinstance(packed, Tensor) else function(*inputs).view(packed)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 class Block(nn.Module):
@@ -80,10 +106,14 @@ class Block(nn.Module):
         self.perceptron_norm = make_norm(config)
         self.perceptron = Perceptron(config)
 
-    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        """(batch, sequence, width) -> the same."""
-        x = x + self.attention(self.attention_norm(x), rotation)
-        return x + self.perceptron(self.perceptron_norm(x))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, rotation: Tensor | None, recompute: bool = False) -> Tensor:
+        """(batch, sequence, width) -> the same; with ``recompute`` less is kept for the backward pass."""
+        normed = self.attention_norm(x)
+        with recomputed(normed, self.attention_norm, x, enabled=recompute):
+            x = x + self.attention(normed, rotation)
+        normed = self.perceptron_norm(x)
+        with recomputed(normed, self.perceptron_norm, x, enabled=recompute):
+            return x + self.perceptron(normed, recompute)  # type: ignore[no-any-return]
 
 
 def make_norm(config: Model) -> nn.Module:
@@ -101,7 +131,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: Model, vocabulary_size: int, sequence_length: int) -> None:
         super().__init__()
-        self.config, self.activation_checkpointing = config, False
+        self.config, self.activation_checkpointing, self.recompute = config, False, True
         self.token_embedding = nn.Embedding(vocabulary_size, config.width)
         self.position_embedding = nn.Embedding(sequence_length, config.width) if config.family == "gpt2" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -118,9 +148,10 @@ class LanguageModel(nn.Module):
         """The head, under the name that transformers gives it."""
         return self.head
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """(batch, sequence) token ids -> (batch, sequence, width), what the head reads."""
-        x, rotation = self.token_embedding(tokens), None
+    def hidden(self, tokens: Tensor, tied: TiedGradient | None = None) -> Tensor:
+        """(batch, sequence) token ids -> (batch, sequence, width), what the head reads; ``tied`` as of the loss."""
+        weight, rotation = self.token_embedding.weight, None
+        x = self.token_embedding(tokens) if tied is None else tied_embedding(tokens, weight, tied)
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[: tokens.shape[1]]
         else:
@@ -129,7 +160,7 @@ class LanguageModel(nn.Module):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
-                x = block(x, rotation)
+                x = block(x, rotation, self.recompute and torch.is_grad_enabled())
         return self.final_norm(x)  # type: ignore[no-any-return]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -142,12 +173,11 @@ class LanguageModel(nn.Module):
         Returns:
             (batch, sequence, vocabulary), or the sum over all positions of the cross entropy in nats, a scalar.
         """
-        hidden = self.hidden(tokens)
         if targets is None:
-            return self.head(hidden)  # type: ignore[no-any-return]
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK)
-        weight = self.head.weight
-        return F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction="sum", options=options)
+            return self.head(self.hidden(tokens))  # type: ignore[no-any-return]
+        tied = TiedGradient() if self.config.tied else None
+        hidden = self.hidden(tokens, tied).flatten(0, 1)
+        return linear_cross_entropy(hidden, self.head.weight, targets.flatten(), tied)
 
 
 def parameter_count(model: nn.Module) -> int:
