@@ -1,6 +1,7 @@
 """The audit: its figures are those of the functions, and its words those of its figures."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -23,19 +24,31 @@ def test_the_figures_are_those_of_the_functions() -> None:
     found = audit(shifted)
     assert (found.tokens, found.width, found.zero_rows) == (3000, 16, 0)
     assert found.isotropy == geometry.isotropy(shifted)
-    assert found.isotropy_centered == geometry.isotropy(shifted - shifted.mean(0))
-    assert found.isotropy_post_processed == geometry.isotropy(
-        post_processing.post_process_fix(shifted, post_processing.principal_components(shifted, 1))
-    )
+    assert found.isotropy_centered == pytest.approx(geometry.isotropy(shifted - shifted.mean(0)), rel=1e-12)
+    without = post_processing.all_but_the_top(shifted, post_processing.principal_components(shifted, 1))
+    assert found.isotropy_post_processed == pytest.approx(geometry.isotropy(without(shifted)), rel=1e-12)
     assert found.mean_shift_ratio == geometry.mean_shift_ratio(shifted)
     assert found.condition == geometry.condition(shifted)
     assert found.norm_frequency == geometry.norm_frequency_correlation(shifted, COUNTS)
     assert found.projection_frequency == geometry.projection_frequency_correlation(shifted, COUNTS)
     assert found.largest_singular_value == found.singular_values[0]
-    assert list(found.word_similarity) == [name for name, _ in post_processing.variants(shifted)]
+    assert list(found.word_similarity) == list(post_processing.variants(shifted))
+    for name, row_map in post_processing.variants(shifted).items():
+        assert found.word_similarity[name] == [geometry.word_similarity(row_map(shifted), int, RATED)]
     assert found.mean_similarity == found.word_similarity["original"][0].cosine
     # Centring gives back the cloud, whose dot products are the ratings but for the cloud's own small mean.
     assert found.word_similarity["centered"][0].dot > 99 > found.word_similarity["original"][0].cosine
+
+
+def test_no_second_matrix_is_made() -> None:
+    matrix = np.tile(CLOUD, (20, 4))
+    tracemalloc.start()
+    try:
+        geometry.audit(matrix, counts=np.tile(COUNTS, 20), token_of=int, benchmarks=[RATED])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.6 * matrix.nbytes
 
 
 def test_a_shifted_matrix_is_told_from_a_centred_one() -> None:

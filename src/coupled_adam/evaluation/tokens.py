@@ -69,9 +69,9 @@ def plane(embedding: Float64) -> tuple[Float64, Float64]:
     mean = embedding.mean(0)
     length = np.linalg.norm(mean)
     along = mean / length if length > 0 else np.eye(len(mean))[0]
-    rest = embedding - mean
-    rest = rest - np.outer(rest @ along, along)
-    _, directions = np.linalg.eigh(rest.T @ rest)
+    scatter = embedding.T @ embedding - len(embedding) * np.outer(mean, mean)
+    aside = np.eye(len(mean)) - np.outer(along, along)
+    _, directions = np.linalg.eigh(aside @ scatter @ aside)
     across = directions[:, -1]
     return along, across * np.sign(across[np.abs(across).argmax()])
 

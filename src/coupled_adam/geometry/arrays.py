@@ -1,5 +1,6 @@
 """Embedding matrices and vectors of counts as the metrics take them."""
 
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -8,6 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 
 Matrix: TypeAlias = ArrayLike | torch.Tensor
 Float64 = NDArray[np.float64]
+
+#: What is made of rows of a matrix, (n, H) -> (n, H), whichever rows they are.
+RowMap: TypeAlias = Callable[[Float64], Float64]
+
+#: Rows of which something of their size is held at a time.
+ROWS = 4096
 
 
 def as_matrix(embedding: Matrix) -> Float64:
@@ -20,3 +27,15 @@ def as_matrix(embedding: Matrix) -> Float64:
     if not np.isfinite(matrix).all():
         raise ValueError(f"the embedding matrix holds {(~np.isfinite(matrix)).sum()} values that are NaN or infinite")
     return matrix
+
+
+def blocks(e: Float64, row_map: RowMap | None = None) -> Iterator[Float64]:
+    """The rows of ``e``, or what ``row_map`` makes of them, some thousand at a time."""
+    for start in range(0, len(e), ROWS):
+        rows = e[start : start + ROWS]
+        yield rows if row_map is None else row_map(rows)
+
+
+def row_norms(e: Float64) -> Float64:
+    """‖e_i‖, (V,), without a matrix of squares."""
+    return np.sqrt(np.einsum("ij,ij->i", e, e))  # type: ignore[no-any-return]

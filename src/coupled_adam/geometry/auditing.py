@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from coupled_adam.geometry import frequency, metrics, post_processing
-from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix
+from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix
 from coupled_adam.geometry.word_similarity import Benchmark, WordSimilarity, mean_similarity, word_similarity
 
 Level = Literal["good", "fair", "poor"]
@@ -72,7 +72,7 @@ def audit(
     """Measure a (V, H) embedding matrix.
 
     Args:
-        embedding: array or tensor of any dtype; worked on in float64.
+        embedding: array or tensor of any dtype; worked on in float64, with one copy of it in that.
         counts: how often each token occurs in the training data, (V,), for the correlations with frequency.
         token_of: the row of a word, None for a word that is not one token; for word similarity.
         benchmarks: for instance :func:`coupled_adam.geometry.published_benchmarks`.
@@ -92,16 +92,16 @@ def audit(
         post_processing.WORD_SIMILARITY_COMPONENTS,
     )
     top = post_processing.principal_components(e, max(for_isotropy, for_words))
+    variants = post_processing.variants(e, top[:, :for_words])
     similarity = {}
     if token_of is not None and benchmarks:
-        for name, matrix in post_processing.variants(e, top[:, :for_words]):
-            similarity[name] = [word_similarity(matrix, token_of, benchmark) for benchmark in benchmarks]
+        similarity = _word_similarity(e, variants, token_of, benchmarks)
     return Audit(
         tokens=len(e),
         width=e.shape[1],
         isotropy=metrics.isotropy(e),
-        isotropy_centered=metrics.isotropy(post_processing.centered(e)),
-        isotropy_post_processed=metrics.isotropy(post_processing.post_process_fix(e, top[:, :for_isotropy])),
+        isotropy_centered=metrics.isotropy(e, variants["centered"]),
+        isotropy_post_processed=metrics.isotropy(e, post_processing.all_but_the_top(e, top[:, :for_isotropy])),
         average_norm=metrics.average_norm(e),
         mean_norm=metrics.mean_norm(e),
         mean_shift_ratio=metrics.mean_shift_ratio(e),
@@ -115,6 +115,24 @@ def audit(
         singular_values=values,
         zero_rows=int((~np.any(e, axis=1)).sum()),
     )
+
+
+def _word_similarity(
+    e: Float64,
+    variants: dict[str, RowMap],
+    token_of: Callable[[str], int | None],
+    benchmarks: Sequence[Benchmark],
+) -> dict[str, list[WordSimilarity]]:
+    """By post-processing; made of the rows of the benchmarks' words alone."""
+    words = {word for benchmark in benchmarks for pair in benchmark.pairs for word in pair[:2]}
+    tokens = {word: token for word in words if (token := token_of(word)) is not None}
+    used = sorted({0, 1, *tokens.values()})  # a matrix has two rows or more
+    place = dict(zip(tokens, np.searchsorted(used, list(tokens.values())).tolist(), strict=True))
+    rows = e[used]
+    return {
+        name: [word_similarity(row_map(rows), place.get, benchmark) for benchmark in benchmarks]
+        for name, row_map in variants.items()
+    }
 
 
 #: Bounds between good and fair, and between fair and poor. The paper's embeddings at 125M to 760M parameters and 20B

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix
+from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix, row_norms
 
 
 class Correlation(NamedTuple):
@@ -45,7 +45,7 @@ def norm_frequency_correlation(embedding: Matrix, counts: ArrayLike) -> Correlat
     Raises:
         ValueError: shapes that do not fit, values that are not finite, or counts that are all zero.
     """
-    return _correlation(np.linalg.norm(as_matrix(embedding), axis=1), log_probability(counts))
+    return _correlation(row_norms(as_matrix(embedding)), log_probability(counts))
 
 
 def projection_frequency_correlation(embedding: Matrix, counts: ArrayLike) -> Correlation:

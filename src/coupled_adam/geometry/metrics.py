@@ -3,18 +3,17 @@
 Every function takes a numpy array, a tensor of any dtype or device, or nested lists, and works in float64.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
-from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix
-
-#: Rows of which exp(e_i·c) is held at a time.
-ROWS = 4096
+from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix, blocks, row_norms
 
 #: (S_min/S_max)² above which the singular values are taken from EᵀE: they are then exact to 1e-6, relatively.
 SQUARED_CONDITION = 1e-9
 
 
-def isotropy(embedding: Matrix) -> float:
+def isotropy(embedding: Matrix, row_map: RowMap | None = None) -> float:
     """Iso(E) = min_c Z(c) / max_c Z(c) with Z(c) = Σ_i exp(e_i·c), over the unit eigenvectors c of EᵀE; in (0, 1].
 
     1 means that no direction is preferred. It depends on the scale of E: do not compare it across models whose
@@ -24,23 +23,28 @@ def isotropy(embedding: Matrix) -> float:
     Source: Arora et al. 2016, "A latent variable model approach to PMI-based word embeddings"; Mu & Viswanath 2018,
     "All-but-the-Top", eq. 5; used by Biś et al. 2021 and by Coupled Adam, arXiv 2502.08441, section 4.2.
 
+    Args:
+        embedding: E.
+        row_map: what to make of the rows of E first, as of :mod:`coupled_adam.geometry.post_processing`.
+
     Raises:
         ValueError: not a finite matrix with two rows or more. The same holds for the other functions.
     """
     e = as_matrix(embedding)
-    _, directions = np.linalg.eigh(e.T @ e)  # (H, H), one eigenvector a column
+    squares = sum(rows.T @ rows for rows in blocks(e, row_map))  # EᵀE
+    _, directions = np.linalg.eigh(squares)  # (H, H), one eigenvector a column
     largest = np.take_along_axis(directions, np.abs(directions).argmax(0, keepdims=True), axis=0)
     directions *= np.sign(largest)
-    log_z = _log_partition(e, directions)
+    log_z = _log_partition(blocks(e, row_map), directions)
     return float(np.exp(log_z.min() - log_z.max()))
 
 
-def _log_partition(e: Float64, directions: Float64) -> Float64:
+def _log_partition(parts: Iterable[Float64], directions: Float64) -> Float64:
     """log Z(c) of every column c, (H,). By parts, and with the largest exponent taken out: exp overflows above 709."""
     largest = np.full(directions.shape[1], -np.inf)
     total = np.zeros(directions.shape[1])
-    for start in range(0, len(e), ROWS):
-        exponents = e[start : start + ROWS] @ directions
+    for rows in parts:
+        exponents = rows @ directions
         before, largest = largest, np.maximum(largest, exponents.max(0))
         exponents -= largest
         total = total * np.exp(before - largest) + np.exp(exponents, out=exponents).sum(0)
@@ -54,7 +58,7 @@ def mean_norm(embedding: Matrix) -> float:
 
 def average_norm(embedding: Matrix) -> float:
     """mean_i ‖e_i‖, the average length of an embedding."""
-    return float(np.linalg.norm(as_matrix(embedding), axis=1).mean())
+    return float(row_norms(as_matrix(embedding)).mean())
 
 
 def mean_shift_ratio(embedding: Matrix) -> float:
@@ -107,5 +111,5 @@ def update_sum(update: Matrix) -> float:
     Source: the argument of Coupled Adam, arXiv 2502.08441, section 3.
     """
     u = as_matrix(update)
-    lengths = np.linalg.norm(u, axis=1).sum()
+    lengths = row_norms(u).sum()
     return float(np.linalg.norm(u.sum(0)) / lengths) if lengths > 0 else float("nan")

@@ -1,52 +1,62 @@
 """Embedding matrices with their common direction taken out, in the ways that the literature compares.
 
-All take a (V, H) matrix E with rows e_i and mean μ, and give a new float64 array of the same shape.
+Each function looks at a (V, H) matrix E with rows e_i and mean μ, and returns what to make of its rows (float64):
+all of them, ``all_but_the_top(E)(E)``, or some, so that nobody needs to hold a second matrix.
 Source: Biś et al. 2021, "Too Much in Common: Shifting of Embeddings in Transformer Language Models and its
 Implications", section 5; Mu & Viswanath 2018, "All-but-the-Top", algorithm 1.
 """
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 
-from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix
+from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix, blocks, row_norms
 
 #: Components that the word similarity of the literature takes out.
 WORD_SIMILARITY_COMPONENTS = 2
 
 
-def centered(embedding: Matrix) -> Float64:
-    """E − μ."""
-    e = as_matrix(embedding)
-    return np.asarray(e - e.mean(0))
+def centering(embedding: Matrix) -> RowMap:
+    """e_i − μ."""
+    mean = as_matrix(embedding).mean(0)
+    return lambda rows: np.asarray(rows - mean)
 
 
-def centered_scaled(embedding: Matrix) -> Float64:
+def scaled_centering(embedding: Matrix) -> RowMap:
     """e_i − ‖e_i‖·d with d the mean of e_i/‖e_i‖: each row loses as much of the mean direction as it is long."""
     e = as_matrix(embedding)
-    norms = np.linalg.norm(e, axis=1, keepdims=True)
-    direction = np.divide(e, norms, out=np.zeros_like(e), where=norms > 0).mean(0)
-    return np.asarray(e - norms * direction)
+    direction = sum(_directions(rows).sum(0) for rows in blocks(e)) / len(e)
+    return lambda rows: np.asarray(rows - np.outer(row_norms(rows), direction))
 
 
-def post_process(embedding: Matrix, top: Float64 | None = None) -> Float64:
-    """All-but-the-Top as it is commonly computed: what the first two principal components of E − μ see of E is taken
-    from E − μ, so that the part of μ along them is taken away twice.
+def _directions(rows: Float64) -> Float64:
+    norms = row_norms(rows)[:, None]
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+
+
+def all_but_the_top_as_computed(embedding: Matrix, top: Float64 | None = None) -> RowMap:
+    """All-but-the-Top as it is commonly computed: what the first two principal components of E − μ see of e_i is taken
+    from e_i − μ, so that the part of μ along them is taken away twice.
 
     ``top`` are the components, if they are known: (H, D), of which the result is then without all D.
     """
     e = as_matrix(embedding)
+    mean = e.mean(0)
     top = principal_components(e, WORD_SIMILARITY_COMPONENTS) if top is None else top
-    return np.asarray((e - e.mean(0)) - (e @ top) @ top.T)
+    return lambda rows: np.asarray((rows - mean) - (rows @ top) @ top.T)
 
 
-def post_process_fix(embedding: Matrix, top: Float64 | None = None) -> Float64:
-    """All-but-the-Top as its authors meant it: E − μ without its first two principal components, or without ``top``."""
+def all_but_the_top(embedding: Matrix, top: Float64 | None = None) -> RowMap:
+    """As its authors meant it: e_i − μ without its first two principal components, or without ``top``."""
     e = as_matrix(embedding)
+    mean = e.mean(0)
     top = principal_components(e, WORD_SIMILARITY_COMPONENTS) if top is None else top
-    rest = e - e.mean(0)
-    return np.asarray(rest - (rest @ top) @ top.T)
+
+    def without(rows: Float64) -> Float64:
+        rest = rows - mean
+        return np.asarray(rest - (rest @ top) @ top.T)
+
+    return without
 
 
 def principal_components(embedding: Matrix, count: int) -> Float64:
@@ -63,12 +73,14 @@ def isotropy_components(width: int) -> int:
     return math.ceil(width / 100)
 
 
-def variants(embedding: Matrix, top: Float64 | None = None) -> Iterator[tuple[str, Float64]]:
-    """The matrices between which word similarity is compared, by name; ``top`` as of :func:`post_process`."""
+def variants(embedding: Matrix, top: Float64 | None = None) -> dict[str, RowMap]:
+    """Between which word similarity is compared, by the names of the literature's programs; ``top`` as above."""
     e = as_matrix(embedding)
     top = principal_components(e, WORD_SIMILARITY_COMPONENTS) if top is None else top
-    yield "original", e
-    yield "centered", centered(e)
-    yield "centered_scaled", centered_scaled(e)
-    yield "post_process", post_process(e, top)
-    yield "post_process_fix", post_process_fix(e, top)
+    return {
+        "original": np.asarray,
+        "centered": centering(e),
+        "centered_scaled": scaled_centering(e),
+        "post_process": all_but_the_top_as_computed(e, top),
+        "post_process_fix": all_but_the_top(e, top),
+    }
