@@ -105,7 +105,6 @@ def adamw_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Step
 def textbook(shape: Shape) -> Step:
     tokens, targets = shape.tokens()
     model = build_model(shape.experiment.model, shape.vocabulary, shape.length, seed=0)
-    model.recompute = False
     return adamw_step(model, lambda: F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()))
 
 

@@ -95,6 +95,17 @@ def test_a_second_backward_pass_is_refused() -> None:
         loss.backward()
 
 
+def test_an_embedding_without_its_head_is_told_so() -> None:
+    with pytest.raises(RuntimeError, match="no gradient came from the head"):
+        tied_embedding(ids(1), random(VOCABULARY, WIDTH).requires_grad_(), TiedGradient()).sum().backward()
+
+
+def test_a_head_above_a_detached_embedding_keeps_its_gradient() -> None:
+    weight = random(VOCABULARY, WIDTH).requires_grad_()
+    linear_cross_entropy(random(5, WIDTH), weight, ids(1, 5), TiedGradient()).backward()
+    assert weight.grad is not None
+
+
 def allocations(loss, vocabulary: int, positions: int, differentiate: bool = True) -> list[int]:
     """Bytes of each large block that the loss and its backward pass take, in their order."""
     weight, inner = random(vocabulary, 256, dtype=torch.float32), torch.eye(256)

@@ -31,14 +31,15 @@ def tied_embedding(tokens: Tensor, weight: Tensor, tied: TiedGradient) -> Tensor
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, tied: TiedGradient | None = None) -> Tensor:
     """The sum over all positions of −log softmax(W h)[target], in nats.
 
-    ``F.linear_cross_entropy`` of torch does the same; this one is faster on the CPU, and keeps no reference to the
-    gradient of W, so that the tied embedding's can be added to it in place.
+    ``F.linear_cross_entropy`` of torch does the same; this one is faster on the CPU, rounds products to autocast's type
+    as the layers of torch do, and hands on the gradient of W so that the tied embedding's can be added to it in place.
+    The gradient is computed before a loss scale is applied: autocast to bfloat16 rather than to float16.
 
     Args:
-        hidden: what the head reads, (positions, width); cast to autocast's type where that is enabled.
+        hidden: what the head reads, (positions, width).
         weight: W, (vocabulary, width). Its gradient is summed in its own type.
-        targets: ids, int64 (positions,).
-        tied: what the embedding of the same weight got.
+        targets: ids from 0 up to the vocabulary, int64 (positions,).
+        tied: what the embedding of the same weight got, of which ``hidden`` is made.
 
     Returns:
         A float32 scalar (float64 for float64). A second backward pass through it raises RuntimeError.
@@ -60,6 +61,8 @@ class _TiedEmbedding(torch.autograd.Function):
     def backward(ctx: Any, rows: Tensor) -> tuple[None, Tensor, None]:
         (tokens,) = ctx.saved_tensors
         gradient, ctx.tied.of_head = ctx.tied.of_head, None
+        if gradient is None:
+            raise RuntimeError("no gradient came from the head: give one loss the TiedGradient of its tied_embedding")
         rows = rows.to(gradient.dtype)
         if gradient.is_cuda:  # which of the two adds in the same order at every call depends on the device
             return None, gradient.index_put_((tokens,), rows, accumulate=True), None
@@ -110,6 +113,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("linear_cross_entropy can be differentiated once: compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
         dh, dw = (None if x is None else x.mul_(scale) for x in gradients)
-        if ctx.tied is not None:
+        if ctx.tied is not None and dh is not None:  # else there is no embedding below to take it
             ctx.tied.of_head, dw = dw, None
         return dh, dw, None, None, None

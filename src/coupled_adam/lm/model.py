@@ -82,16 +82,25 @@ def recomputed(
 
     A compiler finds out for itself what to compute again.
     """
+    if not enabled or is_compiling():
+        return nullcontext()
     address, size = result.data_ptr(), result.numel()
-    if not enabled or is_compiling() or address == 0:  # as that of a DTensor, whose parts have addresses of their own
+    if address == 0:  # as that of a DTensor, whose parts have addresses of their own
         return nullcontext()
 
-    def pack(saved: Tensor) -> Tensor | torch.Size:
-        same = saved.data_ptr() == address and saved.numel() == size and saved.is_contiguous()
-        return saved.shape if same else saved
+    def pack(saved: Tensor) -> torch.Size | tuple[Tensor, int]:
+        if saved.data_ptr() == address and saved.numel() == size and saved.is_contiguous():
+            return saved.shape
+        # Detached: a node that holds its own output with its history would never be freed.
+        return saved.detach(), saved._version
 
-    def unpack(packed: Tensor | torch.Size) -> Tensor:
-        return packed if isinstance(packed, Tensor) else function(*inputs).view(packed)
+    def unpack(packed: torch.Size | tuple[Tensor, int]) -> Tensor:
+        if isinstance(packed, torch.Size):
+            return function(*inputs).view(packed)
+        saved, version = packed
+        if saved._version != version:  # autograd checks it only where there are no hooks
+            raise RuntimeError("a tensor needed for the gradient has been modified in place since the forward pass")
+        return saved
 
     return saved_tensors_hooks(pack, unpack)
 
@@ -131,7 +140,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: Model, vocabulary_size: int, sequence_length: int) -> None:
         super().__init__()
-        self.config, self.activation_checkpointing, self.recompute = config, False, True
+        self.config, self.activation_checkpointing = config, False
         self.token_embedding = nn.Embedding(vocabulary_size, config.width)
         self.position_embedding = nn.Embedding(sequence_length, config.width) if config.family == "gpt2" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -148,8 +157,11 @@ class LanguageModel(nn.Module):
         """The head, under the name that transformers gives it."""
         return self.head
 
-    def hidden(self, tokens: Tensor, tied: TiedGradient | None = None) -> Tensor:
-        """(batch, sequence) token ids -> (batch, sequence, width), what the head reads; ``tied`` as of the loss."""
+    def hidden(self, tokens: Tensor, tied: TiedGradient | None = None, recompute: bool = False) -> Tensor:
+        """(batch, sequence) token ids -> (batch, sequence, width), what the head reads.
+
+        For the loss ``tied`` is what the head gets too, and ``recompute`` saves memory.
+        """
         weight, rotation = self.token_embedding.weight, None
         x = self.token_embedding(tokens) if tied is None else tied_embedding(tokens, weight, tied)
         if self.position_embedding is not None:
@@ -160,11 +172,14 @@ class LanguageModel(nn.Module):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
-                x = block(x, rotation, self.recompute and torch.is_grad_enabled())
+                x = block(x, rotation, recompute and torch.is_grad_enabled())
         return self.final_norm(x)  # type: ignore[no-any-return]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits, or the loss of ``targets``.
+
+        Logits are plain autograd. The loss takes less memory and time: norms and activations are computed again in the
+        backward pass, of which there can be one, and a tied embedding is read past its module and the module's hooks.
 
         Args:
             tokens: ids, int64 (batch, sequence).
@@ -176,7 +191,7 @@ class LanguageModel(nn.Module):
         if targets is None:
             return self.head(self.hidden(tokens))  # type: ignore[no-any-return]
         tied = TiedGradient() if self.config.tied else None
-        hidden = self.hidden(tokens, tied).flatten(0, 1)
+        hidden = self.hidden(tokens, tied, recompute=True).flatten(0, 1)
         return linear_cross_entropy(hidden, self.head.weight, targets.flatten(), tied)
 
 
