@@ -2,18 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from coupled_adam.lm import train as loop
-from coupled_adam.lm.config import Experiment, Model
+from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import prepare
-from coupled_adam.lm.estimate import KEPT_BYTES, estimate, flops_per_token, peak_flops, speed
-from coupled_adam.lm.model import build_model, parameter_count
+from coupled_adam.lm.estimate import estimate, flops_per_token, peak_flops, speed
+from coupled_adam.lm.model import parameter_count
 from coupled_adam.lm.parallel import World
 from coupled_adam.lm.sources import TextFiles
 
@@ -64,33 +61,3 @@ def test_what_checkpointing_computes_again_is_arithmetic_but_no_use(tiny: Experi
     again = tiny.with_values(train__activation_checkpointing=True)
     assert estimate(again).flops == pytest.approx(estimate(tiny).flops * 4 / 3)
     assert flops_per_token(again, 100) == flops_per_token(tiny, 100)
-
-
-@pytest.mark.parametrize(("family", "precision"), KEPT_BYTES)
-def test_layers_keep_what_is_said(family: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers, width, positions = 6, 768, 2 * 32
-    network = build_model(Model(family=family, layers=layers, heads=12, width=width), 8, 32, seed=0)
-    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def note(saved: Tensor) -> Tensor:
-        if saved.untyped_storage().data_ptr() not in weights:
-            kept[saved.untyped_storage().data_ptr()] = saved
-        return saved
-
-    def noting(pack: Any, unpack: Any) -> saved_tensors_hooks:
-        def noted(saved: Tensor) -> Any:
-            packed = pack(saved)
-            if not isinstance(packed, torch.Size):
-                note(packed[0])
-            return packed
-
-        return saved_tensors_hooks(noted, unpack)
-
-    monkeypatch.setattr("coupled_adam.lm.model.saved_tensors_hooks", noting)  # the innermost hooks alone are called
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
-    with saved_tensors_hooks(note, lambda saved: saved), autocast:
-        network.hidden(torch.zeros(2, 32, dtype=torch.int64), recompute=True)
-    shapes = [sorted(p.shape) for p in network.parameters()]  # autocast's copies of the weights are not meant
-    size = sum(x.untyped_storage().nbytes() for x in kept.values() if sorted(x.shape) not in shapes)
-    assert size / (layers * positions * width) == pytest.approx(KEPT_BYTES[family, precision], rel=0.05)

@@ -1,15 +1,12 @@
 """The models: against those of transformers, with the same weights; and what training options may not change."""
 
-import weakref
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from coupled_adam.lm.config import Model
-from coupled_adam.lm.model import LanguageModel, activated, build_model, parameter_count, recomputed
+from coupled_adam.lm.model import LanguageModel, build_model, parameter_count
 
 VOCABULARY, LENGTH = 96, 12
 
@@ -103,59 +100,6 @@ def test_activation_checkpointing_changes_nothing(family: str) -> None:
     network.activation_checkpointing = True
     for found, grad in zip(gradients(network), expected, strict=True):
         torch.testing.assert_close(found, grad)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_what_is_computed_again_is_not_kept_and_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, calls = model(family=family), []
-
-    def counted(*inputs: Tensor) -> Tensor:
-        calls.append(inputs)
-        return activated(*inputs)
-
-    monkeypatch.setattr("coupled_adam.lm.model.activated", counted)
-    found = gradients(network)
-    assert len(calls) == 2 * len(network.blocks)
-    network.zero_grad()
-    logits = network(tokens(1))  # plain autograd
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens(2).flatten(), reduction="sum").backward()
-    expected = [p.grad for p in network.parameters()]
-    assert len(calls) == 3 * len(network.blocks)
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y)
-
-
-class Probe(torch.autograd.Function):
-    """A node of the graph whose life can be watched."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        Probe.alive = weakref.ref(ctx)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_a_forward_pass_without_a_backward_pass_is_forgotten(enabled: bool) -> None:
-    x = Probe.apply(torch.ones(2, 3, requires_grad=True))
-    normed = 2 * x
-    with recomputed(normed, lambda x: 2 * x, x, enabled=enabled):
-        result = normed.exp()  # its node keeps its own output
-    assert Probe.alive() is not None
-    del x, normed, result
-    assert Probe.alive() is None
-
-
-def test_what_is_kept_may_not_be_modified_before_the_backward_pass() -> None:
-    network = model()
-    loss = network(tokens(1), tokens(2))
-    with torch.no_grad():
-        network.blocks[0].attention.projection.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified"):
-        loss.backward()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -20,14 +20,6 @@ OTHER_PEAK = {"PCIE", "NVL", "MIG"}
 #: Share of the peak that training of such models is taken to reach; an assumption.
 UTILISATION = 0.4
 
-#: What a layer keeps for the backward pass, in bytes for a position and a unit of the width; counted.
-KEPT_BYTES = {
-    ("gpt2", "bfloat16"): 28,
-    ("gpt2", "float32"): 41,
-    ("llama", "bfloat16"): 50,
-    ("llama", "float32"): 75,
-}
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -50,12 +42,10 @@ class Estimate:
 def estimate(experiment: Experiment, gpu: str = "H100") -> Estimate:
     """Count on the device ``meta``: no weights are allocated.
 
-    Activations: KEPT_BYTES·s·b·h a layer, though a compiler may choose to keep others; with checkpointing 2·s·b·h a
-    layer in 16 bits and 34·s·b·h for one layer, after Korthikanti et al., arXiv 2205.05198, equation 1 without the
-    attention matrix, which is never stored. The micro-batch is that of the experiment, or the whole batch.
-
-    Arithmetic: 6 a parameter and token (Kaplan et al., arXiv 2001.08361) plus 12·layers·width·sequence a token for
-    attention, a third more with checkpointing.
+    Activations: Korthikanti et al., arXiv 2205.05198, equation 1 without the attention matrix, which is never stored:
+    34·s·b·h bytes a layer in 16 bits; with checkpointing 2·s·b·h a layer and one layer's 34. Arithmetic: 6 a parameter
+    and token (Kaplan et al., arXiv 2001.08361) plus 12·layers·width·sequence a token for attention, a third more with
+    checkpointing. The micro-batch is that of the experiment, or the whole batch.
 
     Raises:
         InputError: an unknown GPU.
@@ -67,10 +57,8 @@ def estimate(experiment: Experiment, gpu: str = "H100") -> Estimate:
         network = LanguageModel(model, data.padded_vocabulary, data.sequence_length)
     parameters, tokens = parameter_count(network), train.steps * train.batch_tokens
     layer = data.sequence_length * (train.micro_batch or experiment.batch_size) * model.width
-    if train.activation_checkpointing:
-        stored = (2 * model.layers + 34) * (1 if train.precision == "bfloat16" else 2)
-    else:
-        stored = KEPT_BYTES[model.family, train.precision] * model.layers
+    wide = 1 if train.precision == "bfloat16" else 2
+    stored = 2 * model.layers + 34 if train.activation_checkpointing else 34 * model.layers
     flops = tokens * flops_per_token(experiment, parameters) * (4 / 3 if train.activation_checkpointing else 1)
     return Estimate(
         parameters=parameters,
@@ -80,7 +68,7 @@ def estimate(experiment: Experiment, gpu: str = "H100") -> Estimate:
         weights_bytes=4 * parameters,
         gradients_bytes=4 * parameters,
         optimizer_bytes=state_bytes(experiment, network),
-        activation_bytes=stored * layer,
+        activation_bytes=stored * layer * wide,
         flops=flops,
         gpu=gpu,
         gpu_hours=flops / (PEAK_FLOPS[gpu] * UTILISATION) / 3600,

@@ -1,13 +1,9 @@
 """The language models: a GPT-2 and a LLaMA without biases, to be read in one sitting."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -62,47 +58,14 @@ class Perceptron(nn.Module):
         self.expansion = nn.Linear(config.width, config.hidden_width, bias=False)
         self.projection = nn.Linear(config.hidden_width, config.width, bias=False)
 
-    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(batch, sequence, width) -> the same."""
-        inputs = [self.expansion(x)] if self.gate is None else [self.expansion(x), self.gate(x)]
-        hidden = activated(*inputs)
-        with recomputed(hidden, activated, *inputs, enabled=recompute):
-            return self.projection(hidden)  # type: ignore[no-any-return]
-
-
-def activated(expanded: Tensor, gate: Tensor | None = None) -> Tensor:
-    """SwiGLU where there is a gate, else the approximation of GELU that GPT-2 was trained with ("gelu_new")."""
-    return F.gelu(expanded, approximate="tanh") if gate is None else F.silu(gate) * expanded
-
-
-def recomputed(
-    result: Tensor, function: Callable[..., Tensor], *inputs: Tensor, enabled: bool
-) -> AbstractContextManager[object]:
-    """Where autograd keeps ``inputs`` in the place of ``result``, which is ``function(*inputs)`` and quickly computed.
-
-    A compiler finds out for itself what to compute again.
-    """
-    if not enabled or is_compiling():
-        return nullcontext()
-    address, size = result.data_ptr(), result.numel()
-    if address == 0:  # as that of a DTensor, whose parts have addresses of their own
-        return nullcontext()
-
-    def pack(saved: Tensor) -> torch.Size | tuple[Tensor, int]:
-        if saved.data_ptr() == address and saved.numel() == size and saved.is_contiguous():
-            return saved.shape
-        # Detached: a node that holds its own output with its history would never be freed.
-        return saved.detach(), saved._version
-
-    def unpack(packed: torch.Size | tuple[Tensor, int]) -> Tensor:
-        if isinstance(packed, torch.Size):
-            return function(*inputs).view(packed)
-        saved, version = packed
-        if saved._version != version:  # autograd checks it only where there are no hooks
-            raise RuntimeError("a tensor needed for the gradient has been modified in place since the forward pass")
-        return saved
-
-    return saved_tensors_hooks(pack, unpack)
+        if self.gate is not None:
+            hidden = F.silu(self.gate(x)) * self.expansion(x)
+        else:
+            # The approximation of GELU that GPT-2 was trained with; transformers calls it "gelu_new".
+            hidden = F.gelu(self.expansion(x), approximate="tanh")
+        return self.projection(hidden)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -115,14 +78,10 @@ class Block(nn.Module):
         self.perceptron_norm = make_norm(config)
         self.perceptron = Perceptron(config)
 
-    def forward(self, x: Tensor, rotation: Tensor | None, recompute: bool = False) -> Tensor:
-        """(batch, sequence, width) -> the same; with ``recompute`` less is kept for the backward pass."""
-        normed = self.attention_norm(x)
-        with recomputed(normed, self.attention_norm, x, enabled=recompute):
-            x = x + self.attention(normed, rotation)
-        normed = self.perceptron_norm(x)
-        with recomputed(normed, self.perceptron_norm, x, enabled=recompute):
-            return x + self.perceptron(normed, recompute)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        """(batch, sequence, width) -> the same."""
+        x = x + self.attention(self.attention_norm(x), rotation)
+        return x + self.perceptron(self.perceptron_norm(x))  # type: ignore[no-any-return]
 
 
 def make_norm(config: Model) -> nn.Module:
@@ -157,11 +116,8 @@ class LanguageModel(nn.Module):
         """The head, under the name that transformers gives it."""
         return self.head
 
-    def hidden(self, tokens: Tensor, tied: TiedGradient | None = None, recompute: bool = False) -> Tensor:
-        """(batch, sequence) token ids -> (batch, sequence, width), what the head reads.
-
-        For the loss ``tied`` is what the head gets too, and ``recompute`` saves memory.
-        """
+    def hidden(self, tokens: Tensor, tied: TiedGradient | None = None) -> Tensor:
+        """(batch, sequence) token ids -> (batch, sequence, width), what the head reads; ``tied`` is for the loss."""
         weight, rotation = self.token_embedding.weight, None
         x = self.token_embedding(tokens) if tied is None else tied_embedding(tokens, weight, tied)
         if self.position_embedding is not None:
@@ -172,14 +128,13 @@ class LanguageModel(nn.Module):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
-                x = block(x, rotation, recompute and torch.is_grad_enabled())
+                x = block(x, rotation)
         return self.final_norm(x)  # type: ignore[no-any-return]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits, or the loss of ``targets``.
 
-        Logits are plain autograd. The loss takes less memory and time: norms and activations are computed again in the
-        backward pass, of which there can be one, and a tied embedding is read past its module and the module's hooks.
+        The loss takes one backward pass, and reads a tied embedding past its module and the module's hooks.
 
         Args:
             tokens: ids, int64 (batch, sequence).
@@ -191,7 +146,7 @@ class LanguageModel(nn.Module):
         if targets is None:
             return self.head(self.hidden(tokens))  # type: ignore[no-any-return]
         tied = TiedGradient() if self.config.tied else None
-        hidden = self.hidden(tokens, tied, recompute=True).flatten(0, 1)
+        hidden = self.hidden(tokens, tied).flatten(0, 1)
         return linear_cross_entropy(hidden, self.head.weight, targets.flatten(), tied)
 
 
