@@ -129,10 +129,11 @@ def _word_similarity(
     used = sorted({0, 1, *tokens.values()})  # a matrix has two rows or more
     place = dict(zip(tokens, np.searchsorted(used, list(tokens.values())).tolist(), strict=True))
     rows = e[used]
-    return {
-        name: [word_similarity(row_map(rows), place.get, benchmark) for benchmark in benchmarks]
-        for name, row_map in variants.items()
-    }
+    similarity = {}
+    for name, row_map in variants.items():
+        made = row_map(rows)
+        similarity[name] = [word_similarity(made, place.get, benchmark) for benchmark in benchmarks]
+    return similarity
 
 
 #: Bounds between good and fair, and between fair and poor. The paper's embeddings at 125M to 760M parameters and 20B
