@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from coupled_adam import Adams, CoupledAdam, param_groups
-from coupled_adam.optim import fused
+from coupled_adam.optim import dispatch
 
 
 def model(seed: int = 0) -> nn.Sequential:
@@ -36,7 +36,7 @@ def make(kind: str, m: nn.Sequential, **settings) -> torch.optim.Optimizer:
 def test_equals_clip_then_step(
     kind: str, limit: float, numba: bool, dtype: torch.dtype, rtol: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "HAS_NUMBA", numba)
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
     ours, theirs = model().to(dtype), model().to(dtype)
     inside, outside = make(kind, ours, max_grad_norm=limit), make(kind, theirs)
     clipped = []

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coupled_adam import Adams, CoupledAdam
-from coupled_adam.optim import fused, update
+from coupled_adam.optim import dispatch, update
+from coupled_adam.optim.directions import DIRECTION, Direction
+from coupled_adam.optim.equations import Coefficients
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 70), st.integers(1, 40)),
@@ -27,6 +29,23 @@ def tensors(shape: tuple[int, ...], seed: int, count: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for _ in range(count)]
 
 
+def coefficients(**changed) -> Coefficients:
+    numbers = {"step": 3, "lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    return Coefficients.of(**numbers | changed)
+
+
+def stepped(module, param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral=None) -> list[Tensor]:
+    """One step by the functions of ``update`` or of ``dispatch``; a second moment of one row is shared."""
+    state = [x.clone() for x in (param, exp_avg, exp_avg_sq)]
+    if exp_avg_sq.shape == param.shape:
+        module.move_elements_(*state, grad, c, direction, step, spectral)
+    else:
+        square = module.sum_of_squares(grad, state[1], c) / max(len(grad), 1)
+        root = update.root_of_rows_(state[2], square, c)
+        module.move_rows_(*state[:2], grad, root, c, direction, step, spectral)
+    return state
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     shape=SHAPES,
@@ -35,28 +54,17 @@ def tensors(shape: tuple[int, ...], seed: int, count: int) -> list[Tensor]:
     coupled=st.booleans(),
     spectral=st.booleans(),
     narrow=st.booleans(),
-    direction=st.sampled_from(["ratio", "atan2"]),
+    direction=st.sampled_from(sorted(DIRECTION)),
     weight_decay=st.sampled_from([0.0, 0.3]),
     coupling_factor=st.sampled_from([0.0, 0.1, 1.0]),
     coupling_scale=st.sampled_from([1.0, 2.0**-5, 2.0**5]),
-    grad_scale=st.sampled_from([1.0, 0.37, -1.0]),
+    grad_factor=st.sampled_from([1.0, 0.37, -1.0]),
     zero=st.booleans(),
 )
 def test_the_kernels_agree_with_the_plain_functions(
-    shape,
-    seed,
-    step,
-    coupled,
-    spectral,
-    narrow,
-    direction,
-    weight_decay,
-    coupling_factor,
-    coupling_scale,
-    grad_scale,
-    zero,
+    shape, seed, step, coupled, spectral, narrow, direction, zero, **numbers
 ) -> None:
-    coupled, spectral = coupled and len(shape) == 2, spectral and len(shape) >= 2
+    coupled, spectral = coupled and len(shape) == 2 and shape[0] != 1, spectral and len(shape) >= 2
     param, grad, exp_avg, noise = tensors(shape, seed, 4)
     if zero:
         grad, exp_avg, noise = torch.zeros_like(grad), torch.zeros_like(exp_avg), torch.zeros_like(noise)
@@ -65,94 +73,119 @@ def test_the_kernels_agree_with_the_plain_functions(
     rank_one = (
         update.RankOne(*tensors(shape[:-1], seed, 1), *tensors((*shape[:-2], shape[-1]), seed, 1)) if spectral else None
     )
-    numbers = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": weight_decay}
-    numbers |= {"coupling_scale": coupling_scale, "coupling_factor": coupling_factor}
-    outcomes = []
-    for module in (update, fused):
-        state = [x.clone() for x in (param, exp_avg, exp_avg_sq)]
-        square = None
-        if coupled:
-            square = module.sum_squares(
-                grad, state[1], beta1=0.9, coupling_factor=coupling_factor, grad_scale=grad_scale
-            ) / max(len(grad), 1)
-        module.update_(
-            *state, grad, square, step, **numbers, direction=direction, grad_scale=grad_scale, spectral=rank_one
-        )
-        outcomes.append(state)
-    # One unit in the last place of a bfloat16 is 2^-8: where a float32 sum rounds differently, so may the dice fall.
-    for plain, fast, tolerance in zip(*outcomes, (1e-6, 2.0**-7 if narrow else 1e-6, 1e-6), strict=True):
-        torch.testing.assert_close(fast, plain, rtol=max(tolerance, 2e-6), atol=2e-6)
+    c = coefficients(step=step, **numbers)
+    plain, fast = (
+        stepped(module, param, exp_avg, exp_avg_sq, grad, c, direction, step, rank_one) for module in (update, dispatch)
+    )
+    for name, expected, found in zip(("param", "exp_avg", "exp_avg_sq"), plain, fast, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("direction", ["ratio", "atan2"])
+@pytest.mark.parametrize("shape", [(40, 24), (7,), (3, 9, 11)])
+def test_a_moment_in_bfloat16_falls_alike_in_every_implementation(shape: tuple[int, ...]) -> None:
+    param, grad, exp_avg, noise = tensors(shape, 5, 4)
+    coupled = len(shape) == 2
+    exp_avg_sq = noise.square().mean(0, keepdim=True) if coupled else noise.square()
+    for step in range(1, 40):
+        c = coefficients(step=step, grad_factor=0.37)
+        given = (param, exp_avg.bfloat16(), exp_avg_sq, grad / step, c, "ratio", step)
+        plain, fast = stepped(update, *given), stepped(dispatch, *given)
+        assert torch.equal(plain[1], fast[1])
+
+
+@pytest.mark.parametrize("direction", sorted(DIRECTION))
 @pytest.mark.parametrize("coupled", [False, True])
-def test_torch_compile_agrees_with_the_plain_function(coupled: bool, direction: str) -> None:
+def test_torch_compile_agrees_with_the_plain_function(
+    coupled: bool, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", False)
     param, grad, exp_avg, noise = tensors((50, 20), 0, 4)
     exp_avg_sq = noise.square().mean(0, keepdim=True) if coupled else noise.square()
-    square = grad.square().mean(0, keepdim=True) if coupled else None
-    numbers = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "coupling_scale": 0.5}
-    outcomes = []
-    for function in (update.update_, fused.compiled_update_):
-        state = [x.clone() for x in (param, exp_avg, exp_avg_sq)]
-        for step in range(1, 6):
-            function(*state, grad, square, step, lr=0.1 / step, coupling_factor=0.1, direction=direction, **numbers)
-        outcomes.append(state)
-    for plain, fast in zip(*outcomes, strict=True):
-        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
+    plain = fast = (param, exp_avg, exp_avg_sq)
+    for step in range(1, 6):
+        given = (grad, coefficients(step=step, lr=0.1 / step, coupling_factor=0.1), direction, step)
+        monkeypatch.setattr(dispatch, "_compiled_pays", lambda param: False)
+        plain = stepped(dispatch, *plain, *given)
+        monkeypatch.setattr(dispatch, "_compiled_pays", lambda param: True)
+        fast = stepped(dispatch, *fast, *given)
+    for expected, found in zip(plain, fast, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_compiled_update_is_not_compiled_anew_for_every_step() -> None:
+def test_the_compiled_update_is_not_compiled_anew_for_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    fused._compiled.cache_clear()
+    dispatch._compiled.cache_clear()
     torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", False)
+    monkeypatch.setattr(dispatch, "_compiled_pays", lambda param: True)
     param, grad, exp_avg, noise = tensors((50, 20), 0, 4)
-    numbers = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "coupling_scale": 1.0}
     for step in range(1, 20):
-        fused.compiled_update_(
-            param,
-            exp_avg,
-            noise.square(),
-            grad,
-            None,
-            step,
-            lr=1 / step,
-            coupling_factor=0.0,
-            direction="ratio",
-            **numbers,
-        )
+        c = coefficients(step=step, lr=1 / step)
+        dispatch.move_elements_(param, exp_avg, noise.square(), grad, c, "ratio", step)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_one_compiled_update_serves_many_shapes_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     # As on an accelerator, where torch gives up with too many variants of one function.
     torch._dynamo.reset()
-    compiled = torch.compile(update.update_, dynamic=True, backend="eager")
-    monkeypatch.setattr(fused, "_compiled", lambda: compiled)
-    monkeypatch.setattr(fused, "update_", fused.compiled_update_)
+    dispatch._compiled.cache_clear()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile_(f, dynamic=dynamic, backend="eager"))
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", False)
+    monkeypatch.setattr(dispatch, "_compiled_pays", lambda param: True)
     shapes = [(), (3,), (5, 4), (4, 3, 2), (2, 3, 4, 5), (7, 1), (30, 6)]
     for options in ({}, {"state_dtype": torch.bfloat16}, {"coupling_factor": 0.1}, {"max_grad_norm": 0.1}):
         for dtype in (torch.float32, torch.bfloat16):
-            parameters = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-            optimizer = Adams(parameters, **options)
-            for _ in range(3):
-                for p in parameters:
-                    p.grad = torch.randn_like(p)
-                optimizer.step()
-            assert all(torch.isfinite(p).all() for p in parameters)
+            ours, theirs = ([x.to(dtype).requires_grad_() for x in (tensors(s, 0, 1)[0] for s in shapes)] for _ in "ab")
+            for compiled, parameters in ((True, ours), (False, theirs)):
+                monkeypatch.setattr(dispatch, "_compiled_pays", lambda param, compiled=compiled: compiled)
+                optimizer = Adams(parameters, **options)
+                for step in range(3):
+                    for p in parameters:
+                        p.grad = tensors(p.shape, step, 1)[0].to(dtype)
+                    optimizer.step()
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b)
     torch._dynamo.reset()
+    dispatch._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("compiled_form", [True, False])
+@pytest.mark.parametrize("numba", [True, False])
+def test_a_new_direction_is_one_entry_and_takes_effect_on_every_path(
+    compiled_form: bool, numba: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = half_of_ratio if compiled_form else None
+    monkeypatch.setitem(DIRECTION, "half", Direction(tensors=half_of_ratio, numbers=numbers))
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
+    for moment in ("vocabulary", "elementwise"):
+        for clip in (None, 0.1):
+            moved = {}
+            for direction in ("half", "ratio"):
+                parameter = torch.zeros(300, 300, requires_grad=True)
+                parameter.grad = torch.ones_like(parameter)
+                group = {"params": [parameter], "second_moment": moment, "direction": direction}
+                CoupledAdam([group], lr=0.1, coupling_factor=1e-12, max_grad_norm=clip).step()
+                moved[direction] = parameter.detach()
+            torch.testing.assert_close(moved["half"], moved["ratio"] / 2)
+            assert moved["half"].abs().min() > 0.04
+
+
+def half_of_ratio(m_hat, root, eps):
+    return m_hat / ((root + eps) + (root + eps))
 
 
 def test_an_unusable_numba_is_said_once_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "coupled_adam.optim.kernels", None)
     monkeypatch.delattr("coupled_adam.optim.kernels", raising=False)
-    fused._kernels.cache_clear()
+    dispatch._kernels.cache_clear()
     parameter = torch.ones(4, 3, requires_grad=True)
     parameter.grad = torch.ones_like(parameter)
     optimizer = CoupledAdam([{"params": [parameter], "second_moment": "vocabulary"}], lr=0.1)
     with pytest.warns(UserWarning, match="numba cannot be used"):
         optimizer.step()
     optimizer.step()
-    fused._kernels.cache_clear()
+    dispatch._kernels.cache_clear()
     assert parameter[0, 0].item() == pytest.approx(0.8)
 
 
@@ -189,17 +222,15 @@ def test_the_layout_in_memory_makes_no_difference(kind: str, param_layout: str, 
 
 
 def test_the_kernels_are_taken_where_they_apply(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
-    for name in ("sum_squares", "update_rows", "update_elements"):
-        kernel = getattr(fused._kernels(), name)
-        monkeypatch.setattr(fused._kernels(), name, lambda *a, n=name, k=kernel: (taken.append(n), k(*a)))
+    taken, run = [], dispatch._run
+    monkeypatch.setattr(dispatch, "_run", lambda kernel, *a, **k: (taken.append(kernel.__name__), run(kernel, *a, **k)))
     matrix, vector = torch.zeros(30, 4, requires_grad=True), torch.zeros(4, requires_grad=True)
     matrix.grad, vector.grad = torch.ones(30, 4), torch.ones(4)
     CoupledAdam([{"params": [matrix], "second_moment": "vocabulary"}, {"params": [vector]}]).step()
-    assert taken == ["sum_squares", "update_rows"], "an uncoupled group is torch's own"
+    assert taken == ["sum_of_squares_kernel", "move_rows"], "an uncoupled group is torch's own"
     taken.clear()
     Adams([matrix, vector]).step()
-    assert taken == ["update_elements", "update_elements"]
+    assert taken == ["move_elements", "move_elements"]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -210,8 +241,8 @@ def test_a_step_without_numba_is_the_same(
     param, *grads = tensors((40, 8), 2, 6)
     outcomes = []
     for numba in (True, False):
-        monkeypatch.setattr(fused, "HAS_NUMBA", numba)
-        monkeypatch.setattr(fused, "BLOCK_ELEMENTS", 100)  # 12 rows a block, and one of 4
+        monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
+        monkeypatch.setattr(dispatch, "BLOCK_ELEMENTS", 100)  # 12 rows a block, and one of 4
         parameter = param.clone().requires_grad_()
         group = {"params": [parameter], "second_moment": "vocabulary", "coupling_factor": factor}
         optimizer = CoupledAdam([group], lr=0.01, weight_decay=0.1, max_grad_norm=1.0, state_dtype=dtype)

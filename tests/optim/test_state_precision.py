@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from coupled_adam import Adams, CoupledAdam, param_groups
-from coupled_adam.optim import fused
-from coupled_adam.optim.update import stochastically_rounded
+from coupled_adam.optim import dispatch
+from coupled_adam.optim.rounding import stochastically_rounded
 
 
 def test_rounding_is_right_on_average_and_to_a_neighbour() -> None:
@@ -38,7 +38,7 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
 
 @pytest.mark.parametrize("numba", [True, False])
 def test_a_moving_average_arrives_where_plain_rounding_sticks(numba: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "HAS_NUMBA", numba)
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
     parameter = nn.Parameter(torch.zeros(50, 40))
     optimizer = CoupledAdam(
         [{"params": [parameter], "second_moment": "vocabulary"}],

@@ -1,4 +1,5 @@
-"""CPU kernels (numba). Import this only where numba is installed; fused.py decides and prepares the arguments.
+"""CPU kernels: the equations compiled by numba. Import this only where numba is installed; dispatch.py decides, checks
+and prepares the arguments.
 
 Arrays are C-contiguous and float32. A first moment in bfloat16 comes as uint16, its bits, with ``seed`` set. An
 argument of None switches a part off: the compiler prunes it, so each combination is a kernel of its own, compiled on
@@ -7,39 +8,38 @@ first use and kept on disk. ``threads`` is the number of parts in which the work
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
+import functools
+import hashlib
+from pathlib import Path
+
 import numpy as np
 from numba import njit, prange
+from numba.extending import register_jitable
 
-#: The compiler may reorder sums and contract a·b + c, which vectorises loops; NaN and infinity stay what they are.
-MATHS = {"reassoc", "contract", "nsz"}
+from coupled_adam.optim import directions, equations, rounding
+
+inlined = register_jitable(inline="always")
+first_moment, second_moment = inlined(equations.first_moment), inlined(equations.second_moment)
+squared, moved, dice_of = inlined(equations.squared), inlined(equations.moved), inlined(rounding.dice_of)
+
+#: What is compiled into the kernels from other files.
+SOURCES = b"".join(Path(str(module.__file__)).read_bytes() for module in (equations, directions, rounding))
 
 #: Rows that are summed in float32 before they enter the float64 sum.
 BLOCK = 64
 #: Rows that are walked forwards, as the memory likes it, in the pass that goes backwards over the matrix.
 BACKWARD = 512
 
-ZERO, ONE, HALF_PI = np.float32(0), np.float32(1), np.float32(np.pi / 2)
+ZERO = np.float32(0)
 
 #: The bits of a float32 that are all set in NaN and infinity alone.
 EXPONENT = np.uint32(0x7F800000)
 
-#: atan(z)/z on [0, 1] as a polynomial in z² with the least relative error, 1e-7; from a weighted least-squares fit.
-A0, A1, A2, A3 = np.float32(0.99999990), np.float32(-0.33331991), np.float32(0.19969724), np.float32(-0.14019481)
-A4, A5, A6, A7 = np.float32(0.09914292), np.float32(-0.05948638), np.float32(0.02425239), np.float32(-0.00469327)
 
-
-@njit(inline="always")
-def _atan2(y, x):
-    """atan2(y, x) for x ≥ 0, to 3e-7 relative; atan2(0, 0) = 0."""
-    size = abs(y)
-    steep = size > x
-    numerator = x if steep else size
-    denominator = size if steep else x
-    z = numerator / (ONE if denominator == ZERO else denominator)  # NaN goes on as NaN
-    s = z * z
-    angle = z * (A0 + s * (A1 + s * (A2 + s * (A3 + s * (A4 + s * (A5 + s * (A6 + s * A7)))))))
-    angle = HALF_PI - angle if steep else angle
-    return -angle if y < ZERO else angle
+def _version(direction):
+    """A part of the key of numba's cache, which would not see that a file beside this one has changed."""
+    code = direction.__code__
+    return hashlib.sha256(SOURCES + code.co_code + repr((code.co_consts, code.co_names)).encode()).hexdigest()
 
 
 @njit(inline="always")
@@ -50,18 +50,14 @@ def _widened(bits):
 
 @njit(inline="always")
 def _rounded(x, index, seed):
-    """float32 to bfloat16 as update.stochastically_rounded does it, bit for bit."""
-    h = np.uint32(np.uint64(index) * np.uint64(0x9E3779B1) + np.uint64(seed))
-    h = np.uint32((h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B))
-    h = np.uint32((h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35))
-    h = np.uint32(h ^ (h >> np.uint32(16)))
+    """float32 to bfloat16 as rounding.stochastically_rounded does it, bit for bit."""
     bits = np.float32(x).view(np.uint32)
-    dice = np.uint32(0) if (bits & EXPONENT) == EXPONENT else h & np.uint32(0xFFFF)  # NaN and infinity stay
+    dice = np.uint32(0) if (bits & EXPONENT) == EXPONENT else np.uint32(dice_of(index, seed))  # NaN and infinity stay
     return np.uint16((bits + dice) >> np.uint32(16))
 
 
-@njit(parallel=True, fastmath=MATHS, cache=True)
-def sum_squares(grad, total, threads):
+@njit(parallel=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)  # sums in any order, or loops stay scalar
+def sum_of_squares_kernel(grad, total, threads):
     """Rows of ``total`` (threads, H), float64: Σ g² over each thread's rows of ``grad`` (V, H)."""
     rows, columns = grad.shape
     for t in prange(threads):
@@ -78,92 +74,69 @@ def sum_squares(grad, total, threads):
                 part[:] = ZERO
 
 
-@njit(parallel=True, fastmath=MATHS, cache=True)
-def update_rows(param, exp_avg, grad, root, gain, keep, one_minus_beta1, grad_scale, atan, seed, column, row, threads):
-    """Parameter and first moment of a matrix (R, C) whose rows share the second moment.
+@functools.cache
+def rows_kernel(direction):
+    """The kernel that does what update.move_rows_ does, for the ``numbers`` of a Direction.
 
-    θ ← keep·θ − column·row − gain·m·root, or with ``atan`` θ ← keep·θ − column·row − gain·atan2(m, root); ``root`` is
-    (C,). m is the first moment before the correction of its bias, which is in ``root`` and ``gain``.
+    param, exp_avg, grad: (R, C); root: (C,); c: Coefficients of float32; column: (R,) and row: (C,) of spectral
+    decay, or None; seed: int64, or None where the first moment is float32.
     """
-    rows, columns = param.shape
-    for t in prange(threads):
-        first, last = rows * t // threads, rows * (t + 1) // threads
-        # The last blocks first: their gradient was read just now, for the second moment, and may still be in cache.
-        for block in range((last - first + BACKWARD - 1) // BACKWARD):
-            stop = last - block * BACKWARD
-            for i in range(max(stop - BACKWARD, first), stop):
-                theta, moment, g = param[i], exp_avg[i], grad[i]
-                if column is not None:
-                    factor = column[i]
-                for j in range(columns):
-                    m = moment[j] if seed is None else _widened(moment[j])
-                    m += one_minus_beta1 * (g[j] * grad_scale - m)
-                    if seed is None:
-                        moment[j] = m
-                    else:
-                        moment[j] = _rounded(m, i * columns + j, seed)
-                    new = theta[j] * keep
+    toward, version = inlined(direction), _version(direction)
+
+    @njit(parallel=True, cache=True)
+    def move_rows(param, exp_avg, grad, root, c, seed, column, row, threads):
+        rows, columns = param.shape
+        for t in prange(threads):
+            first, last = rows * t // threads, rows * (t + 1) // threads
+            # The last blocks first: their gradient was read just now, for the second moment, and may still be in cache.
+            for block in range((last - first + BACKWARD - 1) // BACKWARD):
+                stop = last - block * BACKWARD
+                for i in range(max(stop - BACKWARD, first), stop):
+                    theta, moment, g = param[i], exp_avg[i], grad[i]
                     if column is not None:
-                        new -= factor * row[j]
-                    if atan is None:
-                        new -= gain * m * root[j]
-                    else:
-                        new -= gain * _atan2(m, root[j])
-                    theta[j] = new
+                        factor = column[i]
+                    for j in range(columns):
+                        m = moment[j] if seed is None else _widened(moment[j])
+                        m = first_moment(m, g[j], c.grad_factor, c.first_rate)
+                        moment[j] = m if seed is None else _rounded(m, i * columns + j, seed)
+                        shrink = theta[j] if column is None else factor * row[j]
+                        way = toward(c.first_scale * m, root[j], c.eps)
+                        theta[j] = moved(theta[j], shrink, c.decay, c.lr, way)
+        return version
+
+    return move_rows
 
 
-@njit(parallel=True, fastmath=MATHS, cache=True)
-def update_elements(
-    param,
-    exp_avg,
-    exp_avg_sq,
-    grad,
-    gain,
-    keep,
-    eps,
-    one_minus_beta1,
-    one_minus_beta2,
-    coupling_factor,
-    root_scale,
-    m_scale,
-    grad_scale,
-    atan,
-    seed,
-    column,
-    row,
-    period,
-    threads,
-):
-    """Parameter and both moments of flat arrays, taken as rows of the length of ``row`` (B, C); the last may be short.
+@functools.cache
+def elements_kernel(direction):
+    """The kernel that does what update.move_elements_ does, for the ``numbers`` of a Direction.
 
-    θ ← keep·θ − column·row − gain·m/(√v·root_scale + ε), or with ``atan`` … − gain·atan2(m·m_scale, √v·root_scale).
-    Row i of the arrays belongs to matrix i // period of the batch.
+    All arrays are flat, taken as rows of the length of ``row`` (B, C); the last may be short. Row i belongs to matrix
+    i // period of the batch. ``column`` (R,) is None without spectral decay; ``row`` is then only for its length.
     """
-    size, columns = param.shape[0], row.shape[1]
-    rows = (size + columns - 1) // columns
-    for t in prange(threads):
-        for i in range(rows * t // threads, rows * (t + 1) // threads):
-            start, stop = i * columns, min((i + 1) * columns, size)
-            theta, moment, second, g = param[start:stop], exp_avg[start:stop], exp_avg_sq[start:stop], grad[start:stop]
-            if column is not None:
-                factor, direction = column[i], row[i // period]
-            for j in range(stop - start):
-                x = g[j] * grad_scale
-                m = moment[j] if seed is None else _widened(moment[j])
-                m += one_minus_beta1 * (x - m)
-                if seed is None:
-                    moment[j] = m
-                else:
-                    moment[j] = _rounded(m, start + j, seed)
-                v = second[j]
-                v += one_minus_beta2 * (x * x + coupling_factor * (m * m) - v)
-                second[j] = v
-                deviation = np.sqrt(v) * root_scale
-                new = theta[j] * keep
+    toward, version = inlined(direction), _version(direction)
+
+    @njit(parallel=True, cache=True)
+    def move_elements(param, exp_avg, exp_avg_sq, grad, c, seed, column, row, period, threads):
+        size, columns = param.shape[0], row.shape[1]
+        rows = (size + columns - 1) // columns
+        for t in prange(threads):
+            for i in range(rows * t // threads, rows * (t + 1) // threads):
+                start, stop = i * columns, min((i + 1) * columns, size)
+                theta, moment = param[start:stop], exp_avg[start:stop]
+                second, g = exp_avg_sq[start:stop], grad[start:stop]
                 if column is not None:
-                    new -= factor * direction[j]
-                if atan is None:
-                    new -= gain * m / (deviation + eps)
-                else:
-                    new -= gain * _atan2(m * m_scale, deviation)
-                theta[j] = new
+                    factor, right = column[i], row[i // period]
+                for j in range(stop - start):
+                    m = moment[j] if seed is None else _widened(moment[j])
+                    m = first_moment(m, g[j], c.grad_factor, c.first_rate)
+                    moment[j] = m if seed is None else _rounded(m, start + j, seed)
+                    square = squared(g[j], m, c.grad_factor, c.coupling_factor)
+                    v = second_moment(second[j], square, c.second_rate)
+                    second[j] = v
+                    shrink = theta[j] if column is None else factor * right[j]
+                    way = toward(c.first_scale * m, c.root_scale * np.sqrt(v), c.eps)
+                    theta[j] = moved(theta[j], shrink, c.decay, c.lr, way)
+        return version
+
+    return move_elements

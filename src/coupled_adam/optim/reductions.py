@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from coupled_adam.optim.update import RankOne
 
@@ -21,7 +20,7 @@ if torch.distributed.is_available():
 T = TypeVar("T")
 
 #: Process groups, whose members hold the other parts of something.
-Groups = tuple[Any, ...]
+ProcessGroups = tuple[Any, ...]
 
 
 class Sum(NamedTuple):
@@ -29,7 +28,7 @@ class Sum(NamedTuple):
 
     part: Tensor
     """What this process adds, of the same shape everywhere."""
-    over: Groups
+    over: ProcessGroups
     """The process groups to sum over, one after the other; empty if ``part`` is the whole."""
 
 
@@ -45,6 +44,12 @@ def run(*batches: Sequence[Reduction[Any]]) -> list[list[Any]]:
             yielded[i] = reductions[i].send(whole)
     results = iter(yielded)
     return [[next(results) for _ in batch] for batch in batches]
+
+
+def run_one(reduction: Reduction[T]) -> T:
+    """The result of a single reduction."""
+    ((result,),) = run([reduction])
+    return result  # type: ignore[no-any-return]
 
 
 def _complete(sums: Sequence[Sum]) -> list[Tensor]:
@@ -67,7 +72,7 @@ def local(x: Tensor) -> Tensor:
     return x
 
 
-def holders(x: Tensor, dim: int | None = None) -> Groups:
+def holders(x: Tensor, dim: int | None = None) -> ProcessGroups:
     """The process groups that share ``x`` along dimension ``dim``, or any if None; empty for a whole tensor."""
     if not (torch.distributed.is_available() and isinstance(x, DTensor)):
         return ()
@@ -119,16 +124,7 @@ def vocabulary_mean(part: Tensor, matrix: Tensor) -> Reduction[Tensor]:
     yield total / max(matrix.shape[0], 1)
 
 
-def norm(tensors: Sequence[Tensor], square_sums: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Norm of all tensors together, a scalar; of some of them only the sums of squares are given."""
-    if not square_sums:
-        return get_total_norm(tensors).to(device)
-    rest = [get_total_norm(tensors)] if tensors else []
-    squares = [r.to(device, torch.promote_types(r.dtype, torch.float32)).square() for r in rest]
-    return torch.stack([*(s.to(device) for s in square_sums), *squares]).sum().sqrt()
-
-
-def complete(part: Tensor, over: Groups) -> Reduction[Tensor]:
+def complete(part: Tensor, over: ProcessGroups) -> Reduction[Tensor]:
     """The whole sum that this is a part of."""
     yield (yield Sum(part, over))
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from coupled_adam.optim.reductions import local, placed_like, reduced_like, run, vocabulary_mean
-from coupled_adam.optim.validation import check_group, parameter_name
+from coupled_adam.optim.checks import check_group, parameter_name
+from coupled_adam.optim.reductions import local, placed_like, reduced_like, run_one, vocabulary_mean
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -162,8 +162,7 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
 def _folded(square: Tensor, param: Tensor) -> Tensor:
     """The mean over the vocabulary of a full second moment."""
     part = local(square).to(state_dtype(param)).sum(0, keepdim=True)
-    ((mean,),) = run([vocabulary_mean(part, square)])
-    return reduced_like(square, mean, 0)
+    return reduced_like(square, run_one(vocabulary_mean(part, square)), 0)
 
 
 def _misfit(name: str, key: str, found: Tensor, expected: tuple[int, ...]) -> str:

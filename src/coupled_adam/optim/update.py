@@ -1,121 +1,99 @@
-"""The maths of one step. Pure and local: sees the shard that this process holds and never communicates."""
+"""The step of one parameter on plain tensors: what every fast path computes.
 
-from collections.abc import Callable
+It sees the shard that this process holds, and never communicates. A second moment that rows share, (1, H), is updated once, first;
+the rows move second, and may do so block by block.
+"""
+
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from coupled_adam.optim.directions import DIRECTION
+from coupled_adam.optim.equations import Coefficients, first_moment, moved, second_moment, squared
+from coupled_adam.optim.rounding import stochastically_rounded
+
 
 class RankOne(NamedTuple):
-    """σ·√M·u·vᵀ of a (…, M, N) matrix, what spectral decay shrinks it by."""
+    """√M·σ·u·vᵀ of a (…, M, N) matrix, what spectral decay shrinks it by."""
 
     column: Tensor
-    """σ·√M·u, (…, M)."""
+    """√M·σ·u, (…, M)."""
     row: Tensor
     """v, (…, N)."""
 
 
-def ratio(m_hat: Tensor, v_hat: Tensor, eps: float) -> Tensor:
-    """m̂ / (√ν̂ + ε), Adam's direction."""
-    return m_hat / (v_hat.sqrt() + eps)
+def sum_of_squares(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
+    """Sum over the rows of (f·g)² + κ·m², m after this step's update: (V, H) -> (1, H), float32 or float64."""
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    g = grad.to(dtype)
+    if c.coupling_factor == 0:
+        return g.square().sum(0, keepdim=True) * (c.grad_factor * c.grad_factor)
+    m = first_moment(exp_avg.to(dtype, copy=True), g, c.grad_factor, c.first_rate)
+    return squared(g, m, c.grad_factor, c.coupling_factor).sum(0, keepdim=True)  # type: ignore[no-any-return]
 
 
-def atan2(m_hat: Tensor, v_hat: Tensor, eps: float) -> Tensor:
-    """atan2(m̂, √ν̂), bounded by π/2; takes no notice of ε."""
-    return torch.atan2(m_hat, v_hat.sqrt().expand_as(m_hat))
+def root_of_rows_(exp_avg_sq: Tensor, square: Tensor, c: Coefficients) -> Tensor:
+    """Update a shared second moment, (1, H), with this step's mean square. Returns √ν̂, (1, H)."""
+    v = second_moment(exp_avg_sq, square, c.second_rate)
+    return c.root_scale * v.sqrt()  # type: ignore[no-any-return]
 
 
-#: Which way a parameter moves, by the name that a param group carries.
-DIRECTION: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"ratio": ratio, "atan2": atan2}
+def move_rows_(
+    param: Tensor,
+    exp_avg: Tensor,
+    grad: Tensor,
+    root: Tensor,
+    c: Coefficients,
+    direction: str,
+    step: float | Tensor,
+    spectral: RankOne | None = None,
+    first: int = 0,
+) -> None:
+    """Move the rows of a matrix that share √ν̂. Modifies ``param`` and ``exp_avg`` in place.
+
+    Args:
+        param: (R, H) of any floating dtype, as are ``grad`` and ``exp_avg``.
+        root: √ν̂, (1, H), float32 or float64; all arithmetic is done in this dtype.
+        step: counts from 1; throws the dice of rounding.
+        spectral: what one unit of decay η·λ takes off; None for the parameter itself.
+        first: the index of the first row in the matrix that these rows are a part of.
+    """
+    m = first_moment(exp_avg.to(root.dtype), grad.to(root.dtype), c.grad_factor, c.first_rate)
+    _keep_moment_(exp_avg, m, step, first * param.shape[1])
+    _move_(param, DIRECTION[direction].tensors(c.first_scale * m, root, c.eps), c, spectral)
 
 
-def update_(
+def move_elements_(
     param: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    square: Tensor | None,
-    step: float | Tensor,
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    coupling_scale: float,
-    coupling_factor: float,
+    c: Coefficients,
     direction: str,
-    grad_scale: float | Tensor = 1.0,
+    step: float | Tensor,
     spectral: RankOne | None = None,
 ) -> None:
-    """One step of Adam and its relatives. Modifies ``param``, ``exp_avg`` and ``exp_avg_sq`` in place.
+    """Move a parameter each of whose elements has a second moment. Modifies parameter and both moments in place.
 
-    Args:
-        param: any shape and floating dtype, as are ``grad`` and ``exp_avg``.
-        exp_avg_sq: of the shape of ``param``, or (1, H) where the rows of a (V, H) parameter share their second moment.
-            float32, or float64 for float64 parameters; all arithmetic is done in this dtype.
-        square: this step's contribution to a shared second moment, (1, H), from reductions.py; None where every element
-            has its own.
-        step: counts from 1.
-        grad_scale: multiplies the gradient: less than 1 to clip, negative to maximize.
-        spectral: what one unit of decay η·λ takes off; None for θ itself.
-
-    Source: Coupled Adam, arXiv 2502.08441, section 3 (the mean over the vocabulary of a linear recursion is that
-    recursion of the mean, so the vector is all the state there is); Adams, Algorithm 1.
+    Args as for :func:`move_rows_`; ``exp_avg_sq`` is float32 or float64, and all arithmetic is done in this dtype.
     """
     dtype = exp_avg_sq.dtype
-    g = grad.to(dtype) * grad_scale
-    m = exp_avg.to(dtype).lerp(g, 1 - beta1)  # m ← β1·m + (1 − β1)·g
-    exp_avg.copy_(m if exp_avg.dtype == dtype else stochastically_rounded(m, step))
-    if square is None:
-        square = g.square() if coupling_factor == 0 else g.square() + coupling_factor * m.square()  # g² + κ·m²
-    exp_avg_sq.lerp_(square, 1 - beta2)  # v ← β2·v + (1 − β2)·square
-    m_hat = m / (1 - beta1**step)  # m̂ = m / (1 − β1^t)
-    v_hat = exp_avg_sq * (coupling_scale / (1 - beta2**step))  # ν̂ = s·v / (1 − β2^t)
-    theta = param.to(dtype)
-    shrink = theta if spectral is None else spectral.column.unsqueeze(-1) * spectral.row.unsqueeze(-2)  # θ or √M·σ·uvᵀ
-    decayed = theta - (lr * weight_decay) * shrink
-    param.copy_(decayed - lr * DIRECTION[direction](m_hat, v_hat, eps))  # θ ← θ − η·λ·shrink − η·direction
+    g = grad.to(dtype)
+    m = first_moment(exp_avg.to(dtype), g, c.grad_factor, c.first_rate)
+    _keep_moment_(exp_avg, m, step)
+    v = second_moment(exp_avg_sq, squared(g, m, c.grad_factor, c.coupling_factor), c.second_rate)
+    _move_(param, DIRECTION[direction].tensors(c.first_scale * m, c.root_scale * v.sqrt(), c.eps), c, spectral)
 
 
-def sum_squares(
-    grad: Tensor, exp_avg: Tensor, *, beta1: float, coupling_factor: float, grad_scale: float | Tensor = 1.0
-) -> Tensor:
-    """Sum of g² + κ·m² over the rows: (V, H) -> (1, H), float32 or float64.
-
-    g is ``grad_scale·grad``, and m the first moment after this step's update of ``exp_avg``.
-    """
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    g = grad.to(dtype) * grad_scale
-    square = g.square()
-    if coupling_factor != 0:
-        m = exp_avg.to(dtype).lerp(g, 1 - beta1)  # m = β1·m + (1 − β1)·g
-        square.add_(m.square(), alpha=coupling_factor)
-    return square.sum(0, keepdim=True)
+def _keep_moment_(exp_avg: Tensor, m: Tensor, step: float | Tensor, first: int = 0) -> None:
+    if exp_avg.dtype == torch.bfloat16:
+        exp_avg.copy_(stochastically_rounded(m, step, first))
+    else:
+        exp_avg.copy_(m)  # itself, as a rule
 
 
-def stochastically_rounded(x: Tensor, step: float | Tensor) -> Tensor:
-    """float32 as bfloat16, up or down with the probabilities that make it right on average.
-
-    The dice are a hash of the step and the element's index: nothing to save, the same on every replica and after a
-    resume. A random number below 2^16 is added to the 16 bits that bfloat16 lacks, which are then cut off.
-    """
-    index = torch.arange(x.numel(), device=x.device).view(x.shape)
-    dice = _hash(index * 0x9E3779B1 + hash_seed(step)) & 0xFFFF
-    bits = x.to(torch.float32).contiguous().view(torch.int32) + dice.to(torch.int32)
-    rounded = (bits & -0x10000).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
-
-
-def hash_seed(step: float | Tensor) -> int | Tensor:
-    """What the step contributes to the hash."""
-    return (step.to(torch.int64) if isinstance(step, Tensor) else int(step)) * 0x85EBCA77
-
-
-def _hash(x: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3 (Appleby, public domain) on the low 32 bits of int64 numbers."""
-    x = x & 0xFFFFFFFF
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-    return x ^ (x >> 16)
+def _move_(param: Tensor, direction: Tensor, c: Coefficients, spectral: RankOne | None) -> None:
+    theta = param.to(direction.dtype)
+    shrink = theta if spectral is None else spectral.column.unsqueeze(-1) * spectral.row.unsqueeze(-2)
+    param.copy_(moved(theta, shrink, c.decay, c.lr, direction))

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from coupled_adam.optim import state as checkpoints
 from coupled_adam.optim.adams import Adams
-from coupled_adam.optim.optimizer import Group, Work, shared_over
+from coupled_adam.optim.checks import check_grad, parameter_name
+from coupled_adam.optim.exchange import ParamGroup, Work, shared_over
 from coupled_adam.optim.reductions import placed_like
-from coupled_adam.optim.validation import check_grad, parameter_name
+from coupled_adam.optim.state import new_state
 
 if dist.is_available():
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -87,7 +87,7 @@ class Adams_ZeRO(Adams):
             state_dtype=state_dtype,
         )
 
-    def add_param_group(self, param_group: Group) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group; its parameters become those of the first process everywhere."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -139,32 +139,30 @@ class Adams_ZeRO(Adams):
         longest = max(range(param.ndim), key=lambda dim: param.shape[dim])
         return [Shard(0 if param.shape[0] >= self._processes else longest)]
 
-    def _updated(self, param: Tensor) -> Tensor:
+    def _target(self, param: Tensor) -> Tensor:
         master: Tensor = self.state[param]["master"]
         return master
 
-    def _new_state(self, param: Tensor, group: Group) -> dict[str, Any]:
+    def _new_state(self, param: Tensor, group: ParamGroup) -> dict[str, Any]:
         master = self._master(param)
-        return {**checkpoints.new_state(master, group), "master": master}
+        return {**new_state(master, group), "master": master}
 
-    def _work(self) -> list[Work]:
+    def _collect(self) -> list[Work]:
         if getattr(self, "found_inf", None) is not None:  # GradScaler sets it, whether or not it has unscaled before
             raise RuntimeError(
                 "Adams_ZeRO does not work with GradScaler, which skips a step in the processes that find an infinity "
                 "and not in the others; train in bfloat16, which needs no scaling, or use FSDP2 with Adams"
             )
-        candidates = [
-            (param, group, parameter_name(group, i))
-            for group in self.param_groups
-            for i, param in enumerate(group["params"])
-            if param.requires_grad or param.grad is not None
-        ]
-        for param, group, name in candidates:
-            if param.grad is not None:
-                check_grad(param.grad, name, coupled=group["second_moment"] == "vocabulary")
-        anywhere = self._anywhere([param for param, _, _ in candidates])
+        candidates = []
+        for group in self.param_groups:
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    check_grad(group, i)
+                if param.requires_grad or param.grad is not None:
+                    candidates.append((param, group))
+        anywhere = self._anywhere([param for param, _ in candidates])
         work = []
-        for (param, group, _), present in zip(candidates, anywhere, strict=True):
+        for (param, group), present in zip(candidates, anywhere, strict=True):
             if present:
                 state = self.state[param]
                 shared = shared_over(state["master"], state, group)

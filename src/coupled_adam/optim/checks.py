@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coupled_adam.optim.update import DIRECTION
+from coupled_adam.optim.directions import DIRECTION
 
 #: Whether each element has a second moment of its own, or the rows of a matrix share one.
 SECOND_MOMENT = ("elementwise", "vocabulary")
@@ -49,7 +49,7 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any], optimizer: str)
 
 
 def parameter_name(group: dict[str, Any], i: int) -> str:
-    """The name of the group's i-th parameter where the optimizer was given names, its index and shape otherwise."""
+    """Name of the group's i-th parameter if the optimizer was given names, else its index and shape."""
     names = group.get("param_names")
     return f"parameter {names[i]!r}" if names else f"parameter {i} of shape {tuple(group['params'][i].shape)}"
 
@@ -66,12 +66,49 @@ def check_param(param: Tensor, name: str, optimizer: str, *, coupled: bool) -> N
         )
 
 
-def check_grad(grad: Tensor, name: str, *, coupled: bool) -> None:
-    """Raise RuntimeError for a gradient that the update cannot use."""
-    if grad.is_sparse and not coupled:
+def check_state(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
+    """Raise RuntimeError if the group's i-th parameter no longer has the shape that group and state were made for."""
+    shape: torch.Size = group["params"][i].shape
+    coupled = group["second_moment"] == "vocabulary"
+    if coupled and len(shape) != 2:
+        raise RuntimeError(_flattened(group, i, "no rows to couple"))
+    if not state:
+        return
+    made_for: torch.Size = state["exp_avg"].shape
+    row = torch.Size((1, *made_for[1:])) if coupled else made_for
+    master: torch.Size = state["master"].shape if "master" in state else made_for
+    if shape != made_for or master != made_for or state["exp_avg_sq"].shape != row:
         raise RuntimeError(
-            f"the gradient of {name} is sparse, which only matrices with second_moment='vocabulary' may have: couple "
-            "it, or build the nn.Embedding with sparse=False"
+            f"{parameter_name(group, i)} has shape {tuple(shape)}, but its optimizer state is for {tuple(made_for)}: it "
+            "was resized after the first step. Build a new optimizer after resizing (after resize_token_embeddings, say)"
+        )
+
+
+def check_still_matrices(group: dict[str, Any]) -> None:
+    """Raise RuntimeError if no parameter of a group that had matrices for spectral decay is a matrix any more."""
+    if group["params"] and not any(param.ndim >= 2 for param in group["params"]):
+        raise RuntimeError(_flattened(group, 0, "no singular value to decay"))
+
+
+def _flattened(group: dict[str, Any], i: int, consequence: str) -> str:
+    return (
+        f"{parameter_name(group, i)} was flattened after the optimizer was built, as DeepSpeed ZeRO, FSDP1 and Megatron's "
+        f"distributed optimizer do: it has {consequence}. Use FSDP2 (fully_shard), which keeps matrices as they are"
+    )
+
+
+def check_grad(group: dict[str, Any], i: int) -> None:
+    """Raise RuntimeError for a gradient of the group's i-th parameter that the update cannot use."""
+    param = group["params"][i]
+    if param.grad.shape != param.shape:
+        raise RuntimeError(
+            f"the gradient of {parameter_name(group, i)} has shape {tuple(param.grad.shape)}, the parameter "
+            f"{tuple(param.shape)}: it was resized since its backward pass. Build a new optimizer after resizing"
+        )
+    if param.grad.is_sparse and group["second_moment"] != "vocabulary":
+        raise RuntimeError(
+            f"the gradient of {parameter_name(group, i)} is sparse, which only matrices with second_moment='vocabulary' "
+            "may have: couple it, or build the nn.Embedding with sparse=False"
         )
 
 

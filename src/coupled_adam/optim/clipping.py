@@ -1,0 +1,54 @@
+"""Clipping by the global norm, as ``torch.nn.utils.clip_grad_norm_`` does it, but within the step."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from coupled_adam.optim.equations import Number
+from coupled_adam.optim.reductions import ProcessGroups, holders, local
+
+
+def partial_norms(
+    held: Sequence[Tensor], grads: Mapping[Tensor, Tensor], sums: Mapping[Tensor, Tensor]
+) -> dict[ProcessGroups, Tensor]:
+    """For every set of processes that share parameters, the norm of this process's part of their gradients.
+
+    Args:
+        held: all parameters, with a gradient or not, so that every process has the same keys.
+        grads: the gradients there are, by parameter.
+        sums: sums of squares of gradients that are known already, by parameter.
+    """
+    sets: dict[ProcessGroups, list[Tensor]] = {}
+    for param in held:
+        sets.setdefault(holders(param), []).append(param)
+    return {
+        over: _norm(
+            [local(grads[p]) for p in params if p in grads and p not in sums],
+            [sums[p].sum() for p in params if p in sums],
+            device=local(params[0]).device,
+        )
+        for over, params in sets.items()
+    }
+
+
+def global_norm(norm: Tensor, square_sums: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients: of those that no other process holds a part of, and of the others' complete sums."""
+    return _norm([norm], square_sums, device=(square_sums or [norm])[0].device)
+
+
+def coefficient(norm: Tensor, bound: float) -> Number:
+    """The factor, at most 1, that brings gradients of this norm to ``bound``; a number where reading it is free."""
+    clip = (bound / (norm + 1e-6)).clamp(max=1.0)  # the 1e-6 is torch's
+    # On an accelerator reading the number would wait for it.
+    return float(clip) if clip.device.type == "cpu" and not torch.compiler.is_compiling() else clip
+
+
+def _norm(tensors: Sequence[Tensor], square_sums: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Norm of all tensors together, a scalar; of some of them only the sums of squares are given."""
+    if not square_sums:
+        return get_total_norm(tensors).to(device)
+    rest = [get_total_norm(tensors)] if tensors else []
+    squares = [r.to(device, torch.promote_types(r.dtype, torch.float32)).square() for r in rest]
+    return torch.stack([*(s.to(device) for s in square_sums), *squares]).sum().sqrt()

@@ -1,0 +1,311 @@
+"""Which implementation takes a step: torch's AdamW, a kernel of ours, or the plain functions of update.py.
+
+Results are those of the plain functions within rounding. No shape reaches a kernel unchecked: it writes to raw memory.
+Kernels of a further kind (Triton's, say) have their place beside numba's in the functions here.
+"""
+
+import functools
+import os
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
+from torch.optim.adamw import adamw
+
+from coupled_adam.optim import update
+from coupled_adam.optim.directions import DIRECTION
+from coupled_adam.optim.equations import Coefficients, Number
+from coupled_adam.optim.rounding import seed_of
+from coupled_adam.optim.state import is_plain_adamw
+from coupled_adam.optim.update import RankOne
+
+HAS_NUMBA = find_spec("numba") is not None
+HAS_TRITON = find_spec("triton") is not None
+
+#: Where torch has a fused AdamW; elsewhere it chooses for itself.
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+#: Row length in which a kernel takes a tensor that has no rows of its own to respect.
+FLAT_ROW = 4096
+#: Elements of a block of rows in which the plain functions take a matrix: few beside the matrix, many to a call.
+BLOCK_ELEMENTS = 2**18
+#: Below this many elements a second thread costs more than it brings.
+ELEMENTS_PER_THREAD = 65536
+
+
+# ------------------------------------------------------------------------------------------------ torch's own AdamW
+
+
+def takes_torchs_adamw(param: Tensor, grad: Tensor, group: dict[str, Any], clip: Number) -> bool:
+    """Whether torch's AdamW takes this parameter's step: where it computes the same, and as fast.
+
+    It takes clipped gradients as copies; a kernel of ours scales a large one as it reads it.
+    """
+    clipped = not (isinstance(clip, float) and clip == 1.0)
+    large = param.numel() >= ELEMENTS_PER_THREAD
+    return is_plain_adamw(param, group) and not (clipped and large and kernels_apply(param, grad))
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    group: dict[str, Any],
+    clip: Number,
+) -> None:
+    """torch's AdamW on local tensors of one group, their states local too, with gradients times ``clip``."""
+    exp_avgs, exp_avg_sqs = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        check_shapes(*tensors)
+    if not (isinstance(clip, float) and clip == 1.0):
+        grads = [grad * beside(clip, grad) for grad in grads]
+    # The fused kernel walks memory, and mixes up elements where the layouts differ.
+    alike = all(len({x.stride() for x in each}) == 1 for each in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
+    fused = alike and not is_compiling() and all(param.device.type in FUSED_DEVICES for param in params)
+    beta1, beta2 = group["betas"]
+    adamw(
+        list(params),
+        list(grads),
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [state["step"] for state in states],
+        foreach=is_compiling() or None,
+        capturable=is_compiling(),
+        fused=fused,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=cast(float, group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
+
+
+def beside(number: Number, x: Tensor) -> Number:
+    """A number on the device of ``x``."""
+    return number.to(x.device) if isinstance(number, Tensor) else number
+
+
+# ---------------------------------------------------------------------------------------------------------- our steps
+
+
+def sum_of_squares(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
+    """As :func:`coupled_adam.optim.update.sum_of_squares`, without a temporary tensor of that size."""
+    check_shapes(grad, exp_avg)
+    if c.coupling_factor == 0 and grad.numel() > 0 and kernels_apply(grad):
+        threads = _threads(grad)
+        total = torch.empty(threads, grad.shape[1], dtype=torch.float64)
+        _run(_kernels().sum_of_squares_kernel, grad.detach().numpy(), total.numpy(), threads=threads)
+        return (total.sum(0, keepdim=True) * float(c.grad_factor) ** 2).to(torch.float32)
+    if not _in_blocks(grad):
+        return update.sum_of_squares(grad, exp_avg, c)
+    blocks = zip(*(torch.split(x, _block(grad)) for x in (grad, exp_avg)), strict=True)
+    return torch.cat([update.sum_of_squares(g, m, c) for g, m in blocks]).sum(0, keepdim=True)
+
+
+def move_rows_(
+    param: Tensor,
+    exp_avg: Tensor,
+    grad: Tensor,
+    root: Tensor,
+    c: Coefficients,
+    direction: str,
+    step: Number,
+    spectral: RankOne | None = None,
+) -> None:
+    """As :func:`coupled_adam.optim.update.move_rows_`, in one pass and without temporary tensors of that size."""
+    check_shapes(param, exp_avg, grad, rows=root)
+    if param.numel() > 0 and has_kernel(direction) and kernels_apply(param, grad, root, moment=exp_avg):
+        kernel = _kernels().rows_kernel(DIRECTION[direction].numbers)
+        moment, seed = _moment(exp_avg, step)
+        arrays = (param.detach().numpy(), moment, grad.detach().numpy(), root.detach().numpy()[0])
+        column, row = _arrays(spectral)
+        _run(kernel, *arrays, _float32(c), seed, column, None if row is None else row[0], threads=_threads(param))
+        # The kernels write past autograd, which must know, to refuse a backward pass through what has changed.
+        increment_version([param, exp_avg])
+    elif _compiled_pays(param):
+        _compiled(update.move_rows_)(param, exp_avg, grad, root, c, direction, step, spectral)
+    elif spectral is not None or not _in_blocks(param):
+        update.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral)
+    else:
+        first = 0
+        blocks = (torch.split(x, _block(param)) for x in (param, exp_avg, grad))
+        for theta, m, g in zip(*blocks, strict=True):
+            update.move_rows_(theta, m, g, root, c, direction, step, first=first)
+            first += len(theta)
+
+
+def move_elements_(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    c: Coefficients,
+    direction: str,
+    step: Number,
+    spectral: RankOne | None = None,
+) -> None:
+    """As :func:`coupled_adam.optim.update.move_elements_`, in one pass and without temporary tensors of that size."""
+    check_shapes(param, exp_avg, exp_avg_sq, grad)
+    if param.numel() > 0 and has_kernel(direction) and kernels_apply(param, grad, exp_avg_sq, moment=exp_avg):
+        kernel = _kernels().elements_kernel(DIRECTION[direction].numbers)
+        moment, seed = _moment(exp_avg.view(-1), step)
+        theta, second, g = (x.detach().view(-1).numpy() for x in (param, exp_avg_sq, grad))
+        column, row = _arrays(spectral)
+        row = row if row is not None else torch.empty(1, min(FLAT_ROW, param.numel())).numpy()  # only its length counts
+        period = param.shape[-2] if spectral is not None else 1
+        _run(kernel, theta, moment, second, g, _float32(c), seed, column, row, period, threads=_threads(param))
+        increment_version([param, exp_avg, exp_avg_sq])
+    elif _compiled_pays(param):
+        _compiled(update.move_elements_)(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral)
+    else:
+        update.move_elements_(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral)
+
+
+def check_shapes(first: Tensor, *others: Tensor, rows: Tensor | None = None) -> None:
+    """Raise RuntimeError unless all have one shape, and ``rows`` is (1, H) beside a matrix (R, H)."""
+    fit = all(x.shape == first.shape for x in others)
+    if rows is not None:
+        fit = fit and first.ndim == 2 and rows.shape == (1, first.shape[1])
+    if not fit:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (first, *others, *([] if rows is None else [rows])))
+        raise RuntimeError(f"parameter, gradient and state do not fit together: they have the shapes {shapes}")
+
+
+def _in_blocks(matrix: Tensor) -> bool:
+    """Whether the plain functions take the matrix in blocks of rows."""
+    return type(matrix) in (Tensor, torch.nn.Parameter) and len(matrix) > _block(matrix) and not is_compiling()
+
+
+def _block(matrix: Tensor) -> int:
+    """Rows of a block."""
+    return max(BLOCK_ELEMENTS // max(matrix.shape[1], 1), 1)
+
+
+# -------------------------------------------------------------------------------------- torch.compile, on accelerators
+
+
+def _compiled_pays(param: Tensor) -> bool:
+    return param.is_cuda and HAS_TRITON and not is_compiling()
+
+
+@functools.cache
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """A plain function compiled for any shape. Past torch's limit of variants it runs uncompiled."""
+    compiled = torch.compile(function, dynamic=True)
+
+    def call(*args: Any) -> None:
+        # A tensor on the CPU would draw the arithmetic of scalars there, and need a compiler for it.
+        compiled(*(_numbers(x) if isinstance(x, Coefficients) else x for x in args))
+
+    return call
+
+
+def _numbers(c: Coefficients) -> Coefficients:
+    return Coefficients(*(x.item() if isinstance(x, Tensor) and x.device.type == "cpu" else x for x in c))
+
+
+# --------------------------------------------------------------------------------------------------- numba, on the CPU
+
+#: numba's simplest pool of threads aborts the process when two threads of it start a kernel.
+_one_at_a_time = threading.Lock()
+_launched = _forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = _launched
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The kernels' module, or None. Imported with the first tensor that they apply to: numba takes a second to load."""
+    try:
+        from coupled_adam.optim import kernels
+    except Exception as error:  # an installed numba may refuse the numpy beside it, in its own ways
+        warnings.warn(f"numba cannot be used ({error}); the optimizer's step takes longer", UserWarning, stacklevel=2)
+        return None
+    return kernels
+
+
+@functools.cache
+def _warn_of_fork() -> None:
+    warnings.warn(
+        "this process was forked from one that had stepped an optimizer: the threads of its kernels are gone, so steps "
+        'take longer here. Start processes with multiprocessing.get_context("spawn"), or fork before the first step',
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def has_kernel(direction: str) -> bool:
+    """Whether the CPU kernels know this direction."""
+    return DIRECTION[direction].numbers is not None
+
+
+def kernels_apply(*tensors: Tensor, moment: Tensor | None = None) -> bool:
+    """Whether all are plain, contiguous float32 tensors on the CPU; the first ``moment`` may be bfloat16."""
+    if not HAS_NUMBA or is_compiling():
+        return False
+    narrow = moment is not None and moment.dtype == torch.bfloat16
+    exact = tensors if moment is None or narrow else (*tensors, moment)
+    fit = all(x.dtype == torch.float32 for x in exact) and all(
+        x.device.type == "cpu" and x.is_contiguous() and type(x) in (Tensor, torch.nn.Parameter)
+        for x in (*tensors, *([] if moment is None else [moment]))
+    )
+    if fit and _forked:
+        _warn_of_fork()
+    return fit and not _forked and _kernels() is not None
+
+
+def _moment(exp_avg: Tensor, step: Number) -> tuple[Any, int | None]:
+    """A first moment as an array, and the seed of the dice if it is bfloat16."""
+    if exp_avg.dtype == torch.bfloat16:
+        return exp_avg.detach().view(torch.uint16).numpy(), int(seed_of(float(step)))
+    return exp_avg.detach().numpy(), None
+
+
+def _float32(c: Coefficients) -> Coefficients:
+    import numpy as np
+
+    return Coefficients(*(np.float32(float(x)) for x in c))  # type: ignore[arg-type]
+
+
+def _arrays(spectral: RankOne | None) -> tuple[Any, Any]:
+    """The two vectors of spectral decay, (R,) and (B, C); None without it."""
+    if spectral is None:
+        return None, None
+    return spectral.column.reshape(-1).numpy(), spectral.row.reshape(-1, spectral.row.shape[-1]).numpy()
+
+
+def _threads(x: Tensor) -> int:
+    """How many threads share the work."""
+    import numba
+
+    return int(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, x.numel() // ELEMENTS_PER_THREAD + 1))
+
+
+def _run(kernel: Callable[..., object], *arguments: Any, threads: int) -> None:
+    """Call a kernel with so many threads, and leave numba's setting as the user has it."""
+    global _launched
+    import numba
+
+    with _one_at_a_time:
+        _launched = True
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        try:
+            kernel(*arguments, threads)
+        finally:
+            numba.set_num_threads(before)

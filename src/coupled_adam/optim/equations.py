@@ -1,0 +1,92 @@
+"""The equations of one element, written with operators alone: stated here and nowhere else.
+
+``update.py`` applies them to tensors, ``kernels.py`` has numba compile them for one number at a time, and any other
+compiler of Python functions can take them as they are. ``x += …`` changes a tensor in place and gives a number its new
+value, so callers use what is returned. :class:`Coefficients` is the only place where bias corrections and the coupling
+scale are folded in.
+
+Notation: θ parameter, g gradient, m and v first and second moment, η learning rate, λ weight decay, t step.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Number = float | Tensor
+
+
+def first_moment(m: Any, g: Any, grad_factor: Any, rate: Any) -> Any:
+    """m ← β1·m + (1 − β1)·f·g, with ``rate`` = 1 − β1 and f = ``grad_factor``."""
+    m += rate * (grad_factor * g - m)
+    return m
+
+
+def squared(g: Any, m: Any, grad_factor: Any, coupling_factor: Any) -> Any:
+    """(f·g)² + κ·m², what a step adds to the second moment."""
+    return grad_factor * g * (grad_factor * g) + coupling_factor * (m * m)
+
+
+def second_moment(v: Any, square: Any, rate: Any) -> Any:
+    """v ← β2·v + (1 − β2)·square, with ``rate`` = 1 − β2."""
+    v += rate * (square - v)
+    return v
+
+
+def moved(theta: Any, shrink: Any, decay: Any, lr: Any, direction: Any) -> Any:
+    """θ ← θ − η·λ·shrink − η·direction, with ``decay`` = η·λ; ``shrink`` is θ, or √M·σ·uvᵀ. Uses ``direction`` up."""
+    direction *= lr
+    direction += decay * shrink
+    theta -= direction  # one rounding of θ
+    return theta
+
+
+class Coefficients(NamedTuple):
+    """What the hyperparameters of a group come to at a step. A kernel that has one number type takes all of them in it.
+
+    On accelerators, and while a compiler traces, any of them may be a tensor of one element.
+    """
+
+    grad_factor: Number
+    """f multiplies the gradient: the clip coefficient, negative to maximize."""
+    first_rate: Number
+    """1 − β1."""
+    second_rate: Number
+    """1 − β2."""
+    coupling_factor: Number
+    """κ."""
+    first_scale: Number
+    """1/(1 − β1^t): m̂ = first_scale·m."""
+    root_scale: Number
+    """√(s/(1 − β2^t)): √ν̂ = root_scale·√v."""
+    eps: Number
+    lr: Number
+    """η."""
+    decay: Number
+    """η·λ."""
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        step: Number,
+        lr: Number,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        coupling_scale: float = 1.0,
+        coupling_factor: float = 0.0,
+        grad_factor: Number = 1.0,
+    ) -> "Coefficients":
+        """Fold the hyperparameters at ``step``, which counts from 1."""
+        return cls(
+            grad_factor=grad_factor,
+            first_rate=1 - beta1,
+            second_rate=1 - beta2,
+            coupling_factor=coupling_factor,
+            first_scale=1 / (1 - beta1**step),
+            root_scale=(coupling_scale / (1 - beta2**step)) ** 0.5,
+            eps=eps,
+            lr=lr,
+            decay=lr * weight_decay,
+        )

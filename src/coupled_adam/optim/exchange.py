@@ -1,0 +1,169 @@
+"""What a step must know of whole tensors before anything moves: the processes exchange it in one all-reduce."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coupled_adam.optim import clipping, dispatch, reductions
+from coupled_adam.optim.equations import Coefficients, Number
+from coupled_adam.optim.reductions import ProcessGroups, Reduction, local, run_one
+from coupled_adam.optim.update import RankOne
+
+ParamGroup = dict[str, Any]
+
+
+@dataclass(eq=False)
+class Work:
+    """A parameter that has a gradient, and what its step needs."""
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    group: ParamGroup
+    shared_over: ProcessGroups
+    """The process groups over which the reductions of this parameter communicate."""
+    present: bool = True
+    """Whether there is a gradient in this process; where only others have one, ``grad`` is 0."""
+
+    @property
+    def steps(self) -> Number:
+        """The number of steps taken."""
+        step: Tensor = self.state["step"]
+        return step.double() if torch.compiler.is_compiling() else step.item()
+
+    @property
+    def coupled(self) -> bool:
+        return bool(self.group["second_moment"] == "vocabulary")
+
+    @property
+    def spectral(self) -> bool:
+        """Whether the step takes off the leading singular triple."""
+        return is_spectral(self.state, self.group)
+
+    def coefficients(self, step: Number, clip: Number) -> Coefficients:
+        """The hyperparameters at ``step``, for a gradient that is multiplied by ``clip``."""
+        group = self.group
+        weight_decay = group["weight_decay"]
+        if group["decay"] == "spectral" and "u" not in self.state:
+            weight_decay = group.get("scalar_vector_weight_decay", weight_decay)
+        clip = dispatch.beside(clip, self.grad)
+        return Coefficients.of(
+            step=step,
+            lr=group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=weight_decay,
+            coupling_scale=group["coupling_scale"] if self.coupled else 1.0,
+            coupling_factor=group["coupling_factor"],
+            grad_factor=-clip if group["maximize"] else clip,
+        )
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was exchanged. What concerns this process alone is computed when a parameter's turn comes, and its numbers
+    are about to be read anyway."""
+
+    work: list[Work]
+    """Without the parameters of which no process has a gradient."""
+    mean_squares: dict[Tensor, Tensor]
+    triples: dict[Tensor, RankOne]
+    norm: Tensor | None
+    """Of all gradients; None if nothing bounds it."""
+
+    def mean_square(self, item: Work, clip: Number) -> Tensor:
+        """The mean over the vocabulary of g² + κ·m², (1, H), g being the gradient times ``clip``."""
+        found = self.mean_squares.get(item.param)
+        return run_one(_mean_square(item, clip)) if found is None else found
+
+    def triple(self, item: Work) -> RankOne:
+        """The leading singular triple of a parameter; its ``u`` has moved on."""
+        found = self.triples.get(item.param)
+        return _triple(item, *run_one(_power_iteration(item))) if found is None else found
+
+
+def exchange(work: list[Work], held: Sequence[Tensor] | None) -> Known:
+    """Make the reductions that communicate, all at once, and the norm of the gradients.
+
+    Args:
+        work: in the same order in every process.
+        held: all parameters, with a gradient or not; None if no norm is wanted.
+    """
+    shared = [item for item in work if item.shared_over]
+    coupled = [item for item in shared if item.coupled]
+    if held is not None:
+        # The norm needs all sums of squares. With κ they are of clipped gradients, which are not known yet.
+        coupled = [item for item in work if item.coupled and item.group["coupling_factor"] == 0]
+    sums = {item.param: _sum_of_squares(item, 1.0) for item in coupled}
+    norms = {}
+    if held is not None:
+        norms = clipping.partial_norms(held, {item.param: item.grad for item in work}, sums)
+    here = norms.pop((), torch.zeros(()))
+    spectral = [item for item in shared if item.spectral]
+    means, iterations, counts, squares = reductions.run(
+        [reductions.vocabulary_mean(sums[item.param], item.param) for item in coupled],
+        [_power_iteration(item) for item in spectral],
+        [reductions.complete(_flag(item), item.shared_over) for item in shared],
+        [reductions.complete(norm.square(), over) for over, norm in norms.items()],
+    )
+    absent = {item.param for item, n in zip(shared, counts, strict=True) if not item.present and n.item() == 0}
+    moving = zip(spectral, iterations, strict=True)
+    return Known(
+        work=[item for item in work if item.param not in absent],
+        mean_squares={item.param: mean for item, mean in zip(coupled, means, strict=True)},
+        triples={item.param: _triple(item, *found) for item, found in moving if item.param not in absent},
+        norm=None if held is None else clipping.global_norm(here, squares),
+    )
+
+
+def clipped(known: Known, clip: Number) -> Known:
+    """The same for gradients times ``clip``. With κ this exchanges once more."""
+    means = {param: mean * _square(clip, mean) for param, mean in known.mean_squares.items()}
+    late = [item for item in known.work if item.coupled and item.shared_over and item.param not in means]
+    (found,) = reductions.run([_mean_square(item, clip) for item in late])
+    return replace(known, mean_squares=means | {item.param: m for item, m in zip(late, found, strict=True)})
+
+
+def is_spectral(state: dict[str, Any], group: ParamGroup) -> bool:
+    """Whether a parameter's step takes off its leading singular triple."""
+    return "u" in state and group["weight_decay"] != 0
+
+
+def shared_over(param: Tensor, state: dict[str, Any], group: ParamGroup) -> ProcessGroups:
+    """The process groups over which the reductions of a parameter communicate."""
+    if is_spectral(state, group):
+        return reductions.holders(param)
+    return reductions.holders(param, 0) if group["second_moment"] == "vocabulary" else ()
+
+
+def _sum_of_squares(item: Work, clip: Number) -> Tensor:
+    """This process's part of the sum over the vocabulary."""
+    c = item.coefficients(1, clip)  # the step does not count here
+    return dispatch.sum_of_squares(local(item.grad), local(item.state["exp_avg"]), c)
+
+
+def _mean_square(item: Work, clip: Number) -> Reduction[Tensor]:
+    return reductions.vocabulary_mean(_sum_of_squares(item, clip), item.param)
+
+
+def _power_iteration(item: Work) -> Reduction[tuple[RankOne, Tensor]]:
+    return reductions.power_iteration(item.state["u"], item.param, item.steps)
+
+
+def _triple(item: Work, triple: RankOne, u: Tensor) -> RankOne:
+    local(item.state["u"]).copy_(u)
+    return triple
+
+
+def _flag(item: Work) -> Tensor:
+    """What a process adds to the number of those that have a gradient."""
+    return local(item.param).new_full((1,), float(item.present), dtype=torch.float32)
+
+
+def _square(clip: Number, x: Tensor) -> Number:
+    factor = dispatch.beside(clip, x)
+    return factor * factor
