@@ -243,12 +243,9 @@ def test_a_running_adamw_job_goes_on_with_coupled_adam() -> None:
     run(model, coupled, range(5, 7))
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_an_adamw_job_with_other_groups_goes_on_too(named: bool) -> None:
+def test_an_adamw_job_with_other_groups_goes_on_too() -> None:
     model = small_model()
-    ordered = list(model.named_parameters()) if named else [model[2].weight, *list(model.parameters())[:-1]]
-    groups = [{"params": ordered[::-1] if named else ordered, "weight_decay": 0.3}]
-    adamw = torch.optim.AdamW(groups, lr=5e-3)
+    adamw = torch.optim.AdamW([{"params": list(model.named_parameters())[::-1], "weight_decay": 0.3}], lr=5e-3)
     run(model, adamw, range(3))
     coupled = CoupledAdam(param_groups(model, coupled=[model[2]]), lr=1e-3)
     coupled.load_state_dict(adamw.state_dict())
@@ -363,8 +360,8 @@ def test_checkpoints_that_do_not_fit_name_the_parameter() -> None:
 
     with pytest.raises(ValueError, match=r"groups of \[1, 2, 1\] parameters, this optimizer of \[3\]"):
         CoupledAdam(list(model.parameters())[:3]).load_state_dict(saved)
-    with pytest.raises(ValueError, match=r"exp_avg_sq of parameter 0 of shape \(37, 12\) has shape \(1, 12\)"):
-        CoupledAdam(model.parameters()).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"exp_avg_sq of parameter '2.weight' has shape \(1, 12\), not \(37, 12\)"):
+        CoupledAdam(model.named_parameters()).load_state_dict(saved)
     plain = [{**group, "second_moment": "elementwise"} for group in param_groups(model, coupled=[model[2]])]
     with pytest.raises(ValueError, match=r"exp_avg_sq of parameter '2.weight' has shape \(1, 12\), not \(37, 12\)"):
         CoupledAdam(plain).load_state_dict(saved)

@@ -1,6 +1,10 @@
 """The fast paths give what the plain functions give, over shapes, layouts and settings; and they are taken."""
 
+import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import coupled_adam
 from coupled_adam import Adams, CoupledAdam
 from coupled_adam.optim import dispatch, update
 from coupled_adam.optim.directions import DIRECTION, Direction
@@ -252,3 +257,24 @@ def test_a_step_without_numba_is_the_same(
         outcomes.append(parameter.detach())
     tolerance = 1e-6 if dtype is None else 1e-4
     torch.testing.assert_close(*outcomes, rtol=tolerance, atol=tolerance)
+
+
+def test_a_changed_equation_is_not_served_from_the_cache_of_compiled_kernels(tmp_path) -> None:
+    # numba looks at the file of the kernel alone, and the equations are in another.
+    package = tmp_path / "coupled_adam"
+    shutil.copytree(Path(coupled_adam.__file__).parent / "optim", package / "optim")
+    (package / "__init__.py").touch()
+    program = (
+        "import torch; from coupled_adam.optim import CoupledAdam; p = torch.zeros(9, 4, requires_grad=True);"
+        "p.grad = torch.ones(9, 4); o = CoupledAdam([{'params': [p], 'second_moment': 'vocabulary'}], lr=0.5); o.step();"
+        "print(round(p[0, 0].item(), 3))"
+    )
+
+    def step() -> str:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+        return subprocess.check_output([sys.executable, "-c", program], env=environment, text=True).strip()
+
+    assert step() == "-0.5"
+    equations = package / "optim" / "equations.py"
+    equations.write_text(equations.read_text().replace("theta -= direction", "theta += direction"))
+    assert step() == "0.5"

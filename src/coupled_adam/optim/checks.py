@@ -79,8 +79,8 @@ def check_state(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
     master: torch.Size = state["master"].shape if "master" in state else made_for
     if shape != made_for or master != made_for or state["exp_avg_sq"].shape != row:
         raise RuntimeError(
-            f"{parameter_name(group, i)} has shape {tuple(shape)}, but its optimizer state is for {tuple(made_for)}: it "
-            "was resized after the first step. Build a new optimizer after resizing (after resize_token_embeddings, say)"
+            f"{parameter_name(group, i)} has shape {tuple(shape)}, but its optimizer state is for {tuple(made_for)}: "
+            "it was resized after the first step. Build a new optimizer after resizing, as by resize_token_embeddings"
         )
 
 
@@ -92,8 +92,8 @@ def check_still_matrices(group: dict[str, Any]) -> None:
 
 def _flattened(group: dict[str, Any], i: int, consequence: str) -> str:
     return (
-        f"{parameter_name(group, i)} was flattened after the optimizer was built, as DeepSpeed ZeRO, FSDP1 and Megatron's "
-        f"distributed optimizer do: it has {consequence}. Use FSDP2 (fully_shard), which keeps matrices as they are"
+        f"{parameter_name(group, i)} was flattened after the optimizer was built, as by DeepSpeed ZeRO, FSDP1 or "
+        f"Megatron's distributed optimizer: it has {consequence}. Use FSDP2 (fully_shard), which keeps matrices"
     )
 
 
@@ -107,8 +107,8 @@ def check_grad(group: dict[str, Any], i: int) -> None:
         )
     if param.grad.is_sparse and group["second_moment"] != "vocabulary":
         raise RuntimeError(
-            f"the gradient of {parameter_name(group, i)} is sparse, which only matrices with second_moment='vocabulary' "
-            "may have: couple it, or build the nn.Embedding with sparse=False"
+            f"the gradient of {parameter_name(group, i)} is sparse, which only a matrix with "
+            "second_moment='vocabulary' may have: couple it, or build the nn.Embedding with sparse=False"
         )
 
 

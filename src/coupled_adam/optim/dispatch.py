@@ -46,38 +46,38 @@ def takes_torchs_adamw(param: Tensor, grad: Tensor, group: dict[str, Any], clip:
 
     It takes clipped gradients as copies; a kernel of ours scales a large one as it reads it.
     """
-    clipped = not (isinstance(clip, float) and clip == 1.0)
     large = param.numel() >= ELEMENTS_PER_THREAD
-    return is_plain_adamw(param, group) and not (clipped and large and kernels_apply(param, grad))
+    return is_plain_adamw(param, group) and not (not _is_one(clip) and large and kernels_apply(param, grad))
 
 
 def adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    states: Sequence[dict[str, Any]],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
     group: dict[str, Any],
     clip: Number,
 ) -> None:
-    """torch's AdamW on local tensors of one group, their states local too, with gradients times ``clip``."""
-    exp_avgs, exp_avg_sqs = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+    """torch's AdamW on local tensors of one group, with gradients times ``clip``."""
+    alike = True
     for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         check_shapes(*tensors)
-    if not (isinstance(clip, float) and clip == 1.0):
+        # The fused kernel walks memory, and mixes up elements where the layouts differ.
+        alike = alike and len({x.stride() for x in tensors}) == 1
+    if not _is_one(clip):
         grads = [grad * beside(clip, grad) for grad in grads]
-    # The fused kernel walks memory, and mixes up elements where the layouts differ.
-    alike = all(len({x.stride() for x in each}) == 1 for each in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True))
-    fused = alike and not is_compiling() and all(param.device.type in FUSED_DEVICES for param in params)
     beta1, beta2 = group["betas"]
     adamw(
         list(params),
         list(grads),
-        exp_avgs,
-        exp_avg_sqs,
+        list(exp_avgs),
+        list(exp_avg_sqs),
         [],
-        [state["step"] for state in states],
+        list(steps),
         foreach=is_compiling() or None,
         capturable=is_compiling(),
-        fused=fused,
+        fused=alike and not is_compiling() and all(param.device.type in FUSED_DEVICES for param in params),
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
@@ -86,6 +86,11 @@ def adamw_(
         eps=group["eps"],
         maximize=group["maximize"],
     )
+
+
+def _is_one(clip: Number) -> bool:
+    """Whether nothing is clipped; of a tensor it is not known."""
+    return isinstance(clip, float) and clip == 1.0
 
 
 def beside(number: Number, x: Tensor) -> Number:
@@ -221,7 +226,9 @@ _launched = _forked = False
 
 def _after_fork() -> None:
     global _forked
-    _forked = _launched
+    if _launched:
+        _forked = True
+        torch.set_num_threads(1)  # torch would wait for threads that this process does not have
 
 
 if hasattr(os, "register_at_fork"):
@@ -242,8 +249,8 @@ def _kernels() -> Any:
 @functools.cache
 def _warn_of_fork() -> None:
     warnings.warn(
-        "this process was forked from one that had stepped an optimizer: the threads of its kernels are gone, so steps "
-        'take longer here. Start processes with multiprocessing.get_context("spawn"), or fork before the first step',
+        "this process was forked from one that had stepped an optimizer, and lacks its threads: steps take one thread "
+        'and no kernels here. Start processes with multiprocessing.get_context("spawn"), or before the first step',
         UserWarning,
         stacklevel=2,
     )

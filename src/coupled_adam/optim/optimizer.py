@@ -173,16 +173,18 @@ class AdamFamily(Optimizer):
 
 def _move(known: Known, clip: Number) -> None:
     """Move all parameters: group by group those that torch's AdamW takes, in one call, and then the others."""
-    for _, same in itertools.groupby(known.work, key=lambda item: id(item.group)):
-        items = list(same)
-        torchs = [i for i in items if dispatch.takes_torchs_adamw(local(i.param), local(i.grad), i.group, clip)]
-        if torchs:
-            params, grads = ([local(getattr(item, name)) for item in torchs] for name in ("param", "grad"))
-            local_states = [{key: local(x) for key, x in item.state.items()} for item in torchs]
-            dispatch.adamw_(params, grads, local_states, torchs[0].group, clip)
+    for _, items in itertools.groupby(known.work, key=lambda item: id(item.group)):
+        torchs: list[Work] = []
+        ours: list[Work] = []
         for item in items:
-            if item not in torchs:
-                _move_one(item, known, clip)
+            by_torch = dispatch.takes_torchs_adamw(local(item.param), local(item.grad), item.group, clip)
+            (torchs if by_torch else ours).append(item)
+        if torchs:
+            params, grads = [local(i.param) for i in torchs], [local(i.grad) for i in torchs]
+            m, v, steps = ([local(i.state[key]) for i in torchs] for key in ("exp_avg", "exp_avg_sq", "step"))
+            dispatch.adamw_(params, grads, m, v, steps, torchs[0].group, clip)
+        for item in ours:
+            _move_one(item, known, clip)
 
 
 def _move_one(item: Work, known: Known, clip: Number) -> None:

@@ -1,8 +1,8 @@
 """Stochastic rounding to bfloat16, for moments that are kept in two bytes.
 
 A random number below 2^16 is added to the 16 bits that bfloat16 lacks, which are then cut off: up or down with the
-probabilities that make it right on average. The dice are a hash of the step and of the element's index: there is nothing
-to save, and they fall alike on every replica, in every implementation, and after a resume.
+probabilities that make it right on average. The dice are a hash of the step and of the element's index: there is no
+state to save, and they fall alike on every replica, in every implementation, and after a resume.
 """
 
 from typing import Any

@@ -103,24 +103,37 @@ def _matched(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -
 
     Where the groups differ, the hyperparameters are those of ``groups``.
     """
-    sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
     names, saved_names = ([bare(n) for g in gs for n in g.get("param_names", ())] for gs in (groups, saved_groups))
-    if sizes == saved_sizes and (names == saved_names or not (names and saved_names)):
+    sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
+    if not (names and saved_names):
+        if sizes != saved_sizes:
+            raise ValueError(_unnamed(sizes, saved_sizes, saved_has_names=bool(saved_names)))
         return saved_groups
-    keys = [key for g in saved_groups for key in g["params"]]
-    if sorted(names) == sorted(saved_names) and names:
-        by_name = dict(zip(saved_names, keys, strict=True))
-        keys = [by_name[name] for name in names]
-    elif names and saved_names:
+    if names == saved_names and sizes == saved_sizes:
+        return saved_groups
+    if sorted(names) != sorted(saved_names):
         first = min(set(names) ^ set(saved_names))
         raise ValueError(f"Parameter {first!r} is in the checkpoint or in this optimizer, but not in both")
-    elif len(keys) != sum(sizes):
-        raise ValueError(
-            f"The checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}; "
-            "build the optimizer for the model of the run that saved the checkpoint"
-        )
-    position = iter(keys)
-    return [{**group, "params": [next(position) for _ in group["params"]]} for group in groups]
+    by_name = dict(zip(saved_names, (key for g in saved_groups for key in g["params"]), strict=True))
+    keys = (by_name[name] for name in names)
+    return [{**group, "params": [next(keys) for _ in group["params"]]} for group in groups]
+
+
+def _unnamed(sizes: list[int], saved_sizes: list[int], *, saved_has_names: bool) -> str:
+    """Why positions do not tell which moments belong to which parameter, and what does."""
+    reason = (
+        f"The checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}, and without names a "
+        "parameter could be given the moments of another. "
+    )
+    if sum(sizes) != sum(saved_sizes):
+        return reason + "Build the optimizer for the model of the run that saved the checkpoint"
+    if saved_has_names:
+        return reason + "Build this optimizer with names: param_groups(model), or model.named_parameters()"
+    return reason + (
+        "Put the parameters' names into the checkpoint's groups, in their order "
+        '(state_dict["param_groups"][i]["param_names"] = [...]), and build this optimizer with names too: '
+        "param_groups(model), or model.named_parameters()"
+    )
 
 
 def bare(name: str) -> str:
@@ -167,7 +180,10 @@ def _folded(square: Tensor, param: Tensor) -> Tensor:
 
 def _misfit(name: str, key: str, found: Tensor, expected: tuple[int, ...]) -> str:
     shape = tuple(found.shape)
-    return f"The checkpoint's {key} of {name} has shape {shape}, not {expected}; it is of another model or grouping"
+    return (
+        f"The checkpoint's {key} of {name} has shape {shape}, not {expected}; it belongs to another model or to other "
+        "param groups"
+    )
 
 
 def restore(

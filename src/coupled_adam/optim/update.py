@@ -1,7 +1,7 @@
 """The step of one parameter on plain tensors: what every fast path computes.
 
-It sees the shard that this process holds, and never communicates. A second moment that rows share, (1, H), is updated once, first;
-the rows move second, and may do so block by block.
+It sees the shard that this process holds, and never communicates. A second moment that rows share, (1, H), is updated
+once, first; the rows move second, and may do so block by block.
 """
 
 from typing import NamedTuple

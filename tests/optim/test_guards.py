@@ -1,0 +1,196 @@
+"""What would corrupt memory, hang, or go wrong in silence is an error that names the parameter and the remedy."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, param_groups
+from coupled_adam.optim import dispatch
+from coupled_adam.optim.equations import Coefficients
+
+KINDS = {
+    "coupled": lambda p: CoupledAdam([{"params": [("table", p)], "second_moment": "vocabulary"}]),
+    "clipped": lambda p: CoupledAdam([{"params": [("table", p)], "second_moment": "vocabulary"}], max_grad_norm=1.0),
+    "bfloat16 moment": lambda p: CoupledAdam(
+        [{"params": [("table", p)], "second_moment": "vocabulary"}], state_dtype=torch.bfloat16
+    ),
+    "moment coupling": lambda p: CoupledAdam([("table", p)], coupling_factor=0.1),
+    "torch's fused AdamW": lambda p: quietly(CoupledAdam, [("table", p)]),
+    "adams": lambda p: Adams([("table", p)]),
+    "zero": lambda p: Adams_ZeRO([("table", p)]),
+}
+
+
+def quietly(cls: type, *args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cls(*args, **kwargs)
+
+
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("shape", [(4000, 64), (20, 64), (50, 80), (50, 10)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_that_was_resized_is_refused_by_name(
+    kind: str, shape: tuple[int, int], numba: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
+    parameter = nn.Parameter(torch.randn(50, 64))
+    optimizer = KINDS[kind](parameter)
+    parameter.grad = torch.randn(50, 64)
+    optimizer.step()
+    parameter.data = torch.randn(shape)  # as resize_token_embeddings does it to a tied embedding
+    before = parameter.detach().clone()
+    parameter.grad = torch.randn(shape)
+    with pytest.raises(
+        RuntimeError, match=rf"'table' has shape \({shape[0]}, {shape[1]}\).*for \(50, 64\).*new optimizer"
+    ):
+        optimizer.step()
+    assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_from_before_the_resizing_is_refused(kind: str) -> None:
+    parameter = nn.Parameter(torch.randn(50, 64))
+    parameter.grad = torch.randn(50, 64)
+    parameter.data = torch.randn(4000, 64)
+    with pytest.raises(RuntimeError, match=r"gradient of parameter 'table' has shape \(50, 64\).*\(4000, 64\)"):
+        KINDS[kind](parameter).step()
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.zeros(shape) for shape in shapes]
+
+
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("wrong", range(4))
+def test_no_wrong_shape_reaches_a_kernel_whoever_calls_it(
+    wrong: int, numba: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
+    c = Coefficients.of(step=1, lr=0.1, beta1=0.9, beta2=0.9, eps=0, weight_decay=0)
+    shapes = [(50, 64)] * 4
+    shapes[wrong] = (4000, 64)
+    param, exp_avg, exp_avg_sq, grad = tensors(*shapes)
+    group = {"betas": (0.9, 0.9), "lr": 0.1, "weight_decay": 0, "eps": 0, "maximize": False}
+    with pytest.raises(RuntimeError, match=r"do not fit together.*\(4000, 64\)"):
+        dispatch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, "ratio", 1)
+    with pytest.raises(RuntimeError, match=r"do not fit together.*\(4000, 64\)"):
+        dispatch.adamw_([param], [grad], [exp_avg], [exp_avg_sq], [torch.tensor(0.0)], group, 1.0)
+    root = torch.zeros(1, 65 if wrong == 2 else 64)
+    with pytest.raises(RuntimeError, match="do not fit together"):
+        dispatch.move_rows_(param, exp_avg, grad, root, c, "ratio", 1)
+    if wrong in (1, 3):
+        with pytest.raises(RuntimeError, match="do not fit together"):
+            dispatch.sum_of_squares(grad, exp_avg, c)
+
+
+def test_a_coupled_parameter_that_was_flattened_is_refused_with_the_remedy() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False))
+    optimizer = CoupledAdam(param_groups(model, coupled=[model[1]]))
+    for group in optimizer.param_groups:  # what DeepSpeed ZeRO does
+        group["params"] = [nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))]
+        group["params"][0].grad = torch.ones_like(group["params"][0])
+    with pytest.raises(RuntimeError, match=r"'1.weight' was flattened .*DeepSpeed ZeRO.*no rows to couple.*FSDP2"):
+        optimizer.step()
+
+
+def test_adams_without_its_matrices_is_refused_with_the_remedy() -> None:
+    model = nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 4))
+    optimizer = Adams(model.named_parameters())
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match=r"'0.weight' was flattened .*no singular value to decay.*FSDP2"):
+        optimizer.step()
+    vectors = Adams([model[0].bias, model[1].bias])  # a group that never had a matrix
+    model[0].bias.grad = torch.ones_like(model[0].bias)
+    vectors.step()
+
+
+def test_an_adamw_checkpoint_without_names_and_with_other_groups_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False))  # both (9, 4): position fits either
+
+    def adamw(params) -> torch.optim.AdamW:
+        optimizer = torch.optim.AdamW(params)
+        model[0].weight.grad, model[1].weight.grad = torch.full((9, 4), 1.0), torch.full((9, 4), 5.0)
+        optimizer.step()
+        return optimizer
+
+    coupled = CoupledAdam(param_groups(model, coupled=[model[1]]))
+    with pytest.raises(ValueError, match=r"groups of \[2\] parameters, this optimizer of \[1, 1\].*param_names"):
+        coupled.load_state_dict(adamw(model.parameters()).state_dict())
+    unnamed = [
+        {**group, "params": [p for _, p in group["params"]]} for group in param_groups(model, coupled=[model[1]])
+    ]
+    with pytest.raises(ValueError, match="Build this optimizer with names"):
+        CoupledAdam(unnamed).load_state_dict(adamw(model.named_parameters()).state_dict())
+    with pytest.raises(ValueError, match="model of the run that saved"):
+        coupled.load_state_dict(torch.optim.AdamW([model[0].weight]).state_dict())
+    for fits in (unnamed, model.named_parameters()):  # the same layout, or names
+        coupled.load_state_dict(adamw(fits).state_dict())
+        assert coupled.state[model[1].weight]["exp_avg"][0, 0].item() == pytest.approx(0.5)
+
+
+def run(program: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_forked_process_steps_without_the_kernels_and_says_so_once() -> None:
+    done = run(
+        """
+        import os, sys, torch
+        from coupled_adam import CoupledAdam
+        torch.set_num_threads(2)
+        p = torch.zeros(600, 300, requires_grad=True)
+        p.grad = torch.ones_like(p)
+        optimizer = CoupledAdam([{"params": [p], "second_moment": "vocabulary"}], lr=0.1)
+        optimizer.step()
+        child = os.fork()
+        for _ in range(2):
+            optimizer.step()
+        print(round(p[0, 0].item(), 5), round(p[-1, -1].item(), 5), flush=True)
+        if child:
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["-0.3"] * 4
+    assert done.stderr.count("UserWarning: this process was forked") == 1
+    assert "spawn" in done.stderr
+
+
+def test_threads_may_step_optimizers_at_the_same_time_where_numba_cannot() -> None:
+    done = run(
+        """
+        import threading, torch
+        from coupled_adam import CoupledAdam
+        def train():
+            p = torch.zeros(600, 300, requires_grad=True)
+            p.grad = torch.ones_like(p)
+            optimizer = CoupledAdam([{"params": [p], "second_moment": "vocabulary"}], lr=0.1)
+            for _ in range(200):
+                optimizer.step()
+            print(round(p.mean().item(), 2))
+        train()
+        threads = [threading.Thread(target=train) for _ in range(3)]
+        for each in threads: each.start()
+        for each in threads: each.join()
+        import numba
+        print(numba.threading_layer())
+        """,
+        NUMBA_THREADING_LAYER="workqueue",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["-20.0"] * 4 + ["workqueue"]
