@@ -266,7 +266,7 @@ def test_a_changed_equation_is_not_served_from_the_cache_of_compiled_kernels(tmp
     (package / "__init__.py").touch()
     program = (
         "import torch; from coupled_adam.optim import CoupledAdam; p = torch.zeros(9, 4, requires_grad=True);"
-        "p.grad = torch.ones(9, 4); o = CoupledAdam([{'params': [p], 'second_moment': 'vocabulary'}], lr=0.5); o.step();"
+        "p.grad = torch.ones(9, 4); CoupledAdam([{'params': [p], 'second_moment': 'vocabulary'}], lr=0.5).step();"
         "print(round(p[0, 0].item(), 3))"
     )
 
