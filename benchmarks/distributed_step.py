@@ -101,11 +101,11 @@ def timed(step: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def worker(rank: int, ranks: int, folder: str, args: argparse.Namespace) -> None:
+def worker(rank: int, ranks: int, directory: str, args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if ranks > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/{ranks}", rank=rank, world_size=ranks)
+        dist.init_process_group("gloo", init_method=f"file://{directory}/{ranks}", rank=rank, world_size=ranks)
     steps = {name: prepared(make, ranks, args) for name, make in OPTIMIZERS.items()}
     sent = {}
     for name, step in steps.items():
@@ -149,9 +149,9 @@ def main() -> None:
     args = parser.parse_args()
     print("| processes | optimizer | collectives a step | bytes a process sends | step | ÷ AdamW |")
     print("| ---: | --- | --- | ---: | ---: | ---: |", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         for ranks in args.ranks:
-            mp.spawn(worker, (ranks, folder, args), nprocs=ranks)
+            mp.spawn(worker, (ranks, directory, args), nprocs=ranks)
 
 
 if __name__ == "__main__":

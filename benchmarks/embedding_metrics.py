@@ -48,9 +48,9 @@ def main() -> None:
         for i, word in enumerate(sorted({w for b in geometry.published_benchmarks() for p in b.pairs for w in p[:2]}))
     }
 
-    def everything() -> geometry.Audit:
+    def everything() -> geometry.Measurements:
         benchmarks = geometry.published_benchmarks()
-        return geometry.audit(embedding, counts=counts, token_of=words.get, benchmarks=benchmarks)
+        return geometry.measure(embedding, counts=counts, token_of=words.get, benchmarks=benchmarks)
 
     seconds: dict[str, list[float]] = {"isotropy": [], "textbook": [], "everything": []}
     jobs = {

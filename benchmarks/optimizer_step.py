@@ -77,7 +77,7 @@ def clipped(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) ->
 
 def gpt2() -> LanguageModel:
     """The 124M parameters of the paper's smallest model: no biases, 50,304 tokens, tied embeddings."""
-    model = LanguageModel(Model(layers=12, heads=12, width=768), 50_304, 1_024)
+    model = LanguageModel(Model(n_layers=12, n_heads=12, hidden_size=768), 50_304, 1_024)
     with_gradients(list(model.parameters()))
     return model
 

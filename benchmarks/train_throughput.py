@@ -5,7 +5,7 @@
 All three train the same shape on the same tokens with clipping at 1.0. Ours is the model, loss and optimizers of
 `coupled-adam train` with Coupled Adam on the embedding; the others take AdamW(fused=True) and clip_grad_norm_.
 transformers: GPT2LMHeadModel, without dropout. Textbook: our model, eager, the logits of all positions at once. Figures
-are medians of the ratios of neighbouring steps, in both orders. Memory is the peak of a process of its own that makes
+are medians of the ratios of neighboring steps, in both orders. Memory is the peak of a process of its own that makes
 three steps, less what it held before the first with all libraries loaded, the 70 MiB of numba among them; median of
 five, as the allocator's gaps differ from run to run.
 """
@@ -53,8 +53,8 @@ class Shape:
         return Experiment.from_dict(
             {
                 "run": {"name": "throughput"},
-                "model": {"layers": self.layers, "heads": self.heads, "width": self.width},
-                "data": {"vocabulary": self.vocabulary, "sequence_length": self.length},
+                "model": {"n_layers": self.layers, "n_heads": self.heads, "hidden_size": self.width},
+                "data": {"vocab_size": self.vocabulary, "sequence_length": self.length},
                 "optimizer": {"embedding": {"name": "coupled_adam"}},
                 "train": {"batch_tokens": self.batch * self.length},
             }

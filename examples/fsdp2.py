@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", type=Path, help="folder of the checkpoints, one a subfolder")
+    parser.add_argument("--checkpoint", type=Path, help="directory of the checkpoints, one a subfolder")
     args = parser.parse_args()
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -111,7 +111,7 @@ def main() -> None:
     optimizer = CoupledAdam(param_groups(model), lr=args.lr, betas=(0.9, 0.95), max_grad_norm=1.0)
 
     first = 0
-    # The last file of a checkpoint is .metadata: a folder without it was not finished.
+    # The last file of a checkpoint is .metadata: a directory without it was not finished.
     finished = [int(path.parent.name) for path in args.checkpoint.glob("*/.metadata")] if args.checkpoint else []
     if finished:
         first = max(finished)

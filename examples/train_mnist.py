@@ -117,8 +117,8 @@ def digits(seed: int) -> tuple[Images, Images]:
     return train, test
 
 
-def mnist(folder: Path) -> tuple[Images, Images]:
-    """Training and test images (1, 28, 28) of MNIST with their digits, downloaded unless they are in the folder."""
+def mnist(directory: Path) -> tuple[Images, Images]:
+    """Training and test images (1, 28, 28) of MNIST with their digits, downloaded unless they are in the directory."""
     try:
         from torchvision import datasets, transforms
     except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
@@ -127,10 +127,10 @@ def mnist(folder: Path) -> tuple[Images, Images]:
     convert = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.13, 0.31)])  # mean 0, deviation 1
     try:
         with contextlib.redirect_stdout(None):  # torchvision prints every address that it tries
-            train, test = (datasets.MNIST(folder, part, convert, download=True) for part in (True, False))
+            train, test = (datasets.MNIST(directory, part, convert, download=True) for part in (True, False))
     except (OSError, RuntimeError, ValueError) as error:
         remedy = "connect to the internet, choose another --data-dir, or --dataset digits"
-        fail(f"argument --dataset: mnist is not in {folder} and cannot be downloaded ({error}); {remedy}")
+        fail(f"argument --dataset: mnist is not in {directory} and cannot be downloaded ({error}); {remedy}")
     return train, test
 
 

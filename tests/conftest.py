@@ -9,7 +9,10 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 from processes import Processes
 
+from coupled_adam import progress
 from coupled_adam.lm.config import Experiment
+
+progress.show_log()  # as the command line does
 
 WORDS = "the of a river lake mountain sun moon king queen dog cat house street walked saw and over under quickly slowly"
 
@@ -98,8 +101,8 @@ def tiny_experiment() -> Experiment:
     return Experiment.from_dict(
         {
             "run": {"name": "tiny", "seed": 3},
-            "model": {"layers": 2, "heads": 2, "width": 16},
-            "data": {"vocabulary": 300, "sequence_length": 16},
+            "model": {"n_layers": 2, "n_heads": 2, "hidden_size": 16},
+            "data": {"vocab_size": 300, "sequence_length": 16},
             "optimizer": {"embedding": {"name": "coupled_adam"}},
             "schedule": {"warmup_steps": 4},
             "train": {"steps": 24, "batch_tokens": 64, "checkpoint_every": 10},

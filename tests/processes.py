@@ -54,11 +54,15 @@ class Processes:
             self._started = False
 
 
-def _serve(rank: int, folder: str, count: int, tasks: Any, results: Any) -> None:
+def _serve(rank: int, directory: str, count: int, tasks: Any, results: Any) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count, timeout=timedelta(seconds=PATIENCE)
+        "gloo",
+        init_method=f"file://{directory}/store",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=PATIENCE),
     )
     while True:
         function, args, kwargs = tasks[rank].get()

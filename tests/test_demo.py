@@ -28,7 +28,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a shortened demo on the user's own text."""
+    """The directory of a shortened demo on the user's own text."""
     out = tmp_path_factory.mktemp("demo")
     result = demo("--text", text, "--steps", "30", "--seed", "2", "--out", out)
     assert result.returncode == 0, result.stderr
@@ -40,7 +40,7 @@ def test_the_table_shows_both_runs_beside_the_paper(finished: Path) -> None:
     printed = (finished / "printed").read_text()
     results = json.loads((finished / "results.json").read_text())
     line = next(line for line in printed.splitlines() if "mean shift ratio" in line)
-    adamw, coupled = (results["runs"][m]["final"]["mean_shift_ratio"] for m in ("adamw", "coupled_adam"))
+    adamw, coupled = (results["runs"][m]["figures"]["mean_shift_ratio"] for m in ("adamw", "coupled_adam"))
     assert line.split()[-4:] == [f"{adamw:.3f}", f"{coupled:.3f}", "0.82", "0.03"]
     assert coupled < 0.1 < adamw, "the effect shows after 30 steps already"
 
@@ -99,11 +99,9 @@ def test_ctrl_c_ends_cleanly_and_the_next_call_finishes_the_same(finished: Path,
     assert again.returncode == 0, again.stderr
     for method in ("adamw", "coupled_adam"):
         final = [
-            json.loads((folder / "results.json").read_text())["runs"][method]["final"]
-            for folder in (finished, tmp_path / "out")
+            json.loads((directory / "results.json").read_text())["runs"][method]["figures"]
+            for directory in (finished, tmp_path / "out")
         ]
-        for line in final:
-            del line["tokens_per_second"], line["flops_per_second"]
         assert final[0] == final[1]
 
 
@@ -157,7 +155,7 @@ def test_hovering_over_a_dot_shows_its_token(page: Page) -> None:
 def test_the_table_is_that_of_the_terminal(page: Page, finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     row = page.locator("#figures tbody tr").filter(has_text="isotropy").locator("td").all_inner_texts()
-    runs = [f"{results['runs'][m]['final']['isotropy']:.3f}" for m in ("adamw", "coupled_adam")]
+    runs = [f"{results['runs'][m]['figures']['isotropy']:.3f}" for m in ("adamw", "coupled_adam")]
     assert row == [*runs, "0.1", "0.83"]
     assert page.locator("#benchmarks tbody tr").count() == 5
 

@@ -13,7 +13,7 @@ PROGRAM = Path(__file__).parents[1] / "examples" / "train_mnist.py"
 ON_CPU = ["--dataset", "digits", "--gpu-id", "-1"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
-#: What stands in for an installed package: a module that cannot be imported, a data set that cannot be downloaded.
+#: What stands in for an installed package: a module that cannot be imported, a dataset that cannot be downloaded.
 NOT_INSTALLED = "raise ImportError('not installed')"
 NO_NETWORK = """
 from types import SimpleNamespace
@@ -32,10 +32,15 @@ BAD_INPUTS: dict[str, tuple[list[str], dict[str, str], dict[str, str], list[str]
     "empty batches": (["--batch-size", "0"], {}, {}, ["--batch-size", "0", "1 or more"]),
     "negative learning rate": (["--lr", "-0.1"], {}, {}, ["--lr", "-0.1", "0 or more"]),
     "coupling factor out of range": (["--coupling-factor", "2"], {}, {}, ["--coupling-factor", "2.0", "0 to 1"]),
-    "unknown data set": (["--dataset", "cifar"], {}, {}, ["--dataset", "'cifar'", "mnist", "digits"]),
+    "unknown dataset": (["--dataset", "cifar"], {}, {}, ["--dataset", "'cifar'", "mnist", "digits"]),
     "no torchvision": (["--gpu-id", "-1"], {}, {"torchvision": NOT_INSTALLED}, ["mnist", "pip install torchvision"]),
     "no scikit-learn": (ON_CPU, {}, {"sklearn": NOT_INSTALLED}, ["digits", "pip install scikit-learn"]),
-    "no network": (["--data-dir", "no/folder"], {}, {"torchvision": NO_NETWORK}, ["no/folder", "--dataset digits"]),
+    "no network": (
+        ["--data-dir", "no/directory"],
+        {},
+        {"torchvision": NO_NETWORK},
+        ["no/directory", "--dataset digits"],
+    ),
     "a batch that processes cannot share": (
         [*ON_CPU, "--batch-size", "3"],
         {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
@@ -126,10 +131,10 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.C
 
     def attempt(name: str) -> subprocess.CompletedProcess[str]:
         arguments, env, modules, _ = BAD_INPUTS[name]
-        folder = tmp_path_factory.mktemp("modules")
+        directory = tmp_path_factory.mktemp("modules")
         for module, content in modules.items():
-            (folder / f"{module}.py").write_text(content)
-        path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+            (directory / f"{module}.py").write_text(content)
+        path = os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))
         return run(*arguments, env={**env, "PYTHONPATH": path})
 
     with ThreadPoolExecutor(2) as pool:

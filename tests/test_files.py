@@ -7,24 +7,24 @@ import pytest
 from coupled_adam.files import write_json, write_text, written_whole
 
 
-@pytest.mark.parametrize("folder", [False, True])
-def test_what_fails_halfway_leaves_the_old_and_nothing_beside_it(folder: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("directory", [False, True])
+def test_what_fails_halfway_leaves_the_old_and_nothing_beside_it(directory: bool, tmp_path: Path) -> None:
     target = tmp_path / "target"
 
     def write(text: str) -> None:
         with written_whole(target) as aside:
-            if folder:
+            if directory:
                 aside.mkdir()
-            (aside / "inner" if folder else aside).write_text(text)
+            (aside / "inner" if directory else aside).write_text(text)
             if text == "bad":
                 raise OSError("disk full")
 
     write("good")
     with pytest.raises(OSError, match="disk full"):
         write("bad")
-    assert (target / "inner" if folder else target).read_text() == "good"
+    assert (target / "inner" if directory else target).read_text() == "good"
     write("better")
-    assert (target / "inner" if folder else target).read_text() == "better"
+    assert (target / "inner" if directory else target).read_text() == "better"
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 

@@ -11,14 +11,15 @@ from coupled_adam import experiments, reproduce
 from coupled_adam.cli import app
 from coupled_adam.errors import InputError
 from coupled_adam.lm import train as loop
-from coupled_adam.lm.corpus import prepare
+from coupled_adam.lm.metrics_jsonl import MetricsLog
+from coupled_adam.lm.prepare import prepare
 from coupled_adam.lm.sources import TextFiles
 
 
 def test_the_plan_is_the_families_times_the_seeds(tmp_path: Path) -> None:
     runs = reproduce.plan("mini", [], [], tmp_path)
     assert len(runs) == 8 * 3 + 10 + 6 + 2, "n = 0 of the scaled family is a run of the small one"
-    assert len({run.folder for run in runs}) == len(runs)
+    assert len({run.directory for run in runs}) == len(runs)
     assert len(reproduce.plan("mini", ["scaled"], [], tmp_path)) == 11
     assert {run.experiment.run.seed for run in reproduce.plan("mini", ["sgd"], [4, 5], tmp_path)} == {4, 5}
 
@@ -42,7 +43,7 @@ def tiny_suite(tiny, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(name: str, seed: int) -> loop.Experiment:
         lr = 1e30 if (name, seed) == ("V", 2) else 1e-3
-        values = {"run__name": f"{name}-s{seed}", "run__seed": seed, "schedule__lr": lr, "train__clip": 1e9}
+        values = {"run__name": f"{name}-s{seed}", "run__seed": seed, "schedule__lr": lr, "train__max_grad_norm": 1e9}
         values["optimizer__embedding__name"] = "adamw" if name == "A" else "coupled_adam"
         return tiny.with_values(**values)
 
@@ -60,7 +61,7 @@ def test_a_failing_run_is_named_and_the_others_go_on(tiny_suite, tmp_path: Path,
     assert (tmp_path / "report.html").exists()
     table = list(csv.DictReader((tmp_path / "aggregate.csv").open()))
     assert [row["name"] for row in table] == ["A-s1", "A-s2", "V-s1"]
-    finals = [loop.Metrics(tmp_path / f"A-s{seed}" / "metrics.jsonl").read()[-1] for seed in (1, 2)]
+    finals = [MetricsLog(tmp_path / f"A-s{seed}" / "metrics.jsonl").read()[-1] for seed in (1, 2)]
     loss = found["experiments"][0]["figures"]["validation_loss"]
     assert loss["mean"] == pytest.approx(sum(f["validation_loss"] for f in finals) / 2)
     assert [float(row["test_loss"]) for row in table[:2]] == pytest.approx([f["validation_loss"] for f in finals])

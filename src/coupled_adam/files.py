@@ -1,19 +1,30 @@
-"""Files are written whole or not at all: aside, then renamed."""
+"""Files are written whole or not at all, and damage to them is noticed."""
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from coupled_adam.errors import InputError
+
+#: Bytes that are hashed at a time.
+CHUNK = 2**22
+
+#: Size and time of the files of a directory when they were verified.
+VERIFIED = ".verified.json"
+
+#: The same of all files that this process has verified.
+_intact: dict[Path, list[int]] = {}
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write a file or a folder to. It takes the place of ``path`` if the block succeeds."""
+    """Yield a path beside ``path`` to write a file or directory to. It replaces ``path`` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process number: two that write the same file do not write into each other's.
+    # The process ID: two processes that write the same file do not write into each other's.
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield aside
@@ -26,10 +37,10 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def move_into_place(aside: Path, path: Path) -> None:
-    """Put what is complete on the disk in the place of ``path``."""
+    """Replace ``path`` by what is complete on the disk."""
     _sync(aside)
     if path.is_dir():
-        shutil.rmtree(path)  # os.replace does not replace a folder that holds anything
+        shutil.rmtree(path)  # os.replace does not replace a directory that holds anything
     aside.replace(path)
 
 
@@ -42,6 +53,98 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all. NaN and infinity are refused: JSON lacks them."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: the file cannot be read or holds something else; ``remedy`` says what to do about it.
+    """
+    after = f"; {remedy}" if remedy else ""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}{after}") from None
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise InputError(f"{path}: damaged ({error}){after}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: damaged (not a JSON object){after}")
+    return content
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents. Raises InputError if there is a file in its place."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{path}: not a directory; choose another place") from None
+
+
+def checksums(root: Path, files: Iterable[Path], remember: bool = False) -> dict[str, dict[str, Any]]:
+    """Record size and checksum (XXH3, 128 bits) of ``files`` by their path relative to ``root``.
+
+    With ``remember`` they count as verified by :func:`verify`.
+    """
+    recorded, seen = {}, {}
+    for file in files:
+        name = file.relative_to(root).as_posix()
+        seen[name] = _stamp(file)
+        recorded[name] = {"bytes": seen[name][0], "xxh3_128": _checksum(file)}
+    if remember:
+        write_json(root / VERIFIED, seen)
+    return recorded
+
+
+def verify(root: Path, recorded: Mapping[str, Mapping[str, Any]], remedy: str, remember: bool = False) -> None:
+    """Raise InputError naming the first file that is not what :func:`checksums` recorded.
+
+    Args:
+        root: the directory that the names are relative to.
+        recorded: what :func:`checksums` returned; other files are not looked at.
+        remedy: what to do about a damaged file.
+        remember: skip files that were verified before and have the size and time that they had then.
+    """
+    known = _notes(root / VERIFIED) if remember else {}
+    seen: dict[str, list[int]] = {}
+    for name, expected in recorded.items():
+        file = (root / name).resolve()
+        try:
+            seen[name] = _stamp(file)
+            if seen[name][0] != expected["bytes"]:
+                raise InputError(
+                    f"{root / name}: damaged ({seen[name][0]:,} bytes instead of {expected['bytes']:,}); {remedy}"
+                )
+            if seen[name] not in (known.get(name), _intact.get(file)) and _checksum(file) != expected["xxh3_128"]:
+                raise InputError(f"{root / name}: damaged (its checksum is not the recorded one); {remedy}")
+        except OSError as error:
+            raise InputError(f"{root / name}: cannot be read: {error.strerror}; {remedy}") from None
+        _intact[file] = seen[name]
+    if remember and seen != known:
+        with contextlib.suppress(OSError):  # a directory that may not be written to is verified every time
+            write_json(root / VERIFIED, seen)
+
+
+def _stamp(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _notes(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except InputError:
+        return {}
+
+
+def _checksum(path: Path) -> str:
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -11,19 +11,20 @@ from coupled_adam import experiments
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.during_training import evaluator
 from coupled_adam.evaluation.stages import evaluate
-from coupled_adam.files import write_json
-from coupled_adam.lm.checkpoint import latest_checkpoint, step_of
+from coupled_adam.files import make_directory, write_json
+from coupled_adam.lm.checkpoint import latest_checkpoint, step_of, verify_checkpoint
 from coupled_adam.lm.config import Experiment
-from coupled_adam.lm.corpus import Corpus, prepare
+from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.estimate import estimate
-from coupled_adam.lm.progress import say
+from coupled_adam.lm.prepare import prepare
 from coupled_adam.lm.sources import source_of
 from coupled_adam.lm.train import DivergedError, train
-from coupled_adam.report.aggregate import Group, read_runs
-from coupled_adam.report.suite import report
+from coupled_adam.progress import say, warn
+from coupled_adam.report.aggregate import SeedGroup, read_runs
+from coupled_adam.report.report_page import report
 
-#: What is summed up over seeds.
-FIGURES = ("validation_loss", "isotropy", "mean_shift_ratio", "word_similarity")
+#: Names of the figures that are averaged over seeds.
+SHOWN = ("validation_loss", "isotropy", "mean_shift_ratio", "word_similarity")
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,23 @@ class Planned:
     family: str
     name: str
     experiment: Experiment
-    folder: Path
+    directory: Path
 
     @property
     def finished(self) -> bool:
-        """Whether its last step was evaluated and saved."""
-        newest = latest_checkpoint(self.folder / "checkpoints")
-        return newest is not None and step_of(newest) == self.experiment.train.steps
+        """Whether its last step was evaluated and saved, and is intact."""
+        newest = latest_checkpoint(self.directory / "checkpoints")
+        if newest is None or step_of(newest) != self.experiment.train.steps:
+            return False
+        try:
+            verify_checkpoint(newest)
+        except InputError:
+            return False  # training resumes from the one before
+        return True
 
 
 def plan(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) -> list[Planned]:
-    """The runs of the families ``only`` (of all, if empty), with ``seeds`` (those of the family, if empty).
+    """List the runs of the families ``only`` (of all, if empty), with ``seeds`` (those of the family, if empty).
 
     A run that two families share is planned once, with the first.
 
@@ -65,68 +72,72 @@ def plan(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) -> li
         for seed in seeds or content["seeds"]:
             for name in content["experiments"]:
                 experiment = experiments.load(name, seed)
-                folder = out / experiment.run.name
-                planned.setdefault(folder, Planned(family, name, experiment, folder))
+                directory = out / experiment.run.name
+                planned.setdefault(directory, Planned(family, name, experiment, directory))
     return list(planned.values())
 
 
 def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) -> dict[str, Any]:
-    """Run what is not yet done of the suite in ``out``: train, evaluate, sum up in results.json, aggregate.csv and
-    report.html. Returns what results.json holds.
+    """Train and evaluate what is not yet done of the suite in ``out``, and report on all of it.
 
-    A run that fails is named in the results (``failed``), and the others go on.
+    Writes results.json, aggregate.csv and report.html. A run that fails is named in the results (``failed``), and the
+    others go on.
+
+    Returns:
+        What results.json holds.
 
     Raises:
         InputError: as :func:`plan`.
-        Interrupted: the user stopped it; all done is saved, and the same call goes on.
+        Interrupted: the user stopped it; all that was done is saved, and the same call resumes.
     """
     runs = plan(suite, only, seeds, out)
+    make_directory(out)
     say(f"{len(runs)} runs in {out}, {sum(run.finished for run in runs)} of them trained")
     corpora: dict[tuple[str, str, int], Corpus] = {}
     failed: dict[str, str] = {}
-    seconds = arithmetic = 0.0
+    seconds = flops = 0.0
     for i, run in enumerate(runs):
         try:
             data = run.experiment.data
-            key = (data.source, data.tokenizer, data.vocabulary)
+            key = (data.source, data.tokenizer, data.vocab_size)
             if key not in corpora:
                 corpora[key] = prepare(source_of(data.source), data, out / "corpus" / "-".join(map(str, key)))
             if not run.finished:
                 rest = sum(estimate(r.experiment).flops for r in runs[i:] if not r.finished)
-                left = f", about {math.ceil(rest * seconds / arithmetic / 60)} min left" if arithmetic else ""
+                left = f", about {math.ceil(rest * seconds / flops / 60)} min left" if flops else ""
                 say(f"[{i + 1}/{len(runs)}] {run.family}: {run.experiment.run.name}{left}")
-                before, began = _steps_done(run.folder), time.monotonic()
-                train(run.experiment, corpora[key], run.folder, evaluator(run.experiment, corpora[key]))
+                before, began = _steps_done(run.directory), time.monotonic()
+                train(run.experiment, corpora[key], run.directory, evaluator(run.experiment, corpora[key]))
                 seconds += time.monotonic() - began
-                arithmetic += estimate(run.experiment).flops * (1 - before / run.experiment.train.steps)
-            evaluate(run.folder, corpora[key].folder, ("validation", "embeddings"))
+                flops += estimate(run.experiment).flops * (1 - before / run.experiment.train.steps)
+            evaluate(run.directory, corpora[key].directory, ("validation", "embeddings"))
         except (DivergedError, InputError, OSError) as error:
             failed[run.experiment.run.name] = str(error)
-            say(f"{run.experiment.run.name} failed: {error}")
-    # The report is over all that was made in the folder, also for another family or seed.
-    made = {run.folder: run for run in (*runs, *plan(suite, [], [], out))}
+            warn(f"{run.experiment.run.name} failed: {error}")
+    # The report is over all that was made in the directory, also for another family or seed.
+    made = {run.directory: run for run in (*runs, *plan(suite, [], [], out))}
     done = [run for run in made.values() if run.finished and run.experiment.run.name not in failed]
     if done:
-        report([run.folder for run in done], out)
+        report([run.directory for run in done], out)
     results = {"experiments": _summed_up(done), "failed": failed}
     write_json(out / "results.json", results)
     return results
 
 
-def _steps_done(folder: Path) -> int:
-    newest = latest_checkpoint(folder / "checkpoints")
+def _steps_done(directory: Path) -> int:
+    newest = latest_checkpoint(directory / "checkpoints")
     return step_of(newest) if newest else 0
 
 
 def _summed_up(runs: Sequence[Planned]) -> list[dict[str, Any]]:
-    """One object an experiment: mean and sample standard deviation of its runs' figures."""
+    """Make one object an experiment: mean and sample standard deviation of its runs' figures."""
     experiments_run: dict[str, list[Planned]] = {}
     for run in runs:
         experiments_run.setdefault(run.name, []).append(run)
     rows = []
     for name, planned in experiments_run.items():
-        group = Group(tuple(read_runs(run.folder for run in planned)))
-        moments = {figure: group.moments(figure) for figure in FIGURES}
+        group = SeedGroup(tuple(read_runs(run.directory for run in planned)))
+        moments = {figure: group.moments(figure) for figure in SHOWN}
         figures = {figure: asdict(found) if found else None for figure, found in moments.items()}
         rows.append({"name": name, "family": planned[0].family, "runs": len(planned), "figures": figures})
     return rows

@@ -53,7 +53,7 @@ def problem(rng: random.Random, question: str) -> dict[str, Any]:
 
 
 def documents(task: str) -> Docs:
-    """So many documents in the schema of the task's data set."""
+    """So many documents in the schema of the task's dataset."""
     rng = random.Random(task)
 
     def one(i: int) -> dict[str, Any]:
@@ -82,15 +82,15 @@ def documents(task: str) -> Docs:
     return [one(i) for i in range(SAMPLES)]
 
 
-def write_task(folder: Path, task: str) -> None:
-    """A definition that takes lm-eval's own and reads a local file instead of a data set of the hub."""
+def write_task(directory: Path, task: str) -> None:
+    """A definition that takes lm-eval's own and reads a local file instead of a dataset of the hub."""
     file, split = FILES[task]
-    data = folder / f"{task}.jsonl"
+    data = directory / f"{task}.jsonl"
     data.write_text("".join(json.dumps(doc) + "\n" for doc in documents(task)), encoding="utf-8")
     lines = [f"include: {LM_EVAL_TASKS / file}", f"task: {task}", "dataset_path: json", "dataset_name: null"]
     lines += [f"{name}_split: {split if name == split else 'null'}" for name in ("training", "validation", "test")]
     lines += [f"dataset_kwargs: {{data_files: {{{split}: {data}}}}}"]
-    (folder / f"{task}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (directory / f"{task}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,10 +123,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def local_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
+    directory = tmp_path_factory.mktemp("tasks")
     for task in PAPER_TASKS:
-        write_task(folder, task)
-    return folder
+        write_task(directory, task)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -353,20 +353,20 @@ def test_other_weights_run_again_and_forget_the_first(run: Callable[..., Any], r
 
 @pytest.mark.parametrize("change", ["data", "definition"])
 def test_a_changed_local_task_runs_again(change: str, run: Callable[..., Any], ran: list[str], tmp_path: Path) -> None:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
+    directory = tmp_path / "tasks"
+    directory.mkdir()
     for task in ("race", "arc_easy"):
-        write_task(folder, task)
+        write_task(directory, task)
     names = ("race", "race_043", "arc_easy")
-    run(*names, include_path=folder)
+    run(*names, include_path=directory)
     if change == "data":
-        with (folder / "race.jsonl").open("a", encoding="utf-8") as file:
+        with (directory / "race.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(documents("race")[0]) + "\n")
     else:
-        with (folder / "race.yaml").open("a", encoding="utf-8") as file:
+        with (directory / "race.yaml").open("a", encoding="utf-8") as file:
             file.write("target_delimiter: ': '\n")
     ran.clear()
-    again = run(*names, include_path=folder)
+    again = run(*names, include_path=directory)
     assert ran == ["race", "race_043"], "the older version reads the same data"
     assert again["tasks"]["race_043"]["n"] == SAMPLES + (change == "data")
 
@@ -399,12 +399,12 @@ def test_one_sample_has_no_standard_error(run: Callable[..., Any]) -> None:
 def test_missing_data_says_how_to_get_it_and_the_rest_runs(
     run: Callable[..., Any], ran: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
+    directory = tmp_path / "tasks"
+    directory.mkdir()
     for task in ("arc_easy", "race"):
-        write_task(folder, task)
-    (folder / "race.jsonl").unlink()
-    result = run("winogrande", "race", "arc_easy", include_path=folder)
+        write_task(directory, task)
+    (directory / "race.jsonl").unlink()
+    result = run("winogrande", "race", "arc_easy", include_path=directory)
     assert list(result["tasks"]) == result["mean_over"] == ran == ["arc_easy"]
     assert not result["complete"]
     assert set(result["failed"]) == {"winogrande", "race"}
@@ -412,12 +412,12 @@ def test_missing_data_says_how_to_get_it_and_the_rest_runs(
     assert "\n" not in reason
     for part in ("load_dataset('allenai/winogrande', 'winogrande_xl')", "HF_HOME", "--include-path"):
         assert part in reason
-    assert str(folder / "race.jsonl") in result["failed"]["race"]
+    assert str(directory / "race.jsonl") in result["failed"]["race"]
     assert "hub" not in result["failed"]["race"], "a local file is not to be had from the hub"
     captured = capsys.readouterr()
     assert captured.out == ""
     assert [line.partition(":")[0] for line in captured.err.splitlines()] == ["winogrande", "race", "arc_easy"]
-    assert run("winogrande", "race", "arc_easy", include_path=folder) == result, "what failed is tried again"
+    assert run("winogrande", "race", "arc_easy", include_path=directory) == result, "what failed is tried again"
 
 
 def test_an_unreachable_hub_is_tried_once(
@@ -451,17 +451,17 @@ def test_bad_input_is_refused(
         run("lambada")
     with pytest.raises(InputError, match="limit 0"):
         run("arc_easy", limit=0)
-    with pytest.raises(InputError, match="no folder of task definitions"):
+    with pytest.raises(InputError, match="no directory of task definitions"):
         run("arc_easy", include_path=tmp_path / "none")
     assert not (tmp_path / "downstream.json").exists()
 
 
 def test_a_local_definition_that_cannot_be_read_is_not_passed_over(run: Callable[..., Any], tmp_path: Path) -> None:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "mine.yaml").write_text("include: nowhere.yaml\ntask: arc_easy\n", encoding="utf-8")
+    directory = tmp_path / "tasks"
+    directory.mkdir()
+    (directory / "mine.yaml").write_text("include: nowhere.yaml\ntask: arc_easy\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"mine\.yaml: cannot be read as the definition of arc_easy"):
-        run("arc_easy", include_path=folder)
+        run("arc_easy", include_path=directory)
 
 
 def test_a_directory_without_a_model_is_refused(local_tasks: Path, tmp_path: Path) -> None:

@@ -17,24 +17,25 @@ from coupled_adam.cli import app
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation import stages
 from coupled_adam.evaluation.during_training import evaluator
-from coupled_adam.evaluation.tokens import TokenSample, sample_tokens
-from coupled_adam.lm.corpus import prepare
+from coupled_adam.evaluation.token_sample import TokenSample, sample_tokens
+from coupled_adam.lm.metrics_jsonl import MetricsLog
+from coupled_adam.lm.prepare import prepare
 from coupled_adam.lm.run import open_run
 from coupled_adam.lm.sources import TextFiles
-from coupled_adam.lm.train import Metrics, train
+from coupled_adam.lm.train import train
 
 OFFLINE = ("validation", "embeddings", "export")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 24 steps with AdamW, in the folder of its corpus, of which the checkpoint of step 20 was kept."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "text.txt").write_text(paragraphs(200), encoding="utf-8")
+    """A run of 24 steps with AdamW, in the directory of its corpus, of which the checkpoint of step 20 was kept."""
+    directory = tmp_path_factory.mktemp("trained")
+    (directory / "text.txt").write_text(paragraphs(200), encoding="utf-8")
     experiment = tiny_experiment().with_values(optimizer__embedding__name="adamw", train__keep_every=10)
-    corpus = prepare(TextFiles(folder / "text.txt"), experiment.data, folder / "corpus")
-    train(experiment, corpus, folder / "run", evaluator(experiment, corpus))
-    return folder / "run"
+    corpus = prepare(TextFiles(directory / "text.txt"), experiment.data, directory / "corpus")
+    train(experiment, corpus, directory / "run", evaluator(experiment, corpus))
+    return directory / "run"
 
 
 @pytest.fixture
@@ -45,12 +46,12 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
 
 def test_the_stages_measure_what_training_measured_and_more(run_dir: Path) -> None:
     results = stages.evaluate(run_dir, only=OFFLINE)
-    last = Metrics(run_dir / "metrics.jsonl").read()[-1]
+    last = MetricsLog(run_dir / "metrics.jsonl").read()[-1]
     validation, figures = results["validation"], results["embeddings"]["figures"]
     assert validation["loss"] == pytest.approx(last["validation_loss"], rel=1e-6)
     assert validation["perplexity"] == pytest.approx(math.exp(validation["loss"]))
     assert validation["tokens"] == 2 * 64
-    for name in ("isotropy", "mean_shift_ratio", "condition", "norm_frequency_spearman"):
+    for name in ("isotropy", "mean_shift_ratio", "inverse_condition", "norm_frequency_spearman"):
         assert figures[name] == pytest.approx(last[name], rel=1e-6)
     run = open_run(run_dir)
     fit = geometry.second_moment_frequency_fit(run.second_moment(), run.corpus.unigram_counts)
@@ -62,16 +63,14 @@ def test_the_stages_measure_what_training_measured_and_more(run_dir: Path) -> No
     ]  # fmt: skip
     sample = TokenSample(**results["embeddings"]["token_sample"])
     assert len(sample.text) == 320 and sample.count == sorted(run.corpus.unigram_counts.tolist(), reverse=True)
-    assert (
-        f"| isotropy of the output embedding | {figures['isotropy']:.4g} |" in (run_dir / "model/README.md").read_text()
-    )
+    assert f"| isotropy Iso | {figures['isotropy']:.3f} |" in (run_dir / "model/README.md").read_text()
 
 
 def test_a_second_call_computes_nothing_and_other_weights_everything(run_dir: Path, monkeypatch) -> None:
     first = stages.evaluate(run_dir, only=OFFLINE)
     with monkeypatch.context() as patched:
         patched.setattr(stages, "validation_loss", lambda *args: pytest.fail("validated again"))
-        patched.setattr(geometry, "audit", lambda *args, **kwargs: pytest.fail("measured again"))
+        patched.setattr(geometry, "measure", lambda *args, **kwargs: pytest.fail("measured again"))
         assert stages.evaluate(run_dir, only=OFFLINE) == first
     for file in (run_dir / "checkpoints/step-00000024").glob("**/*"):  # back to what was kept of step 20
         file.is_file() and file.unlink()
@@ -84,12 +83,12 @@ def test_a_second_call_computes_nothing_and_other_weights_everything(run_dir: Pa
 
 def test_other_benchmarks_are_measured_anew(run_dir: Path, tmp_path: Path) -> None:
     first = stages.evaluate(run_dir, only=["embeddings"])
-    folder = tmp_path / "benchmarks"
-    folder.mkdir()
+    directory = tmp_path / "benchmarks"
+    directory.mkdir()
     words = ["river", "lake", "mountain", "sun", "moon", "king", "queen", "dog", "cat", "house", "street"]
     lines = [f"{a}\t{b}\t{i}.5" for i, (a, b) in enumerate(itertools.pairwise(words))]
-    (folder / "rw.txt").write_text("\n".join(lines))
-    second = stages.evaluate(run_dir, only=["embeddings"], benchmarks=folder)
+    (directory / "rw.txt").write_text("\n".join(lines))
+    second = stages.evaluate(run_dir, only=["embeddings"], benchmarks=directory)
     assert [b["benchmark"] for b in second["embeddings"]["word_similarity"]["original"]] == ["RW"]
     assert second["embeddings"]["figures"]["isotropy"] == first["embeddings"]["figures"]["isotropy"]
 
@@ -117,7 +116,7 @@ def test_the_card_tells_only_of_its_own_weights(run_dir: Path) -> None:
     path.write_text(json.dumps(content))
     stages.export_run(run_dir)
     card = (run_dir / "model" / "README.md").read_text()
-    assert "perplexity" not in card and "| isotropy of the output embedding |" in card
+    assert "perplexity" not in card and "| isotropy Iso |" in card
 
 
 @pytest.mark.parametrize(
@@ -125,7 +124,7 @@ def test_the_card_tells_only_of_its_own_weights(run_dir: Path) -> None:
     [
         (["--only", "validaton"], "validaton: no stage of that name; choose from validation, embeddings"),
         (["--benchmarks", "nowhere"], "nowhere: no benchmark there"),
-        (["--data", "nowhere"], "give its folder with --data"),
+        (["--data", "nowhere"], "give its directory with --data"),
     ],
 )
 def test_bad_arguments(run_dir: Path, arguments: list[str], message: str) -> None:
@@ -145,7 +144,7 @@ def test_the_command_line(run_dir: Path) -> None:
     arguments = ["evaluate", str(run_dir), "--only", "validation", "--only", "embeddings"]
     printed = CliRunner().invoke(app, arguments)
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
-    assert f"perplexity                               {found['validation']['perplexity']:.4g}\n" in printed.stdout
+    assert f"perplexity                                    {found['validation']['perplexity']:.2f}\n" in printed.stdout
     target = CliRunner().invoke(app, ["export", str(run_dir), "--out", str(run_dir / "hf")]).stdout.strip()
     assert (Path(target) / "model.safetensors").exists()
     refused = CliRunner().invoke(app, ["export", str(run_dir), "--out", str(run_dir / "evaluation")])

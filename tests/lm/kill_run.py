@@ -14,10 +14,10 @@ from pathlib import Path
 import runs
 
 from coupled_adam.lm.checkpoint import latest_checkpoint
-from coupled_adam.lm.train import Metrics
+from coupled_adam.lm.metrics_jsonl import MetricsLog
 
 toml, corpus, run_dir = map(Path, sys.argv[1:])
-rng, metrics = random.Random(0), Metrics(run_dir / "metrics.jsonl")
+rng, metrics = random.Random(0), MetricsLog(run_dir / "metrics.jsonl")
 for _ in range(20):
     newest = latest_checkpoint(run_dir / "checkpoints")
     start = int(newest.name.removeprefix("step-")) if newest else 0

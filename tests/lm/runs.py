@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from coupled_adam import progress
 from coupled_adam.evaluation.during_training import output_embedding
 from coupled_adam.evaluation.stages import evaluate
 from coupled_adam.evaluation.validation import validation_loss
@@ -22,12 +23,12 @@ from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import open_corpus
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.optimizers import Optimizers
-from coupled_adam.lm.parallel import World, joined
+from coupled_adam.lm.parallel import World, init_distributed
 
 
-def run(toml: str, corpus_folder: Path, run_dir: Path, stop_at: int | None = None) -> dict[str, Any]:
+def run(toml: str, corpus_directory: Path, run_dir: Path, stop_at: int | None = None) -> dict[str, Any]:
     """Train; at ``stop_at`` steps the last process is asked to stop. The final embedding and validation loss."""
-    experiment, corpus = Experiment.from_toml(toml), open_corpus(corpus_folder)
+    experiment, corpus = Experiment.from_toml(toml), open_corpus(corpus_directory)
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_world_size()) if dist.is_initialized() else World()
     held_out = Batches(corpus.shards("validation"), experiment.data.sequence_length, experiment.batch_size, seed=0)
     calls = 0
@@ -55,6 +56,7 @@ def evaluated(run_dir: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    progress.show_log()
     if os.environ.get("DIE_AT_STEP") and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         step, steps = Optimizers.step, iter(range(1, 1_000))
 
@@ -65,7 +67,7 @@ def main() -> None:
 
         Optimizers.step = mortal  # type: ignore[method-assign]
     toml, corpus, run_dir = map(Path, sys.argv[1:])
-    with joined():
+    with init_distributed():
         run(toml.read_text(), corpus, run_dir)
 
 

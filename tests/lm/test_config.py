@@ -24,7 +24,7 @@ def test_the_resolved_file_is_the_same_experiment(tiny: Experiment) -> None:
             "[run]\nname = 'x'\n[optimizer.embedding]\nname = 'adam'",
             "optimizer.embedding.name: .*'adamw', 'coupled_adam', 'adams' or 'sgd'",
         ),
-        ("[run]\nname = 'x'\n[model]\nheads = 3", "width 128 is not a multiple of heads 3"),
+        ("[run]\nname = 'x'\n[model]\nn_heads = 3", "hidden_size 128 is not a multiple of n_heads 3"),
         ("[run]\nname = 'x'\n[schedule]\nlr = 1e-5", "min_lr 0.0001 is above lr 1e-05"),
         (
             "[run]\nname = 'x'\n[train]\nbatch_tokens = 100",
@@ -45,7 +45,7 @@ def test_mistakes_name_the_file_the_key_and_the_remedy(toml: str, message: str) 
 
 def test_the_demo_is_what_its_documentation_says() -> None:
     demo = experiments.load("demo")
-    assert (demo.model.layers, demo.model.heads, demo.model.width) == (4, 4, 128)
+    assert (demo.model.n_layers, demo.model.n_heads, demo.model.hidden_size) == (4, 4, 128)
     assert (demo.data.sequence_length, demo.train.batch_tokens, demo.schedule.lr) == (128, 2048, 1e-3)
 
 

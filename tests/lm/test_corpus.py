@@ -12,10 +12,12 @@ from conftest import paragraphs
 from coupled_adam.errors import InputError
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.config import Data
-from coupled_adam.lm.corpus import END_OF_DOCUMENT, open_corpus, prepare
+from coupled_adam.lm.corpus import open_corpus
+from coupled_adam.lm.prepare import prepare
 from coupled_adam.lm.sources import TextFiles, WikipediaSample
+from coupled_adam.lm.tokenizer import END_OF_DOCUMENT
 
-DATA = Data(vocabulary=300, sequence_length=16)
+DATA = Data(vocab_size=300, sequence_length=16)
 
 
 def test_the_shards_hold_the_text(text_file: Path, tmp_path: Path) -> None:
@@ -34,7 +36,7 @@ def test_the_shards_hold_the_text(text_file: Path, tmp_path: Path) -> None:
 def test_the_counts_are_those_of_the_training_tokens(text_file: Path, tmp_path: Path) -> None:
     corpus = prepare(TextFiles(text_file), DATA, tmp_path / "corpus")
     (shard,) = corpus.shards("train")
-    assert corpus.vocabulary_size == 320, "300 tokens, padded to a multiple of 64"
+    assert corpus.vocab_size == 320, "300 tokens, padded to a multiple of 64"
     assert corpus.unigram_counts.tolist() == np.bincount(shard, minlength=320).tolist()
 
 
@@ -48,17 +50,17 @@ def test_a_corpus_is_reused_until_something_changes(text_file: Path, tmp_path: P
     assert made() == inode
     text_file.write_text(paragraphs(200, seed=1), encoding="utf-8")
     assert prepare(TextFiles(text_file), DATA, tmp_path / "corpus").fingerprint != first.fingerprint
-    again = prepare(TextFiles(text_file), Data(vocabulary=280, sequence_length=16), tmp_path / "corpus")
+    again = prepare(TextFiles(text_file), Data(vocab_size=280, sequence_length=16), tmp_path / "corpus")
     assert again.meta["tokenizer_tokens"] == 280
 
 
 def test_a_folder_of_files(tmp_path: Path) -> None:
-    folder = tmp_path / "texts"
-    (folder / "inner").mkdir(parents=True)
+    directory = tmp_path / "texts"
+    (directory / "inner").mkdir(parents=True)
     for i in range(4):
-        (folder / "inner" / f"{i}.txt").write_text(paragraphs(20, seed=i), encoding="utf-8")
-    (folder / "picture.png").write_bytes(b"\x89PNG\0")
-    corpus = prepare(TextFiles(folder), DATA, tmp_path / "corpus")
+        (directory / "inner" / f"{i}.txt").write_text(paragraphs(20, seed=i), encoding="utf-8")
+    (directory / "picture.png").write_bytes(b"\x89PNG\0")
+    corpus = prepare(TextFiles(directory), DATA, tmp_path / "corpus")
     assert corpus.meta["documents"] == {"train": 3, "validation": 1}
 
 

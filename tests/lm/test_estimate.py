@@ -8,10 +8,10 @@ import torch
 
 from coupled_adam.lm import train as loop
 from coupled_adam.lm.config import Experiment
-from coupled_adam.lm.corpus import prepare
 from coupled_adam.lm.estimate import estimate, flops_per_token, peak_flops, speed
 from coupled_adam.lm.model import parameter_count
 from coupled_adam.lm.parallel import World
+from coupled_adam.lm.prepare import prepare
 from coupled_adam.lm.sources import TextFiles
 
 

@@ -11,25 +11,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, L
 
 from coupled_adam.errors import InputError
 from coupled_adam.lm.config import Experiment
-from coupled_adam.lm.corpus import prepare
 from coupled_adam.lm.export import export, exported_digest, model_card
-from coupled_adam.lm.run import Run, digest, open_run, whole_weights
+from coupled_adam.lm.prepare import prepare
+from coupled_adam.lm.run import Run, full_state_dict, open_run, sha256_of
 from coupled_adam.lm.sources import TextFiles
 from coupled_adam.lm.train import train
 
 
-def trained(experiment: Experiment, text_file: Path, folder: Path) -> Run:
-    """A run of two steps: the weights are no longer those of the initialisation, and vectors no longer ones."""
+def trained(experiment: Experiment, text_file: Path, directory: Path) -> Run:
+    """A run of two steps: the weights are no longer those of the initialization, and vectors no longer ones."""
     experiment = experiment.with_values(train__steps=2, schedule__warmup_steps=0, schedule__lr=0.05)
-    corpus = prepare(TextFiles(text_file), experiment.data, folder / "corpus")
-    train(experiment, corpus, folder / "run", lambda model, last: {})
-    return open_run(folder / "run")
+    corpus = prepare(TextFiles(text_file), experiment.data, directory / "corpus")
+    train(experiment, corpus, directory / "run", lambda model, last: {})
+    return open_run(directory / "run")
 
 
-def exported(run: Run, folder: Path) -> Path:
-    weights = whole_weights(run.model())
-    export(run, weights, digest(weights), folder)
-    return folder
+def exported(run: Run, directory: Path) -> Path:
+    weights = full_state_dict(run.model())
+    export(run, weights, sha256_of(weights), directory)
+    return directory
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -60,12 +60,12 @@ def test_the_tokenizer_is_that_of_the_corpus(tiny, text_file, tmp_path) -> None:
 
 @pytest.mark.long
 def test_it_loads_and_writes_without_our_package(tiny, text_file, tmp_path) -> None:
-    folder = exported(trained(tiny, text_file, tmp_path), tmp_path / "model")
+    directory = exported(trained(tiny, text_file, tmp_path), tmp_path / "model")
     code = f"""
 import sys
 sys.modules["coupled_adam"] = None
 from transformers import pipeline
-print(pipeline("text-generation", {str(folder)!r})("the river", max_new_tokens=5)[0]["generated_text"])
+print(pipeline("text-generation", {str(directory)!r})("the river", max_new_tokens=5)[0]["generated_text"])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -74,17 +74,17 @@ print(pipeline("text-generation", {str(folder)!r})("the river", max_new_tokens=5
 
 def test_only_other_weights_are_written_again(tiny, text_file, tmp_path) -> None:
     run = trained(tiny, text_file, tmp_path)
-    folder = exported(run, tmp_path / "model")
-    weights = whole_weights(run.model())
-    before = (folder / "model.safetensors").stat().st_mtime_ns
-    assert exported_digest(folder) == digest(weights)
-    exported(run, folder)
-    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    directory = exported(run, tmp_path / "model")
+    weights = full_state_dict(run.model())
+    before = (directory / "model.safetensors").stat().st_mtime_ns
+    assert exported_digest(directory) == sha256_of(weights)
+    exported(run, directory)
+    assert (directory / "model.safetensors").stat().st_mtime_ns == before
     weights["final_norm.weight"][0] += 1
-    assert digest(weights) != exported_digest(folder)
-    export(run, weights, digest(weights), folder)
-    assert (folder / "model.safetensors").stat().st_mtime_ns > before
-    assert AutoModelForCausalLM.from_pretrained(folder).transformer.ln_f.weight[0] == weights["final_norm.weight"][0]
+    assert sha256_of(weights) != exported_digest(directory)
+    export(run, weights, sha256_of(weights), directory)
+    assert (directory / "model.safetensors").stat().st_mtime_ns > before
+    assert AutoModelForCausalLM.from_pretrained(directory).transformer.ln_f.weight[0] == weights["final_norm.weight"][0]
 
 
 def test_a_model_that_transformers_has_not_is_refused(tiny, text_file, tmp_path) -> None:
@@ -95,10 +95,10 @@ def test_a_model_that_transformers_has_not_is_refused(tiny, text_file, tmp_path)
 
 
 def test_the_card_tells_what_the_model_is(tiny, text_file, tmp_path) -> None:
-    card = model_card(trained(tiny, text_file, tmp_path), {"perplexity": 12.345, "isotropy": None})
+    card = model_card(trained(tiny, text_file, tmp_path), {"perplexity": "12.35"})
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "on 128 tokens" in card and "Coupled Adam on the output embedding" in card
-    assert "| perplexity | 12.35 |" in card and "isotropy" not in card
+    assert "| perplexity | 12.35 |" in card
 
 
 def test_the_second_moment_is_that_of_the_optimizer(tiny, text_file, tmp_path) -> None:
@@ -119,18 +119,18 @@ def test_runs_that_cannot_be_opened(tiny, text_file, tmp_path) -> None:
         open_run(tmp_path)
     run = trained(tiny, text_file, tmp_path)
     (tmp_path / "corpus").rename(tmp_path / "moved")
-    with pytest.raises(InputError, match=r"corpus: the corpus of .*run is not there; give its folder with --data"):
-        open_run(run.folder)
-    assert open_run(run.folder, tmp_path / "moved").step == 2
+    with pytest.raises(InputError, match=r"corpus: the corpus of .*run is not there; give its directory with --data"):
+        open_run(run.directory)
+    assert open_run(run.directory, tmp_path / "moved").step == 2
     other = text_file.with_name("other.txt")
     other.write_text(text_file.read_text() + "\n\nanother paragraph of text")
     prepare(TextFiles(other), tiny.data, tmp_path / "other")
-    with pytest.raises(InputError, match="another text than"):
-        open_run(run.folder, tmp_path / "other")
+    with pytest.raises(InputError, match="not the text that"):
+        open_run(run.directory, tmp_path / "other")
     (run.checkpoint / "dcp" / ".metadata").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="step-00000002: damaged"):
-        open_run(run.folder, tmp_path / "moved").model()
+    with pytest.raises(InputError, match=r"step-00000002/dcp/.metadata: damaged"):
+        open_run(run.directory, tmp_path / "moved").model()
     (run.checkpoint / "state.json").unlink()
-    with pytest.raises(InputError, match="nothing trained yet"):
-        open_run(run.folder, tmp_path / "moved")
-    assert json.loads((run.folder / "environment.json").read_text())["corpus_folder"] == str(tmp_path / "corpus")
+    with pytest.raises(InputError, match="no checkpoint yet"):
+        open_run(run.directory, tmp_path / "moved")
+    assert json.loads((run.directory / "environment.json").read_text())["corpus_directory"] == str(tmp_path / "corpus")

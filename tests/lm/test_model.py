@@ -12,7 +12,7 @@ VOCABULARY, LENGTH = 96, 12
 
 
 def model(**settings) -> LanguageModel:
-    network = build_model(Model(layers=2, heads=2, width=16, **settings), VOCABULARY, LENGTH, seed=0)
+    network = build_model(Model(n_layers=2, n_heads=2, hidden_size=16, **settings), VOCABULARY, LENGTH, seed=0)
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -47,11 +47,11 @@ def test_gpt2_is_that_of_transformers_without_biases() -> None:
     inner.ln_f.weight.copy_(ours.final_norm.weight)
     for theirs, block in zip(inner.h, ours.blocks, strict=True):
         theirs.ln_1.weight.copy_(block.attention_norm.weight)
-        theirs.ln_2.weight.copy_(block.perceptron_norm.weight)
-        theirs.attn.c_attn.weight.copy_(block.attention.query_key_value.weight.T)
-        theirs.attn.c_proj.weight.copy_(block.attention.projection.weight.T)
-        theirs.mlp.c_fc.weight.copy_(block.perceptron.expansion.weight.T)
-        theirs.mlp.c_proj.weight.copy_(block.perceptron.projection.weight.T)
+        theirs.ln_2.weight.copy_(block.mlp_norm.weight)
+        theirs.attn.c_attn.weight.copy_(block.attention.qkv.weight.T)
+        theirs.attn.c_proj.weight.copy_(block.attention.proj.weight.T)
+        theirs.mlp.c_fc.weight.copy_(block.mlp.fc.weight.T)
+        theirs.mlp.c_proj.weight.copy_(block.mlp.proj.weight.T)
     torch.testing.assert_close(ours(tokens()), peer(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -63,7 +63,7 @@ def test_llama_is_that_of_transformers(tied: bool) -> None:
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=16,
-            intermediate_size=ours.config.hidden_width,
+            intermediate_size=ours.config.intermediate_size,
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=LENGTH,
@@ -76,14 +76,14 @@ def test_llama_is_that_of_transformers(tied: bool) -> None:
     peer.model.norm.weight.copy_(ours.final_norm.weight)
     for theirs, block in zip(peer.model.layers, ours.blocks, strict=True):
         theirs.input_layernorm.weight.copy_(block.attention_norm.weight)
-        theirs.post_attention_layernorm.weight.copy_(block.perceptron_norm.weight)
-        q, k, v = block.attention.query_key_value.weight.chunk(3)
+        theirs.post_attention_layernorm.weight.copy_(block.mlp_norm.weight)
+        q, k, v = block.attention.qkv.weight.chunk(3)
         for projection, weight in (("q_proj", q), ("k_proj", k), ("v_proj", v)):
             getattr(theirs.self_attn, projection).weight.copy_(weight)
-        theirs.self_attn.o_proj.weight.copy_(block.attention.projection.weight)
-        theirs.mlp.gate_proj.weight.copy_(block.perceptron.gate.weight)
-        theirs.mlp.up_proj.weight.copy_(block.perceptron.expansion.weight)
-        theirs.mlp.down_proj.weight.copy_(block.perceptron.projection.weight)
+        theirs.self_attn.o_proj.weight.copy_(block.attention.proj.weight)
+        theirs.mlp.gate_proj.weight.copy_(block.mlp.gate.weight)
+        theirs.mlp.up_proj.weight.copy_(block.mlp.fc.weight)
+        theirs.mlp.down_proj.weight.copy_(block.mlp.proj.weight)
     torch.testing.assert_close(ours(tokens()), peer(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 

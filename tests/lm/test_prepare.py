@@ -1,4 +1,4 @@
-"""coupled-adam prepare: tables, data sets, tokenizers, interruptions."""
+"""coupled-adam prepare: tables, datasets, tokenizers, interruptions."""
 
 import json
 from pathlib import Path
@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from coupled_adam.cli import app
 from coupled_adam.errors import InputError
-from coupled_adam.lm import corpus as module
+from coupled_adam.lm import prepare as module
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.config import Data, Experiment
-from coupled_adam.lm.corpus import corpus_for, open_corpus, prepare
-from coupled_adam.lm.sources import DataSet, TextFiles, WikipediaSample, source_of
+from coupled_adam.lm.prepare import corpus_for, prepare
+from coupled_adam.lm.sources import Dataset, TextFiles, WikipediaSample, source_of
 
-DATA = Data(vocabulary=300, sequence_length=16)
+DATA = Data(vocab_size=300, sequence_length=16)
 DOCUMENTS = paragraphs(900).split("\n\n")
 
 
@@ -53,13 +53,13 @@ def test_a_folder_of_tables_is_the_documents_split(suffix: str, tmp_path: Path) 
 
 def test_what_a_source_is() -> None:
     assert isinstance(source_of("wikipedia-sample"), WikipediaSample)
-    assert isinstance(source_of("Skylion007/openwebtext"), DataSet)
+    assert isinstance(source_of("Skylion007/openwebtext"), Dataset)
     assert isinstance(source_of("notes.txt"), TextFiles)
 
 
 def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match=r"Skylion007/openwebtext: cannot be read as a data set: .*no network"):
+    with pytest.raises(InputError, match=r"Skylion007/openwebtext: cannot be read as a dataset: .*no network"):
         prepare(source_of("Skylion007/openwebtext"), DATA, tmp_path / "corpus")
     assert list(tmp_path.glob(".corpus.partial")) == []
 
@@ -74,7 +74,7 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
 def test_a_truncated_table_is_refused(tmp_path: Path) -> None:
     file = table(tmp_path / "a.parquet", DOCUMENTS)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"a\.parquet: cannot be read as a data set"):
+    with pytest.raises(InputError, match=r"a\.parquet: cannot be read as a dataset"):
         prepare(source_of(str(file)), DATA, tmp_path / "corpus")
 
 
@@ -109,7 +109,7 @@ def test_an_interrupted_preparation_goes_on(
     again = []
     monkeypatch.setattr(module, "say", again.append)
     resumed = prepare(source_of(str(file)), DATA, tmp_path / "cut")
-    assert any("goes on after" in line for line in again)
+    assert any("resuming after" in line for line in again)
     assert resumed.meta == whole.meta
     for split in ("train", "validation"):
         pairs = zip(resumed.shards(split), whole.shards(split), strict=True)
@@ -138,9 +138,9 @@ def tokenizer_folder(path: Path, size: int) -> Path:
 
 @pytest.mark.parametrize(("size", "dtype"), [(320, "<u2"), (70_000, "<u4")])
 def test_a_tokenizer_of_transformers(size: int, dtype: str, tmp_path: Path) -> None:
-    folder = tokenizer_folder(tmp_path / "tokenizer", size)
+    directory = tokenizer_folder(tmp_path / "tokenizer", size)
     (tmp_path / "text.txt").write_text("\n\n".join(DOCUMENTS[:100]), encoding="utf-8")
-    data = Data(tokenizer=str(folder), vocabulary=size, sequence_length=16)
+    data = Data(tokenizer=str(directory), vocab_size=size, sequence_length=16)
     corpus = prepare(TextFiles(tmp_path / "text.txt"), data, tmp_path / "corpus")
     assert corpus.meta["dtype"] == dtype and corpus.meta["tokenizer_tokens"] == size
     assert corpus.meta["end_of_document"] == corpus.tokenizer.token_to_id("</s>")
@@ -148,8 +148,8 @@ def test_a_tokenizer_of_transformers(size: int, dtype: str, tmp_path: Path) -> N
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path: Path, text_file: Path) -> None:
-    data = Data(tokenizer=str(tmp_path / "nowhere"), vocabulary=300)
-    with pytest.raises(InputError, match="nowhere: no tokenizer to be had"):
+    data = Data(tokenizer=str(tmp_path / "nowhere"), vocab_size=300)
+    with pytest.raises(InputError, match="nowhere: no tokenizer found"):
         prepare(TextFiles(text_file), data, tmp_path / "corpus")
 
 
@@ -158,7 +158,7 @@ def test_a_token_beyond_the_vocabulary_is_refused_by_the_name_of_the_file(text_f
     shard = np.memmap(tmp_path / "corpus" / "train-00000.bin", dtype="<u2", mode="r+")
     shard[100] = 60_000
     shard.flush()
-    batches = Batches(open_corpus(tmp_path / "corpus").shards("train"), 16, 4, 0, corpus.vocabulary_size)
+    batches = Batches(corpus.shards("train"), 16, 4, 0, corpus.vocab_size)
     with pytest.raises(InputError, match=r"train-00000\.bin: token 60,000 .* prepare the corpus again"):
         for step in range(len(batches)):
             batches.batch(step)
@@ -168,13 +168,13 @@ def test_an_experiment_says_which_corpus_it_needs(tiny: Experiment, text_file: P
     web = tiny.with_values(data__source="Skylion007/openwebtext", data__tokenizer="gpt2")
     with pytest.raises(InputError, match="coupled-adam prepare Skylion007/openwebtext --tokenizer gpt2 --out DIR"):
         corpus_for(web, None)
-    prepare(TextFiles(text_file), Data(vocabulary=500), tmp_path / "corpus")
-    with pytest.raises(InputError, match=r"made with a tokenizer of 3\d\d tokens, and tiny has data\.vocabulary = 300"):
+    prepare(TextFiles(text_file), Data(vocab_size=500), tmp_path / "corpus")
+    with pytest.raises(InputError, match=r"made with a tokenizer of 3\d\d tokens, but tiny has data\.vocab_size = 300"):
         corpus_for(tiny, tmp_path / "corpus")
 
 
 def test_the_command(tmp_path: Path, text_file: Path) -> None:
-    arguments = ["prepare", str(text_file), "--vocabulary", "300", "--out", str(tmp_path / "corpus")]
+    arguments = ["prepare", str(text_file), "--vocab-size", "300", "--out", str(tmp_path / "corpus")]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0 and "200 documents" in shown.output
     meta = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)

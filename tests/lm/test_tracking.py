@@ -16,9 +16,11 @@ from coupled_adam.errors import InputError
 from coupled_adam.lm import tracking
 from coupled_adam.lm import train as loop
 from coupled_adam.lm.config import Experiment
-from coupled_adam.lm.corpus import Corpus, prepare
+from coupled_adam.lm.corpus import Corpus
+from coupled_adam.lm.metrics_jsonl import MetricsLog
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
+from coupled_adam.lm.prepare import prepare
 from coupled_adam.lm.sources import TextFiles
 
 #: Of metrics.jsonl, and so of every tracker; the loss and its companions lack step 0.
@@ -55,20 +57,20 @@ class Killed(BaseException):
 
 
 def train_killed_at(step: int, experiment: Experiment, corpus: Corpus, run_dir: Path) -> None:
-    write = loop.Metrics.write
+    write = MetricsLog.write
 
-    def write_until_killed(self: loop.Metrics, line: dict) -> None:
+    def write_until_killed(self: MetricsLog, line: dict) -> None:
         if line["step"] == step:
             raise Killed
         write(self, line)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop.Metrics, "write", write_until_killed)
+        patch.setattr(MetricsLog, "write", write_until_killed)
         train(experiment, corpus, run_dir)
 
 
 def lines(run_dir: Path, key: str) -> dict[int, float]:
-    return {line["step"]: line[key] for line in loop.Metrics(run_dir / "metrics.jsonl").read() if key in line}
+    return {line["step"]: line[key] for line in MetricsLog(run_dir / "metrics.jsonl").read() if key in line}
 
 
 class Told(tracking.Tracker):
@@ -108,7 +110,7 @@ def test_tensorboard_shows_every_step_once(killed_at: int, tiny: Experiment, cor
     assert [e.step for e in found["loss"]] == TRAINED and [e.step for e in found["answer"]] == EVALUATED
     assert [e.value for e in found["loss"]] == pytest.approx(list(lines(run, "loss").values()))
     (text, *_) = events.Tensors("experiment/text_summary")
-    assert "    width = 16\n" in text.tensor_proto.string_val[0].decode()
+    assert "    hidden_size = 16\n" in text.tensor_proto.string_val[0].decode()
 
 
 def records(file: Path) -> list[Any]:
@@ -149,7 +151,7 @@ def test_wandb_offline_holds_one_run_however_often_it_is_resumed(
     assert len({r.run_id for r in started}) == 1 and len(list(run.glob("wandb/offline-run-*"))) == 2
     assert (started[0].project, started[0].display_name) == ("coupled-adam", "tiny")
     config = {item.key: json.loads(item.value_json) for item in started[0].config.update}
-    assert config["model"]["width"] == 16 and "tracking" not in config
+    assert config["model"]["hidden_size"] == 16 and "tracking" not in config
     assert losses == pytest.approx(lines(run, "loss")) and list(losses) == TRAINED
     assert exits == [0, 0]
 
@@ -161,12 +163,12 @@ def test_trackio_holds_every_step_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = tmp_path / "trackio"
-    monkeypatch.setenv("TRACKIO_DIR", str(folder))
+    directory = tmp_path / "trackio"
+    monkeypatch.setenv("TRACKIO_DIR", str(directory))
     import trackio
     from trackio.sqlite_storage import SQLiteStorage
 
-    assert folder == trackio.TRACKIO_DIR, "it was imported before, and would write elsewhere"
+    assert directory == trackio.TRACKIO_DIR, "it was imported before, and would write elsewhere"
     experiment = tracked(tiny, "trackio").with_values(tracking__project="ours")
     train_killed_at(8, experiment, corpus, tmp_path / "run")
     train_killed_at(3, experiment, corpus, tmp_path / "another")  # of the same name
@@ -177,7 +179,7 @@ def test_trackio_holds_every_step_once(
     rows = [SQLiteStorage.get_logs("ours", found.name) for found in (first, second)]
     assert [[row["step"] for row in each] for each in rows] == [[0, *TRAINED], [0, 1, 2]]
     assert {row["step"]: row["loss"] for row in rows[0][1:]} == pytest.approx(lines(tmp_path / "run", "loss"))
-    assert first.config["model"]["width"] == 16
+    assert first.config["model"]["hidden_size"] == 16
     trackio._cleanup_current_run()  # as when the program ends
     assert capsys.readouterr().out == "", "standard output is for results"
 
@@ -290,7 +292,9 @@ def test_tracking_may_be_turned_on_and_off_between_resumes(
 
 
 def test_the_main_process_alone_tracks(told: type[Told], tiny: Experiment, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(World, "from_main", lambda world, function: function() if world.main else None)
+    monkeypatch.setattr(
+        World, "broadcast_from_main", lambda world, function: function() if world.is_main_process else None
+    )
     for rank in (1, 0):
         with tracking.trackers(tracked(tiny, "trackio"), tmp_path, 0, World(rank, 2)) as track:
             track({"step": 1, "loss": 2.0})

@@ -15,8 +15,10 @@ from coupled_adam.lm import train as loop
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.checkpoint import latest_checkpoint
 from coupled_adam.lm.config import Experiment, Model, Schedule
-from coupled_adam.lm.corpus import Corpus, prepare
+from coupled_adam.lm.corpus import Corpus
+from coupled_adam.lm.metrics_jsonl import MetricsLog
 from coupled_adam.lm.model import LanguageModel, build_model, parameter_count
+from coupled_adam.lm.prepare import prepare
 from coupled_adam.lm.sources import TextFiles
 
 
@@ -30,7 +32,7 @@ def no_figures(model: LanguageModel, last: bool) -> loop.Figures:
 
 
 def test_the_loss_is_the_summed_cross_entropy_of_the_logits() -> None:
-    model = build_model(Model(layers=2, heads=2, width=16), vocabulary_size=64, sequence_length=8, seed=0)
+    model = build_model(Model(n_layers=2, n_heads=2, hidden_size=16), vocab_size=64, sequence_length=8, seed=0)
     tokens = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
@@ -39,7 +41,7 @@ def test_the_loss_is_the_summed_cross_entropy_of_the_logits() -> None:
 
 
 def test_a_position_does_not_see_later_ones() -> None:
-    model = build_model(Model(layers=2, heads=2, width=16), vocabulary_size=64, sequence_length=8, seed=0)
+    model = build_model(Model(n_layers=2, n_heads=2, hidden_size=16), vocab_size=64, sequence_length=8, seed=0)
     tokens = torch.randint(64, (1, 8), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()
     changed[0, 5:] = (changed[0, 5:] + 1) % 64
@@ -50,19 +52,19 @@ def test_a_position_does_not_see_later_ones() -> None:
 
 def test_the_model_is_gpt2_without_biases() -> None:
     width, layers, vocabulary, sequence = 32, 3, 512, 16
-    model = build_model(Model(layers=layers, heads=4, width=width), vocabulary, sequence, seed=0)
+    model = build_model(Model(n_layers=layers, n_heads=4, hidden_size=width), vocabulary, sequence, seed=0)
     per_layer = 12 * width**2 + 2 * width
     assert parameter_count(model) == (vocabulary + sequence) * width + layers * per_layer + width
     assert not any("bias" in name for name, _ in model.named_parameters())
     assert model.head.weight is model.token_embedding.weight
     spread = {name: p.std().item() for name, p in model.named_parameters() if p.ndim == 2}
     assert spread["token_embedding.weight"] == pytest.approx(0.02, rel=0.1)
-    assert spread["blocks.0.perceptron.projection.weight"] == pytest.approx(0.02 / math.sqrt(6), rel=0.1)
+    assert spread["blocks.0.mlp.proj.weight"] == pytest.approx(0.02 / math.sqrt(6), rel=0.1)
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:
     def weights(seed: int) -> torch.Tensor:
-        return build_model(Model(layers=1, heads=2, width=8), 64, 8, seed).token_embedding.weight
+        return build_model(Model(n_layers=1, n_heads=2, hidden_size=8), 64, 8, seed).token_embedding.weight
 
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -93,11 +95,12 @@ def test_training_lowers_the_loss_and_writes_what_it_did(tiny: Experiment, corpu
     assert lines[-1]["tokens"] == 24 * 64
     assert lines[-1]["loss"] < lines[1]["loss"] - 0.1
     assert (tmp_path / "run" / "experiment.toml").read_text() == tiny.to_toml()
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000024"]
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000020", "step-00000024"], "the newest, and the one before"
 
 
 def test_milestones_are_kept(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
-    experiment = tiny.with_values(train__checkpoint_every=4, train__keep_every=8, train__steps=20)
+    experiment = tiny.with_values(train__checkpoint_every=4, train__keep_every=8, train__keep_last=1, train__steps=20)
     loop.train(experiment, corpus, tmp_path / "run", no_figures)
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-00000008", "step-00000016", "step-00000020"]
@@ -106,9 +109,9 @@ def test_milestones_are_kept(tiny: Experiment, corpus: Corpus, tmp_path: Path) -
 def test_the_losses_are_those_of_a_textbook_loop(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
     experiment = tiny.with_values(optimizer__embedding__name="adamw", train__steps=100, train__micro_batch=2)
     loop.train(experiment, corpus, tmp_path / "run", no_figures)
-    found = [line["loss"] for line in loop.Metrics(tmp_path / "run" / "metrics.jsonl").read()[1:]]
+    found = [line["loss"] for line in MetricsLog(tmp_path / "run" / "metrics.jsonl").read()[1:]]
 
-    model = build_model(experiment.model, corpus.vocabulary_size, 16, seed=3)
+    model = build_model(experiment.model, corpus.vocab_size, 16, seed=3)
     decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and n != "token_embedding.weight"]
     rest = [p for n, p in model.named_parameters() if p.ndim < 2 or n == "token_embedding.weight"]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -143,15 +146,15 @@ def test_a_run_cut_at_any_step_ends_as_the_undisturbed_one(
     experiment = tiny.with_values(optimizer__embedding__name=embedding)
     whole = loop.train(experiment, corpus, tmp_path / "whole", no_figures)
 
-    write = loop.Metrics.write
+    write = MetricsLog.write
 
-    def write_until_cut(self: loop.Metrics, line: dict) -> None:
+    def write_until_cut(self: MetricsLog, line: dict) -> None:
         write(self, line)
         if line["step"] == cut:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop.Metrics, "write", write_until_cut)
+        patch.setattr(MetricsLog, "write", write_until_cut)
         loop.train(experiment, corpus, tmp_path / "cut", no_figures)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2')  # half a line, as a killed process leaves it
@@ -200,7 +203,7 @@ def test_another_experiment_or_text_in_the_same_folder_is_refused(
         loop.train(tiny.with_values(train__steps=30), corpus, tmp_path / "run", no_figures)
     text_file.write_text(text_file.read_text().replace("king", "emperor"))
     other = prepare(TextFiles(text_file), tiny.data, tmp_path / "other")
-    with pytest.raises(InputError, match="another text"):
+    with pytest.raises(InputError, match="not the text that"):
         loop.train(tiny, other, tmp_path / "run", no_figures)
 
 

@@ -137,7 +137,7 @@ def text() -> Tensor:
 
 def language_model(dtype: torch.dtype) -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(Model(layers=2, heads=2, width=WIDTH), VOCABULARY, LENGTH).to(dtype)
+    return LanguageModel(Model(n_layers=2, n_heads=2, hidden_size=WIDTH), VOCABULARY, LENGTH).to(dtype)
 
 
 def batch(step: int, rank: int = 0, ranks: int = 1) -> Tensor:
@@ -171,8 +171,8 @@ def wrap(model: LanguageModel, wrapping: str) -> tuple[nn.Module, int, int]:
         }
         plan["head"] = ColwiseParallel(output_layouts=Replicate())
         for i in range(len(model.blocks)):
-            plan[f"blocks.{i}.perceptron.expansion"] = ColwiseParallel()
-            plan[f"blocks.{i}.perceptron.projection"] = RowwiseParallel()
+            plan[f"blocks.{i}.mlp.fc"] = ColwiseParallel()
+            plan[f"blocks.{i}.mlp.proj"] = RowwiseParallel()
         parallelize_module(model, mesh["tp"], plan)
         model.head.weight = model.token_embedding.weight  # parallelize_module takes tied weights apart
         if wrapping == "fsdp+tp":
@@ -221,17 +221,17 @@ def one_step(model: nn.Module, optimizer: Any, tokens: Tensor, step: Any = None)
     (step or optimizer.step)()
 
 
-def saved(folder: str, optimizer: str, wrapping: str, wait: bool = True) -> dict[str, Tensor]:
+def saved(directory: str, optimizer: str, wrapping: str, wait: bool = True) -> dict[str, Tensor]:
     """Train, save with torch.distributed.checkpoint, train on. What was saved, and where it went."""
     model, opt, rank, ranks = trainer(optimizer, wrapping)
     for step in range(4):
         one_step(model, opt, batch(step, rank, ranks))
     content = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
     if wait:
-        checkpoint.save(content, checkpoint_id=folder)
+        checkpoint.save(content, checkpoint_id=directory)
     else:
         # Its thread communicates too: it needs a group of its own beside the training.
-        writing = checkpoint.async_save(content, checkpoint_id=folder, process_group=dist.new_group())
+        writing = checkpoint.async_save(content, checkpoint_id=directory, process_group=dist.new_group())
     found = contents(model, opt)
     for step in range(4, 8):
         one_step(model, opt, batch(step, rank, ranks))  # while an asynchronous save goes on
@@ -240,14 +240,14 @@ def saved(folder: str, optimizer: str, wrapping: str, wait: bool = True) -> dict
     return found | {f"then {name}": x for name, x in whole(model).items()}
 
 
-def loaded(folder: str, optimizer: str, wrapping: str) -> dict[str, Tensor]:
+def loaded(directory: str, optimizer: str, wrapping: str) -> dict[str, Tensor]:
     """Load what :func:`saved` has written into a model and optimizer of another wrapping, and train on."""
     model, opt, rank, ranks = trainer(optimizer, wrapping)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(0.5)
     content = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
-    checkpoint.load(content, checkpoint_id=folder)
+    checkpoint.load(content, checkpoint_id=directory)
     set_model_state_dict(model, content["model"])
     set_optimizer_state_dict(model, opt, content["optimizer"])
     found = contents(model, opt)
@@ -274,9 +274,9 @@ def zero(optimizer_dtype: torch.dtype) -> dict[str, Any]:
             p.grad = None if absent else torch.randn(p.shape, generator=generator).to(p.dtype)
         grads.append([None if p.grad is None else p.grad.clone() for p in params])
         if step == 3:
-            with tempfile.TemporaryDirectory() as folder:  # each process its own file
-                torch.save(opt.state_dict(), f"{folder}/state.pt")
-                saved = torch.load(f"{folder}/state.pt", weights_only=True)
+            with tempfile.TemporaryDirectory() as directory:  # each process its own file
+                torch.save(opt.state_dict(), f"{directory}/state.pt")
+                saved = torch.load(f"{directory}/state.pt", weights_only=True)
             fresh = Adams_ZeRO(
                 [{k: v for k, v in g.items() if k in ("params", "second_moment")} for g in opt.param_groups],
                 max_grad_norm=1.0,

@@ -15,7 +15,7 @@ def names(groups: list[dict]) -> list[list[str]]:
 
 
 def test_our_model() -> None:
-    model = build_model(Model(layers=1, heads=2, width=8), vocabulary_size=64, sequence_length=4, seed=0)
+    model = build_model(Model(n_layers=1, n_heads=2, hidden_size=8), vocab_size=64, sequence_length=4, seed=0)
     coupled, matrices, vectors = param_groups(model, weight_decay=0.3)
     assert names([coupled]) == [["token_embedding.weight"]]
     assert (coupled["second_moment"], coupled["weight_decay"]) == ("vocabulary", 0.0)
@@ -52,7 +52,7 @@ def test_causal_models_of_transformers(family: str, tied: bool) -> None:
 
 
 def test_a_wrapped_model() -> None:
-    model = build_model(Model(layers=1, heads=2, width=8), vocabulary_size=64, sequence_length=4, seed=0)
+    model = build_model(Model(n_layers=1, n_heads=2, hidden_size=8), vocab_size=64, sequence_length=4, seed=0)
     groups = param_groups(nn.DataParallel(model))
     assert groups[0]["params"][0][1] is model.token_embedding.weight
 

@@ -14,7 +14,7 @@ from coupled_adam.optim.rounding import stochastically_rounded
 def test_rounding_is_right_on_average_and_to_a_neighbour() -> None:
     x = torch.tensor([1.0 + 2.0**-10, -3.0 - 2.0**-9, 1e-20, 0.0, 1.0])[:, None].expand(5, 20_000).contiguous()
     rounded = stochastically_rounded(x, step=1).float()
-    # One eighth of the way from 1 to its upper neighbour 1 + 2^-7, so up in one case out of eight.
+    # One eighth of the way from 1 to its upper neighbor 1 + 2^-7, so up in one case out of eight.
     assert rounded[0].unique().tolist() == [1.0, 1.0 + 2.0**-7]
     assert ((rounded[0] > 1).float().mean() - 1 / 8).abs() < 0.01
     assert rounded[1].unique().tolist() == [-3.0 - 2.0**-6, -3.0]

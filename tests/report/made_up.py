@@ -1,4 +1,4 @@
-"""Folders of runs as evaluation leaves them, with made-up figures: nothing is trained."""
+"""Directories of runs as evaluation leaves them, with made-up figures: nothing is trained."""
 
 import json
 import math
@@ -13,22 +13,24 @@ VARIANTS = ("original", "centered", "centered_scaled", "post_process", "post_pro
 
 
 def write_run(
-    folder: Path, name: str, seed: int = 1, loss: float = 6.0, figures: dict[str, Any] | None = None, **values: Any
+    directory: Path, name: str, seed: int = 1, loss: float = 6.0, figures: dict[str, Any] | None = None, **values: Any
 ) -> Path:
     """A run of 8 steps; ``values`` as of ``Experiment.with_values``."""
     experiment = Experiment.from_dict(
         {
             "run": {"name": f"{name}-s{seed}", "seed": seed},
-            "model": {"layers": 1, "heads": 1, "width": 8},
-            "data": {"vocabulary": 300, "sequence_length": 16},
+            "model": {"n_layers": 1, "n_heads": 1, "hidden_size": 8},
+            "data": {"vocab_size": 300, "sequence_length": 16},
             "train": {"steps": 8, "batch_tokens": 64},
             "schedule": {"warmup_steps": 1},
         }
     ).with_values(**values)
-    run = folder / experiment.run.name
+    run = directory / experiment.run.name
     (run / "evaluation").mkdir(parents=True)
     (run / "experiment.toml").write_text(experiment.to_toml())
-    figures = {"isotropy": 0.5, "mean_shift_ratio": 0.5, "word_similarity": 10.0, "average_norm": 1.0} | (figures or {})
+    figures = {"isotropy": 0.5, "mean_shift_ratio": 0.5, "word_similarity": 10.0, "mean_of_norms": 1.0} | (
+        figures or {}
+    )
     lines = [{"step": s, "validation_loss": loss + 8 / (s + 1), **figures} for s in range(0, 9, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     validation = {
@@ -54,7 +56,6 @@ def embeddings(figures: dict[str, Any], experiment: Experiment) -> dict[str, Any
         "figures": figures,
         "word_similarity": {variant: [benchmark] for variant in VARIANTS},
         "singular_values": [8.0, 4.0, 2.0, 1.0],
-        "findings": [],
         "token_sample": {
             "text": [f"<t{i}>" for i in range(60)],
             "count": count,
@@ -67,20 +68,22 @@ def embeddings(figures: dict[str, Any], experiment: Experiment) -> dict[str, Any
     }
 
 
-def write_suite(folder: Path) -> None:
+def write_suite(directory: Path) -> None:
     """Two models, two data sizes, two seeds, AdamW and Coupled Adam; a scaled family and one of SGD."""
     for width in (8, 16):
         for steps in (8, 16):
             for seed in (1, 2):
-                common = {"model__width": width, "train__steps": steps}
+                common = {"model__hidden_size": width, "train__steps": steps}
                 name, noise = f"w{width}-{steps}", 0.01 * seed
                 a = {"isotropy": 0.3 + noise, "mean_shift_ratio": 0.7 + noise, "second_moment_frequency_fit": 0.9}
-                write_run(folder, f"{name}A", seed, 6.1 + noise, a, **common)
+                write_run(directory, f"{name}A", seed, 6.1 + noise, a, **common)
                 v = {"isotropy": 0.9 + noise, "mean_shift_ratio": 0.02 + noise / 10}
-                write_run(folder, f"{name}V", seed, 6.0 + noise, v, optimizer__embedding__name="coupled_adam", **common)
+                write_run(
+                    directory, f"{name}V", seed, 6.0 + noise, v, optimizer__embedding__name="coupled_adam", **common
+                )
     for scale in (0.5, 2.0):
         values = {"optimizer__embedding__name": "coupled_adam", "optimizer__embedding__coupling_scale": scale}
-        write_run(folder, f"scaled-{scale}", 1, 6.0 + scale / 10, **values)
+        write_run(directory, f"scaled-{scale}", 1, 6.0 + scale / 10, **values)
     for factor in (100.0, 200.0):
         values = {"optimizer__embedding__name": "sgd", "optimizer__embedding__lr_factor": factor}
-        write_run(folder, f"sgd-{factor:g}", 1, 6.0 + factor / 1000, **values)
+        write_run(directory, f"sgd-{factor:g}", 1, 6.0 + factor / 1000, **values)

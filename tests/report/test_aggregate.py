@@ -1,6 +1,7 @@
 """The table over runs: its columns, its means, its tests."""
 
 import csv
+import dataclasses
 import io
 import json
 import statistics
@@ -13,8 +14,9 @@ from typer.testing import CliRunner
 
 from coupled_adam.cli import app
 from coupled_adam.errors import InputError
+from coupled_adam.figures import FIGURES, figures
 from coupled_adam.report import aggregate
-from coupled_adam.report.suite import LOSS, SHIFT, comparison_lines, published_lines
+from coupled_adam.report.report_page import comparison_lines, published_lines
 
 DOWNSTREAM = {
     "acc": 0.4,
@@ -26,7 +28,7 @@ DOWNSTREAM = {
 
 
 def test_the_columns_are_those_of_the_reference_in_its_order(tmp_path: Path) -> None:
-    run = write_run(tmp_path, "exp", figures={"smallest_singular_value": 1.0, "condition": 12.5})
+    run = write_run(tmp_path, "exp", figures={"smallest_singular_value": 1.0, "inverse_condition": 12.5})
     (run / "evaluation" / "downstream.json").write_text(json.dumps(DOWNSTREAM))
     header, row = csv.reader(io.StringIO(aggregate.as_csv(aggregate.read_runs([tmp_path]))))
     assert header == [
@@ -54,23 +56,27 @@ def test_seeds_are_put_together_and_compared(tmp_path: Path) -> None:
     # By hand: t = (v̄ − ā) / (s·√(2/3)) with the pooled variance s², and 4 degrees of freedom.
     pooled = (statistics.variance(losses["A"]) + statistics.variance(losses["V"])) / 2
     t = (statistics.fmean(losses["V"]) - statistics.fmean(losses["A"])) / (pooled * 2 / 3) ** 0.5
-    assert pair.p_value("validation_loss", lower_is_better=True) == pytest.approx(stats.t.cdf(t, 4))
-    assert pair.p_value("validation_loss", lower_is_better=False) == pytest.approx(1 - stats.t.cdf(t, 4))
-    assert pair.p_value("isotropy", lower_is_better=False) is None, "no spread at all"
-    assert pair.p_value("downstream_accuracy", lower_is_better=False) is None
+    assert pair.p_value(FIGURES["validation_loss"]) == pytest.approx(stats.t.cdf(t, 4))
+    higher = dataclasses.replace(FIGURES["validation_loss"], better="higher")
+    assert pair.p_value(higher) == pytest.approx(1 - stats.t.cdf(t, 4))
+    assert pair.p_value(FIGURES["isotropy"]) is None, "no spread at all"
+    assert pair.p_value(FIGURES["downstream_accuracy"]) is None
 
 
 def test_the_lines_are_in_the_layout_of_the_paper(tmp_path: Path) -> None:
     write_suite(tmp_path)
     pairs = aggregate.comparisons(aggregate.groups(aggregate.read_runs([tmp_path])))
-    lines = comparison_lines(pairs, [LOSS, SHIFT])
+    lines = comparison_lines(pairs, figures(("validation_loss", "mean_shift_ratio")))
     assert [(line.tokens, line.method, line.runs) for line in lines] == [
         (tokens, method, "2") for _ in range(2) for tokens in ("512", "1,024") for method in ("AdamW", "Coupled Adam")
     ]
     assert [cell.text for cell in lines[0].cells] == ["6.115 ± 0.007", "0.715 ± 0.007"]
     assert [cell.significant for cell in lines[0].cells] == [False, False], "nothing to compare AdamW with"
     assert [cell.significant for cell in lines[1].cells] == [True, True]
-    assert [cell.text for cell in published_lines([LOSS, SHIFT])[0].cells] == ["3.03", "0.82"]
+    assert [cell.text for cell in published_lines(figures(("validation_loss", "mean_shift_ratio")))[0].cells] == [
+        "3.03",
+        "0.82",
+    ]
 
 
 def test_sweeps_are_in_order_with_the_plain_optimizer_among_them(tmp_path: Path) -> None:
@@ -80,7 +86,7 @@ def test_sweeps_are_in_order_with_the_plain_optimizer_among_them(tmp_path: Path)
     assert [g.first.experiment.optimizer.embedding.coupling_scale for g in line] == [0.5, 1.0, 2.0]
     assert line[0].first.method == "Coupled Adam s=0.5"
     (line,) = aggregate.sweep(found, "lr_factor")
-    assert [g.first.method for g in line] == ["SGD f=100", "SGD f=200"]
+    assert [g.first.method for g in line] == ["SGD lr×100", "SGD lr×200"]
 
 
 @pytest.mark.parametrize(

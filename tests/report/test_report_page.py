@@ -13,12 +13,12 @@ from coupled_adam.cli import app
 
 @pytest.fixture(scope="module")
 def page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    folder = tmp_path_factory.mktemp("suite")
-    write_suite(folder / "runs")
-    result = CliRunner().invoke(app, ["report", str(folder / "runs"), "--out", str(folder / "out")])
+    directory = tmp_path_factory.mktemp("suite")
+    write_suite(directory / "runs")
+    result = CliRunner().invoke(app, ["report", str(directory / "runs"), "--out", str(directory / "out")])
     assert result.exit_code == 0, result.exception
-    assert result.stdout == f"20 runs: {folder / 'out' / 'aggregate.csv'}, {folder / 'out' / 'report.html'}\n"
-    page = opened(browser, folder / "out" / "report.html")
+    assert result.stdout == f"20 runs: {directory / 'out' / 'aggregate.csv'}, {directory / 'out' / 'report.html'}\n"
+    page = opened(browser, directory / "out" / "report.html")
     yield page
     page.close()
 

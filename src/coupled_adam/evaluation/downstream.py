@@ -1,5 +1,6 @@
 """Accuracy on downstream tasks, with the harness of the papers: EleutherAI's lm-eval."""
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -7,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from numbers import Real
 from pathlib import Path
@@ -15,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coupled_adam.errors import InputError, require
+from coupled_adam.errors import InputError, one_line, require
 from coupled_adam.evaluation.tasks import Definition, definitions
 from coupled_adam.files import write_json
-from coupled_adam.lm.progress import say
+from coupled_adam.progress import say, warn
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
 PAPER_TASKS = ("hellaswag", "winogrande", "arc_easy", "arc_challenge", "truthfulqa_mc2", "lambada_openai", "race")
 
@@ -56,8 +58,8 @@ def downstream(
     missing, on ``device`` (a GPU if there is one), in the precision of the directory. Tasks have as many examples in
     the prompt as they say, by default none. One process; no process group is joined.
 
-    ``limit`` is the number of samples a task, all if None. Definitions in the folder ``include_path`` (lm-eval's YAML)
-    come before those of lm-eval.
+    ``limit`` is the number of samples a task, all if None. Definitions in the directory ``include_path`` (lm-eval's
+    YAML) come before those of lm-eval.
 
     The result: ``acc``, the mean over the tasks ``mean_over`` (those that ran and have an ``acc``; ``n_tasks`` of
     them), and ``acc_stderr``, √(Σ s²)/n; ``complete``: whether these are the seven of the paper, in either version;
@@ -75,61 +77,91 @@ def downstream(
         raise InputError(f"limit {limit}: at least 1 sample a task, or none for all")
     names = list(dict.fromkeys(tasks))
     harness = f"lm-eval {importlib.metadata.version('lm_eval')}"
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings: Record = {"model_digest": digest, "tasks": names, "limit": limit, "harness": harness}
-    settings |= {"batch_size": batch_size, "device": device}
-
-    earlier = _earlier(out, digest)
-    results: dict[str, Record] = {}
-    failed: dict[str, str] = {}
-    lm: HFLM | None = None
-
-    def write() -> Record:
-        ordered = {name: results[name] for name in names if name in results}
-        result = mean_accuracy(ordered) | {"settings": settings, "tasks": ordered, "failed": failed}
-        result["earlier"] = list(earlier.values())
-        write_json(out, result)
-        return result
-
+    settings |= {"batch_size": batch_size, "device": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+    results = Results(out, settings)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         manager, defined = stack.enter_context(definitions(names, include_path))
         stack.callback(setattr, datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE)
-        keys: dict[str, Record] = {}
-        for d in defined:
-            keys[d.name] = {"task": d.name, "version": d.version, "limit": limit}
-            keys[d.name] |= {"definition": d.digest, "harness": harness}
-            if kept := earlier.pop(_key(keys[d.name]), None):
-                say(f"{d.name}: {_line(kept)}, from {out.name}")
-                results[d.name] = kept
-        for d in defined:
-            if d.name in results:
-                continue
-            started = time.monotonic()
-            try:
-                with _no_output():
-                    task = manager.load([d.name])["tasks"][d.name]
-            except Exception as error:  # definitions and data sets are the code of others: any error may come
-                # The hub is tried for half a minute, again for each task. What lies in the cache is found without it.
-                datasets.config.HF_HUB_OFFLINE |= isinstance(error, ConnectionError)
-                failed[d.name] = _reason(d, error)
-                say(f"{d.name}: not run: {failed[d.name]}")
-                continue
-            with _no_output():
-                lm = lm or _load(model_dir, batch_size, device)
-                try:
-                    figures = _evaluate(lm, task, limit)
-                except Exception as error:  # of the task's own code, or of what its samples ask of the model
-                    reason = (str(error).strip().splitlines() or [""])[0][:200]
-                    failed[d.name] = f"failed while it ran: {type(error).__name__}: {reason}"
-                    figures = {}
-            if not figures:
-                say(f"{d.name}: {failed[d.name]}")
-                continue
-            results[d.name] = keys[d.name] | figures | {"batch_size": batch_size, "device": device}
-            write()
-            say(f"{d.name}: {_line(results[d.name])}, {time.monotonic() - started:.0f} s")
-    return write()
+        model = functools.cache(lambda: _load(model_dir, batch_size, settings["device"]))
+        missing = [d for d in defined if not results.reuse(d)]
+        for d in missing:
+            _run_one(d, manager, model, results)
+    return results.write()
+
+
+class Results:
+    """The results of an evaluation, kept in a file after each task."""
+
+    def __init__(self, out: Path, settings: Record) -> None:
+        """Raises InputError if ``out`` is something else."""
+        self.out, self.settings = out, settings
+        self.earlier = _earlier(out, settings["model_digest"])
+        self.tasks: dict[str, Record] = {}
+        self.failed: dict[str, str] = {}
+
+    def key(self, d: Definition) -> Record:
+        """Return all that determines the result of a task for this model."""
+        return {
+            "task": d.name,
+            "version": d.version,
+            "limit": self.settings["limit"],
+            "definition": d.digest,
+            "harness": self.settings["harness"],
+        }
+
+    def reuse(self, d: Definition) -> bool:
+        """Take over an earlier result of the task, if there is one."""
+        kept = self.earlier.pop(_key(self.key(d)), None)
+        if kept:
+            say(f"{d.name}: {_line(kept)}, from {self.out.name}")
+            self.tasks[d.name] = kept
+        return kept is not None
+
+    def add(self, d: Definition, figures: Record) -> None:
+        """Keep the figures of a task, and write the file."""
+        used = {name: self.settings[name] for name in ("batch_size", "device")}
+        self.tasks[d.name] = self.key(d) | figures | used
+        self.write()
+
+    def fail(self, d: Definition, reason: str) -> None:
+        """Record why a task has no result."""
+        self.failed[d.name] = reason
+        warn(f"{d.name}: {reason}")
+
+    def write(self) -> Record:
+        """Write the file, and return what it holds."""
+        ordered = {name: self.tasks[name] for name in self.settings["tasks"] if name in self.tasks}
+        result = mean_accuracy(ordered) | {"settings": self.settings, "tasks": ordered, "failed": self.failed}
+        result["earlier"] = list(self.earlier.values())
+        write_json(self.out, result)
+        return result
+
+
+def _run_one(d: Definition, manager: "TaskManager", model: "Callable[[], HFLM]", results: Results) -> None:
+    import datasets
+
+    started = time.monotonic()
+    try:
+        with _no_output():
+            task = manager.load([d.name])["tasks"][d.name]
+    except Exception as error:  # definitions and datasets are the code of others: any error may come
+        # The hub is tried for half a minute, again for each task. What lies in the cache is found without it.
+        datasets.config.HF_HUB_OFFLINE |= isinstance(error, ConnectionError)
+        results.fail(d, f"not run: {_reason(d, error)}")
+        return
+    with _no_output():
+        lm = model()
+        try:
+            figures, problem = _evaluate(lm, task, results.settings["limit"]), None
+        except Exception as error:  # of the task's own code, or of what its samples ask of the model
+            problem = f"failed while it ran: {type(error).__name__}: {one_line(error)}"
+    if problem is not None:
+        results.fail(d, problem)
+        return
+    results.add(d, figures)
+    say(f"{d.name}: {_line(results.tasks[d.name])}, {time.monotonic() - started:.0f} s")
 
 
 def mean_accuracy(results: Mapping[str, Record]) -> Record:
@@ -198,15 +230,15 @@ def _number(value: object) -> float | None:
 
 def _reason(definition: Definition, error: Exception) -> str:
     """Why a task could not be loaded, and what helps."""
-    what = f"{type(error).__name__}: {error}".splitlines()[0]
+    what = f"{type(error).__name__}: {one_line(error)}"
     if not definition.dataset or not isinstance(error, OSError | ValueError):
         return what
     arguments = ", ".join(map(repr, definition.dataset))
     return (
-        f"its data set {definition.dataset[0]} is not on this machine and not to be had from the Hugging Face hub"
+        f"its dataset {definition.dataset[0]} is not on this machine and not to be had from the Hugging Face hub"
         f" ({what}). Where there is a network, run the same command, or"
-        f' python -c "import datasets; datasets.load_dataset({arguments})", and copy the folder HF_HOME'
-        " (~/.cache/huggingface) here; or define the task over local files in a folder for --include-path"
+        f' python -c "import datasets; datasets.load_dataset({arguments})", and copy the directory HF_HOME'
+        " (~/.cache/huggingface) here; or define the task over local files in a directory for --include-path"
     )
 
 

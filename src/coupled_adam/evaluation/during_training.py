@@ -1,4 +1,4 @@
-"""What is measured of a model while it trains."""
+"""Measure a model while it trains."""
 
 import functools
 
@@ -6,30 +6,31 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from coupled_adam import geometry
-from coupled_adam.evaluation.embeddings import embedding_figures
+from coupled_adam.evaluation.embedding_figures import figures_while_training
 from coupled_adam.evaluation.validation import held_out, validation_loss
+from coupled_adam.figures import Figures
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
-from coupled_adam.lm.train import Evaluate, Figures
+from coupled_adam.lm.train import Evaluate
 
 
 def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None) -> Evaluate:
-    """The function that :func:`coupled_adam.lm.train.train` calls: validation loss and figures of the embedding.
+    """Make the function that :func:`coupled_adam.lm.train.train` calls: validation loss and figures of the embedding.
 
-    All processes call it; the figures of the embedding are computed, and returned, in the main one alone.
+    All ranks call it; the figures of the embedding are computed, and returned, on rank 0 only.
     """
     world, settings = world or World(), experiment.evaluation
-    benchmarks, token_of = geometry.published_benchmarks(), functools.cache(corpus.token_of)
+    benchmarks, token_of = geometry.published_benchmarks(), functools.cache(corpus.words.token_of)
     batches = held_out(experiment, corpus)
 
     def evaluate(model: LanguageModel, last: bool) -> Figures:
         count = settings.final_batches if last and settings.final_batches else settings.batches
         figures: Figures = {"validation_loss": validation_loss(model, batches, count, world)}
         embedding = output_embedding(model)
-        if world.main:
-            figures |= embedding_figures(embedding, corpus.unigram_counts, token_of, benchmarks)
+        if world.is_main_process:
+            figures |= figures_while_training(embedding, corpus.unigram_counts, token_of, benchmarks)
         return figures
 
     return evaluate
@@ -37,6 +38,6 @@ def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None
 
 @torch.no_grad()
 def output_embedding(model: LanguageModel) -> torch.Tensor:
-    """The output embedding, whole. All processes call it."""
+    """Gather the whole output embedding. All ranks must call it."""
     weight = model.get_output_embeddings().weight.detach()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight

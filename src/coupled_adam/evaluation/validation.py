@@ -11,13 +11,13 @@ from coupled_adam.lm.parallel import World
 
 
 def held_out(experiment: Experiment, corpus: Corpus) -> Batches:
-    """The validation text in batches as large as the training's, in an order that is the same for every run."""
+    """Batch the validation text like the training text, in an order that is the same for every run."""
     shards = corpus.shards("validation")
-    return Batches(shards, experiment.data.sequence_length, experiment.batch_size, 0, corpus.vocabulary_size)
+    return Batches(shards, experiment.data.sequence_length, experiment.batch_size, 0, corpus.vocab_size)
 
 
 def batches_used(batches: Batches, count: int) -> int:
-    """``count``, or one pass over the data if that is less."""
+    """Return ``count``, or the batches of one pass over the data if that is less."""
     return min(count, max(len(batches) // batches.batch_size, 1))
 
 
@@ -25,13 +25,15 @@ def batches_used(batches: Batches, count: int) -> int:
 def validation_loss(model: LanguageModel, batches: Batches, count: int, world: World | None = None) -> float:
     """Mean cross entropy per token, in nats, over ``count`` batches, or one pass over the data if that is less.
 
-    Several processes share each batch, and all get the result; the model is called equally often in each. Raises
-    InputError if there are more of them than sequences in a batch.
+    The ranks share each batch, and all get the result; the model is called equally often on each.
+
+    Raises:
+        InputError: there are more ranks than sequences in a batch.
     """
     world = world or World()
     if batches.batch_size < world.size:
         raise InputError(
-            f"{world.size} processes share batches of {batches.batch_size} sequences: start at most so many processes"
+            f"{world.size} ranks share batches of {batches.batch_size} sequences: start at most so many processes"
         )
     total = torch.zeros(2, dtype=torch.float64)
     for step in range(batches_used(batches, count)):

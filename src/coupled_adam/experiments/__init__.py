@@ -62,6 +62,12 @@ def published() -> list[Published]:
     return [Published(**row) for row in tomllib.loads(_read("published.toml"))["result"]]
 
 
+def published_second_moment_fit() -> tuple[float, float]:
+    """Return the range of R² that the paper gives for Adam's second moment against the token's frequency."""
+    low, high = tomllib.loads(_read("published.toml"))["second_moment_frequency_fit"]
+    return low, high
+
+
 def published_result(model: str, tokens: str, method: str) -> Published:
     """One row of :func:`published`."""
     return next(r for r in published() if (r.model, r.tokens, r.method) == (model, tokens, method))

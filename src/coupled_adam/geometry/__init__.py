@@ -6,23 +6,23 @@ try:
 except ImportError as error:
     raise ImportError(f"{error.name} not installed: pip install 'coupled-adam[geometry]'") from error
 
-from coupled_adam.geometry.auditing import Audit, Finding, audit
 from coupled_adam.geometry.frequency import (
     Correlation,
     norm_frequency_correlation,
     projection_frequency_correlation,
     second_moment_frequency_fit,
 )
+from coupled_adam.geometry.measurements import Measurements, measure
 from coupled_adam.geometry.metrics import (
-    average_norm,
-    condition,
+    inverse_condition,
     isotropy,
     logit_bound_ratio,
-    mean_norm,
+    mean_of_norms,
     mean_shift_ratio,
+    norm_of_mean,
     singular_values,
-    update_sum,
 )
+from coupled_adam.geometry.plane import plane
 from coupled_adam.geometry.word_similarity import (
     Benchmark,
     WordSimilarity,
@@ -33,25 +33,24 @@ from coupled_adam.geometry.word_similarity import (
 )
 
 __all__ = [
-    "Audit",
     "Benchmark",
     "Correlation",
-    "Finding",
+    "Measurements",
     "WordSimilarity",
-    "audit",
-    "average_norm",
-    "condition",
+    "inverse_condition",
     "isotropy",
     "logit_bound_ratio",
-    "mean_norm",
+    "mean_of_norms",
     "mean_shift_ratio",
     "mean_similarity",
+    "measure",
     "norm_frequency_correlation",
+    "norm_of_mean",
+    "plane",
     "projection_frequency_correlation",
     "published_benchmarks",
     "read_benchmarks",
     "second_moment_frequency_fit",
     "singular_values",
-    "update_sum",
     "word_similarity",
 ]

@@ -51,13 +51,13 @@ def _log_partition(parts: Iterable[Float64], directions: Float64) -> Float64:
     return np.asarray(largest + np.log(total))
 
 
-def mean_norm(embedding: Matrix) -> float:
-    """‖μ‖, the length of the mean embedding. Source: Coupled Adam, arXiv 2502.08441, section 4.2."""
+def norm_of_mean(embedding: Matrix) -> float:
+    """‖μ‖, the norm of the mean embedding. Source: Coupled Adam, arXiv 2502.08441, section 4.2."""
     return float(np.linalg.norm(as_matrix(embedding).mean(0)))
 
 
-def average_norm(embedding: Matrix) -> float:
-    """mean_i ‖e_i‖, the average length of an embedding."""
+def mean_of_norms(embedding: Matrix) -> float:
+    """mean_i ‖e_i‖, the mean of the embeddings' norms."""
     return float(row_norms(as_matrix(embedding)).mean())
 
 
@@ -67,8 +67,8 @@ def mean_shift_ratio(embedding: Matrix) -> float:
     NaN for a matrix of zeros. Source: Coupled Adam, arXiv 2502.08441, section 4.2.
     """
     e = as_matrix(embedding)
-    length = average_norm(e)
-    return mean_norm(e) / length if length > 0 else float("nan")
+    length = mean_of_norms(e)
+    return norm_of_mean(e) / length if length > 0 else float("nan")
 
 
 def singular_values(embedding: Matrix) -> Float64:
@@ -81,20 +81,24 @@ def singular_values(embedding: Matrix) -> Float64:
     return np.asarray(np.sqrt(squares))
 
 
-def condition(embedding: Matrix) -> float:
-    """100·S_min/S_max of the singular values, in percent: higher is better. NaN for a matrix of zeros.
+def inverse_condition(embedding: Matrix) -> float:
+    """100·S_min/S_max of the singular values, in percent: the inverse of the condition number, so higher is better.
 
-    Source: Coupled Adam, arXiv 2502.08441, section 4.2.
+    NaN for a matrix of zeros. Source: Coupled Adam, arXiv 2502.08441, section 4.2.
     """
-    values = singular_values(embedding)
+    return inverse_condition_of(singular_values(embedding))
+
+
+def inverse_condition_of(values: Float64) -> float:
+    """The same from singular values, largest first."""
     return float(100 * values[-1] / values[0]) if values[0] > 0 else float("nan")
 
 
 def logit_bound_ratio(embedding: Matrix) -> float:
-    """By which factor centring the output embedding bounds the logits along μ more tightly, in [0, 1] or above.
+    """By which factor centering the output embedding bounds the logits along μ more tightly, in [0, 1] or above.
 
     max(B₋, B₊) / max(B₋ − ‖μ‖², B₊ + ‖μ‖²) with B₊ = max_i e_i·μ − ‖μ‖² and B₋ = ‖μ‖² − min_i e_i·μ: the widest
-    e_i·μ after centring over that before. Well below 1: centring helps. NaN for μ = 0. Source: arXiv 2601.02031.
+    e_i·μ after centering over that before. Well below 1: centering helps. NaN for μ = 0. Source: arXiv 2601.02031.
     """
     e = as_matrix(embedding)
     mean = e.mean(0)
@@ -102,14 +106,3 @@ def logit_bound_ratio(embedding: Matrix) -> float:
     above, below = projections.max() - square, square - projections.min()
     before = max(below - square, above + square)
     return float(max(below, above) / before) if before > 0 else float("nan")
-
-
-def update_sum(update: Matrix) -> float:
-    """‖Σ_i u_i‖ / Σ_i ‖u_i‖ of the change u of an embedding matrix in one step of an optimizer, in [0, 1].
-
-    Gradients of a softmax head sum to zero over the vocabulary; 0 says that the step kept that. NaN for no change.
-    Source: the argument of Coupled Adam, arXiv 2502.08441, section 3.
-    """
-    u = as_matrix(update)
-    lengths = row_norms(u).sum()
-    return float(np.linalg.norm(u.sum(0)) / lengths) if lengths > 0 else float("nan")

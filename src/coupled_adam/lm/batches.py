@@ -15,10 +15,10 @@ class Batches:
     """Sequences of one length, without overlap, in an order that is drawn anew for every pass over the data."""
 
     def __init__(
-        self, shards: list[Tokens], sequence_length: int, batch_size: int, seed: int, vocabulary: int | None = None
+        self, shards: list[Tokens], sequence_length: int, batch_size: int, seed: int, vocab_size: int | None = None
     ) -> None:
         """Raises InputError if the shards do not hold ``sequence_length`` + 1 tokens in a row."""
-        self.vocabulary = vocabulary
+        self.vocab_size = vocab_size
         self.shards, self.sequence_length, self.batch_size, self.seed = shards, sequence_length, batch_size, seed
         per_shard = [(len(shard) - 1) // sequence_length for shard in shards]
         self._first_of_shard = np.cumsum([0, *per_shard])
@@ -28,11 +28,11 @@ class Batches:
             )
 
     def __len__(self) -> int:
-        """Sequences in one pass over the data."""
+        """Count the sequences in one pass over the data."""
         return int(self._first_of_shard[-1])
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of step 0, 1, …, int64 (batch_size, sequence_length); targets are one token ahead.
+        """Return inputs and targets of step 0, 1, …, int64 (batch_size, sequence_length); targets are one token ahead.
 
         Raises:
             InputError: a token is not in the vocabulary, if that was given.
@@ -48,11 +48,11 @@ class Batches:
         shard = int(np.searchsorted(self._first_of_shard, index, side="right")) - 1
         start = (index - int(self._first_of_shard[shard])) * self.sequence_length
         sequence = self.shards[shard][start : start + self.sequence_length + 1]
-        if self.vocabulary is not None and sequence.max() >= self.vocabulary:
+        if self.vocab_size is not None and sequence.max() >= self.vocab_size:
             file = getattr(self.shards[shard], "filename", f"shard {shard}")
             raise InputError(
                 f"{file}: token {sequence.max():,} after position {start:,}, and the vocabulary has "
-                f"{self.vocabulary:,}; the file is damaged or of another tokenizer: prepare the corpus again"
+                f"{self.vocab_size:,}; the file is damaged or of another tokenizer: prepare the corpus again"
             )
         return sequence
 

@@ -1,6 +1,9 @@
-"""Save and resume, on torch.distributed.checkpoint: a folder ``step-00001000/`` holds ``dcp/`` and ``state.json``."""
+"""Save and resume, on torch.distributed.checkpoint.
 
-import json
+A directory ``step-00001000/`` holds ``dcp/``, written by the ranks together, and ``state.json``, with the checksums of
+what is in it.
+"""
+
 import os
 import pickle
 import shutil
@@ -24,67 +27,182 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from coupled_adam.errors import InputError
-from coupled_adam.files import move_into_place, write_json
+from coupled_adam.files import checksums, move_into_place, read_json, verify, write_json
 from coupled_adam.lm.parallel import World
+from coupled_adam.progress import warn
+
+#: What torch says where a file cannot be written, with or without the operating system's word on it.
+WRITE_FAILED = ("inline_container", "No space left", "File too large", "Disk quota exceeded")
+
+#: What to do about a damaged checkpoint.
+REMEDY = "train the run again with the same command: it resumes from the checkpoint before"
 
 
 def save_checkpoint(
-    folder: Path,
+    directory: Path,
     step: int,
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     state: dict[str, Any],
     world: World,
+    *,
+    keep_last: int = 2,
     keep_every: int | None = None,
 ) -> Path:
-    """Write a checkpoint, whole or not at all, then delete the older ones but the multiples of ``keep_every`` steps.
+    """Write a checkpoint, whole or not at all, then delete older ones.
 
-    ``state`` is plain values for state.json. All processes call this together and write their own shards.
+    All ranks call this together and write their own shards.
+
+    Args:
+        directory: of all checkpoints of the run.
+        step: number of steps done.
+        model, optimizers: what to save.
+        state: plain values for state.json.
+        world: the ranks of the run.
+        keep_last: how many of the newest checkpoints stay, this one included.
+        keep_every: checkpoints at multiples of this many steps stay too.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to. What was there before is intact.
     """
-    path = folder / f"step-{step:08d}"
-    name = world.from_main(lambda: os.getpid())
-    aside = folder / f".{path.name}.{name}.tmp"
+    path = directory / f"step-{step:08d}"
+    name = world.broadcast_from_main(lambda: os.getpid())
+    aside = directory / f".{path.name}.{name}.tmp"
     try:
-        if world.main:
+        if world.is_main_process:
             aside.mkdir(parents=True)
         world.wait()
         with quiet():
             model_state, optimizer_state = get_state_dict(model, optimizers)
             content = {"model": model_state, "optimizer": optimizer_state}
-            save(content, checkpoint_id=aside / "dcp", no_dist=world.size == 1)
-        if world.main:
-            write_json(aside / "state.json", {"step": step, **state})
-            move_into_place(aside, path)
-            for older in folder.glob("step-*"):
-                kept = keep_every is not None and step_of(older) % keep_every == 0
-                if older != path and not kept:
-                    shutil.rmtree(older)
+            size = sum(world.gather(_bytes(content)))
+            with _full_disk_named(aside, size):
+                save(content, checkpoint_id=aside / "dcp", no_dist=world.size == 1)
+        # Each rank reads back what it has just written; the description is rank 0's.
+        own = sorted((aside / "dcp").glob(f"__{world.rank}_*"))
+        own += [aside / "dcp" / ".metadata"] if world.is_main_process else []
+        files = {k: v for part in world.gather(checksums(aside, own)) for k, v in part.items()}
+        if world.is_main_process:
+            with _full_disk_named(aside, size):
+                write_json(aside / "state.json", {"step": step, **state, "checksums": files})
+                move_into_place(aside, path)
+            _delete_older(directory, path, keep_last, keep_every)
         world.wait()
     finally:
-        if world.main:
+        if world.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
     return path
 
 
+def _delete_older(directory: Path, newest: Path, keep_last: int, keep_every: int | None) -> None:
+    steps = sorted(step for path in directory.glob("step-*") if (step := step_of(path)) < step_of(newest))
+    last = steps[len(steps) - (keep_last - 1) :]
+    for step in steps:
+        if step not in last and not (keep_every is not None and step % keep_every == 0):
+            shutil.rmtree(directory / f"step-{step:08d}")
+
+
+def _bytes(content: Any) -> int:
+    """Size of the tensors that this rank holds."""
+    if isinstance(content, dict):
+        return sum(map(_bytes, content.values()))
+    if isinstance(content, DTensor):
+        content = content.to_local()
+    return content.numel() * content.element_size() if isinstance(content, Tensor) else 0
+
+
+@contextmanager
+def _full_disk_named(aside: Path, size: int) -> Iterator[None]:
+    """Raise one OSError that names the directory and the space needed, for whatever a full disk makes torch raise."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:  # the last is no Exception
+        if not isinstance(error, OSError) and not any(sign in str(error) for sign in WRITE_FAILED):
+            raise
+        free = shutil.disk_usage(aside.parent).free / 2**20
+        reason = f"{size / 2**20:,.1f} MiB needed, {free:,.1f} MiB free"
+        reason = f"{error.strerror}: {reason}" if isinstance(error, OSError) and error.strerror else reason
+        raise OSError(
+            f"{aside.parent}: a checkpoint could not be written ({reason}). The one before is intact: make space, then "
+            "rerun the same command to resume"
+        ) from None
+
+
 def step_of(checkpoint: Path) -> int:
-    """The number of steps after which a checkpoint was saved."""
+    """Return the number of steps after which a checkpoint was saved."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``; what was being written when a process died is passed over."""
-    return max((p.parent for p in folder.glob("step-*/state.json")), default=None)
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """List the complete checkpoints in ``directory``, newest first; what was being written at a crash is skipped."""
+    return sorted((path.parent for path in directory.glob("step-*/state.json")), reverse=True)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> dict[str, Any]:
+def latest_checkpoint(directory: Path) -> Path | None:
+    """Return the newest complete checkpoint in ``directory``."""
+    return next(iter(complete_checkpoints(directory)), None)
+
+
+def intact_checkpoint(directory: Path, world: World) -> Path | None:
+    """Return the newest checkpoint whose files are as they were written; log those that are passed over.
+
+    All ranks call this together.
+
+    Raises:
+        InputError: there are checkpoints, and all of them are damaged; the message names a file.
+    """
+    damage: list[InputError] = []
+    for path in world.broadcast_from_main(lambda: complete_checkpoints(directory)):
+        try:
+            verify_checkpoint(path, world)
+        except InputError as error:
+            damage.append(error)
+            continue
+        if damage and world.is_main_process:
+            warn(f"{damage[0]}. Resuming from {path}")
+        return path
+    if damage:
+        raise InputError(f"{str(damage[0]).partition(';')[0]}; no checkpoint is left to resume from: start a new run")
+    return None
+
+
+def verify_checkpoint(path: Path, world: World | None = None) -> dict[str, Any]:
+    """Check the files of a checkpoint against their checksums; the ranks share the work. Returns state.json.
+
+    Raises:
+        InputError: a file is missing or damaged; the message names it. On all ranks alike.
+    """
+    world = world or World()
+    state = world.broadcast_from_main(lambda: read_json(path / "state.json", REMEDY))
+    recorded = state.get("checksums")
+    if not isinstance(recorded, dict):
+        raise InputError(f"{path / 'state.json'}: damaged (no checksums); {REMEDY}")
+    problem = None
+    try:
+        verify(path, {name: recorded[name] for name in sorted(recorded)[world.rank :: world.size]}, REMEDY)
+    except InputError as error:
+        problem = str(error)
+    for found in world.gather(problem):
+        if found is not None:
+            raise InputError(found)
+    return state
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizers: Sequence[Optimizer] = (), world: World | None = None
+) -> dict[str, Any]:
     """Load the weights, and the state of the optimizers given, in place. Returns what state.json holds.
 
-    The number of processes, and how they share the model, may differ from those that saved it. Raises InputError if the
-    checkpoint is damaged.
+    The number of ranks, and how they share the model, may differ from those that saved it.
+
+    Raises:
+        InputError: the checkpoint is damaged; the message names the file.
     """
+    state = verify_checkpoint(path, world)
     alone = not (dist.is_available() and dist.is_initialized())
     with _damage_named(path), quiet():
         reader = _Reader(path / "dcp")
@@ -96,12 +214,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[Optimizer
             model_state, optimizer_state = get_state_dict(model, optimizers)
             load({"model": model_state, "optimizer": optimizer_state}, storage_reader=reader, no_dist=alone)
             set_state_dict(model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return state
 
 
 def tensor_names(path: Path) -> set[str]:
-    """What the tensors of a checkpoint are called: ``model.NAME``, ``optimizer.state.NAME.exp_avg`` and the like.
+    """List the tensors of a checkpoint: ``model.NAME``, ``optimizer.state.NAME.exp_avg`` and the like.
 
     Raises:
         InputError: the checkpoint is damaged.
@@ -112,11 +229,12 @@ def tensor_names(path: Path) -> set[str]:
 
 
 def load_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Some tensors of a checkpoint, by name, whole and as they were saved; the others are not read.
+    """Load some tensors of a checkpoint by name, whole and as they were saved.
 
     Raises:
         InputError: the checkpoint is damaged, or lacks one of them.
     """
+    verify_checkpoint(path)
     content: dict[str, Tensor] = {}
     with _damage_named(path), quiet():
         reader = _Reader(path / "dcp")
@@ -132,7 +250,7 @@ def load_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
 
 @contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
-    """An InputError for whatever reading a damaged checkpoint raises."""
+    """Raise an InputError for whatever reading a damaged checkpoint raises."""
     try:
         yield
     except InputError:
@@ -143,7 +261,7 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 class _Reader(FileSystemReader):
-    """Reads a checkpoint that may be somebody else's: torch unpickles the description of one without any check."""
+    """Reads a checkpoint that may be somebody else's: torch unpickles its description without any check."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with Path(self.path, ".metadata").open("rb") as file:
@@ -154,7 +272,7 @@ class _Reader(FileSystemReader):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the classes of which a description consists."""
+    """Loads only the classes that such a description consists of."""
 
     parts = frozenset(
         ("torch.distributed.checkpoint.metadata", name)
@@ -183,12 +301,12 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in self.parts or isinstance(found, torch.dtype):
             # Python 3.13 calls its module otherwise than the versions before and after.
             return super().find_class("pathlib" if module == "pathlib._local" else module, name)
-        raise pickle.UnpicklingError(f"its description names {module}.{name}, which none does")
+        raise pickle.UnpicklingError(f"unexpected class {module}.{name} in checkpoint metadata")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the remarks that torch makes about a checkpoint of one process."""
+    """Suppress the remarks that torch makes about a checkpoint of one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -37,26 +37,28 @@ class Model(Section):
 
     family: Literal["gpt2", "llama"] = "gpt2"
     """``gpt2``: learned positions, LayerNorm, GELU. ``llama``: rotary positions, RMSNorm, SwiGLU."""
-    layers: PositiveInt = 4
-    heads: PositiveInt = 4
-    width: PositiveInt = 128
+    n_layers: PositiveInt = 4
+    n_heads: PositiveInt = 4
+    hidden_size: PositiveInt = 128
     tied: bool = True
     """Whether the token embedding is also the output head."""
     norm: Literal["layernorm", "rmsnorm"] | None = None
     """None: that of the family."""
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.family == "llama" and self.width // self.heads % 2:
-            raise ValueError(f"width {self.width} / heads {self.heads} is odd: rotary positions turn pairs of numbers")
+    def _heads_divide_hidden_size(self) -> Self:
+        if self.hidden_size % self.n_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of n_heads {self.n_heads}")
+        if self.family == "llama" and self.hidden_size // self.n_heads % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} / n_heads {self.n_heads} is odd: rotary positions rotate pairs"
+            )
         return self
 
     @property
-    def hidden_width(self) -> int:
-        """Width inside the perceptron: 4·width, or for ``llama`` 8/3·width rounded up to a multiple of 128."""
-        return 4 * self.width if self.family == "gpt2" else -(-8 * self.width // (3 * 128)) * 128
+    def intermediate_size(self) -> int:
+        """Width of the MLP: 4·hidden_size, or for ``llama`` 8/3·hidden_size rounded up to a multiple of 128."""
+        return 4 * self.hidden_size if self.family == "gpt2" else -(-8 * self.hidden_size // (3 * 128)) * 128
 
     @property
     def norm_name(self) -> str:
@@ -66,17 +68,17 @@ class Model(Section):
 
 class Data(Section):
     source: str = Field(default="wikipedia-sample", min_length=1)
-    """What ``coupled-adam prepare`` is given: ``wikipedia-sample``, a file or folder, or a data set's name."""
+    """What ``coupled-adam prepare`` is given: ``wikipedia-sample``, a file or directory, or a dataset's name."""
     tokenizer: str = Field(default="bpe", min_length=1)
-    """``bpe``: a byte-level BPE of ``vocabulary`` tokens, trained on the text. Else a tokenizer's name or folder."""
-    vocabulary: int = Field(default=8192, ge=257, le=2_000_000)
+    """``bpe``: a byte-level BPE of ``vocab_size`` tokens, trained on the text; or a tokenizer's name or directory."""
+    vocab_size: int = Field(default=8192, ge=257, le=2_000_000)
     """Tokens of the tokenizer; the model's embedding has as many rows, padded to a multiple of 64."""
     sequence_length: PositiveInt = 128
 
     @property
-    def padded_vocabulary(self) -> int:
+    def padded_vocab_size(self) -> int:
         """Rows of the embedding: matrix products are fastest at multiples of 64."""
-        return -(-self.vocabulary // 64) * 64
+        return -(-self.vocab_size // 64) * 64
 
 
 class CoreOptimizer(Section):
@@ -90,6 +92,10 @@ class CoreOptimizer(Section):
     """On matrices and positions; vectors are not decayed."""
 
 
+#: Values of optimizer.embedding.name, and what people call them.
+OPTIMIZER_LABELS = {"adamw": "AdamW", "coupled_adam": "Coupled Adam", "adams": "Adams", "sgd": "SGD"}
+
+
 class EmbeddingOptimizer(Section):
     """The optimizer of the output embedding, which is not decayed. Adam's moments are set as the core's."""
 
@@ -101,6 +107,16 @@ class EmbeddingOptimizer(Section):
     """Multiplies the learning rate of the schedule."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Of ``sgd``."""
+
+    @property
+    def label(self) -> str:
+        """What people call the optimizer, with the settings that are not the defaults."""
+        defaults = EmbeddingOptimizer()
+        extra = [f"s={self.coupling_scale:g}"] if self.coupling_scale != defaults.coupling_scale else []
+        extra += [f"κ={self.coupling_factor:g}"] if self.coupling_factor else []
+        extra += [f"lr×{self.lr_factor:g}"] if self.lr_factor != defaults.lr_factor else []
+        extra += [f"momentum {self.momentum:g}"] if self.name == "sgd" and self.momentum != defaults.momentum else []
+        return " ".join([OPTIMIZER_LABELS[self.name], *extra])
 
 
 class Optimizer(Section):
@@ -126,11 +142,13 @@ class Train(Section):
     steps: PositiveInt = 300
     batch_tokens: PositiveInt = 2048
     """Tokens of one step, over all processes."""
-    clip: PositiveFloat = 1.0
-    """Bound of the global norm of the gradients."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Bound on the global norm of the gradients."""
     checkpoint_every: PositiveInt = 100
+    keep_last: PositiveInt = 2
+    """Checkpoints that are kept: the newest ones. With more than one, a damaged one does not end the run."""
     keep_every: PositiveInt | None = None
-    """Steps whose checkpoints are kept for good: the multiples of this. None: only the newest checkpoint stays."""
+    """Steps whose checkpoints are kept besides: the multiples of this."""
     micro_batch: PositiveInt | None = None
     """Sequences that a process takes at a time; the rest of its share of the batch accumulates. None: all at once."""
     precision: Literal["float32", "bfloat16"] = "float32"

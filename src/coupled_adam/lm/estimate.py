@@ -1,4 +1,4 @@
-"""What an experiment takes, without running it: parameters, memory, arithmetic; and how fast the arithmetic is done."""
+"""What an experiment costs, without running it: parameters, memory, FLOPs; and how fast FLOPs are done."""
 
 import re
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "
 OTHER_PEAK = {"PCIE", "NVL", "MIG"}
 
 #: Share of the peak that training of such models is taken to reach; an assumption.
-UTILISATION = 0.4
+UTILIZATION = 0.4
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Estimate:
 
 
 def estimate(experiment: Experiment, gpu: str = "H100") -> Estimate:
-    """Count on the device ``meta``: no weights are allocated.
+    """Estimate parameters, memory and FLOPs; counts on the device ``meta``, so no weights are allocated.
 
     Activations: Korthikanti et al., arXiv 2205.05198, equation 1 without the attention matrix, which is never stored:
-    34·s·b·h bytes a layer in 16 bits; with checkpointing 2·s·b·h a layer and one layer's 34. Arithmetic: 6 a parameter
-    and token (Kaplan et al., arXiv 2001.08361) plus 12·layers·width·sequence a token for attention, a third more with
-    checkpointing. The micro-batch is that of the experiment, or the whole batch.
+    34·s·b·h bytes a layer in 16 bits; with checkpointing 2·s·b·h a layer and one layer's 34. FLOPs: 6 a parameter
+    and token (Kaplan et al., arXiv 2001.08361) plus 12·layers·hidden_size·sequence a token for attention, a third more
+    with checkpointing. The micro-batch is that of the experiment, or the whole batch.
 
     Raises:
         InputError: an unknown GPU.
@@ -54,11 +54,11 @@ def estimate(experiment: Experiment, gpu: str = "H100") -> Estimate:
         raise InputError(f"{gpu}: unknown GPU; choose from {', '.join(PEAK_FLOPS)}")
     model, data, train = experiment.model, experiment.data, experiment.train
     with torch.device("meta"):
-        network = LanguageModel(model, data.padded_vocabulary, data.sequence_length)
+        network = LanguageModel(model, data.padded_vocab_size, data.sequence_length)
     parameters, tokens = parameter_count(network), train.steps * train.batch_tokens
-    layer = data.sequence_length * (train.micro_batch or experiment.batch_size) * model.width
+    layer = data.sequence_length * (train.micro_batch or experiment.batch_size) * model.hidden_size
     wide = 1 if train.precision == "bfloat16" else 2
-    stored = 2 * model.layers + 34 if train.activation_checkpointing else 34 * model.layers
+    stored = 2 * model.n_layers + 34 if train.activation_checkpointing else 34 * model.n_layers
     flops = tokens * flops_per_token(experiment, parameters) * (4 / 3 if train.activation_checkpointing else 1)
     return Estimate(
         parameters=parameters,
@@ -71,17 +71,18 @@ def estimate(experiment: Experiment, gpu: str = "H100") -> Estimate:
         activation_bytes=stored * layer * wide,
         flops=flops,
         gpu=gpu,
-        gpu_hours=flops / (PEAK_FLOPS[gpu] * UTILISATION) / 3600,
+        gpu_hours=flops / (PEAK_FLOPS[gpu] * UTILIZATION) / 3600,
     )
 
 
 def flops_per_token(experiment: Experiment, parameters: int) -> int:
-    """Arithmetic of the model for one token of training; what checkpointing computes again is not counted."""
-    return 6 * parameters + 12 * experiment.model.layers * experiment.model.width * experiment.data.sequence_length
+    """Count the model's FLOPs for one token of training, without what checkpointing computes again."""
+    model = experiment.model
+    return 6 * parameters + 12 * model.n_layers * model.hidden_size * experiment.data.sequence_length
 
 
 def peak_flops(experiment: Experiment, world: World) -> float | None:
-    """FLOP/s that the devices of all processes have together, or None where PEAK_FLOPS does not say it."""
+    """Return the FLOP/s of the devices of all ranks together, or None where PEAK_FLOPS does not know them."""
     if world.device.type != "cuda" or experiment.train.precision != "bfloat16":
         return None
     words = set(re.split(r"\W+", torch.cuda.get_device_name(world.device).upper()))
@@ -90,7 +91,7 @@ def peak_flops(experiment: Experiment, world: World) -> float | None:
 
 
 def speed(flops: float, peak: float | None) -> str:
-    """FLOP/s as the share of the peak that the model makes use of (MFU), or as they are where the peak is not known."""
+    """Format FLOP/s as model FLOPs utilization (MFU), or as they are where the peak is not known."""
     if peak:
         return f"MFU {flops / peak:.1%}"
     return f"{flops / 1e12:,.1f} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:,.1f} GFLOP/s"

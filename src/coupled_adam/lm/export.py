@@ -23,18 +23,18 @@ from coupled_adam.lm.run import Run
 ORIGIN = "coupled_adam"
 
 
-def export(run: Run, weights: dict[str, Tensor], digest: str, folder: Path) -> None:
-    """Write model, tokenizer, configuration and model card of ``run`` to ``folder``, whole or not at all.
+def export(run: Run, weights: dict[str, Tensor], digest: str, directory: Path) -> None:
+    """Write model, tokenizer, configuration and model card of ``run`` to ``directory``, whole or not at all.
 
-    What is there of the same ``digest`` (of ``weights``, all of them by our names, on the CPU) is left as it is.
+    An export of the same ``digest`` (of ``weights``, all of them by our names, on the CPU) is left as it is.
 
     Raises:
-        InputError: the model is one that transformers has not.
+        InputError: an architecture that transformers does not provide.
     """
     require("lm", "transformers")
     config = transformers_config(run.experiment, run.corpus)
     config[ORIGIN] = {"run": run.experiment.run.name, "step": run.step, "weights_sha256": digest}
-    if exported_digest(folder) == digest:
+    if exported_digest(directory) == digest:
         return
     import transformers
 
@@ -46,7 +46,7 @@ def export(run: Run, weights: dict[str, Tensor], digest: str, folder: Path) -> N
     model.tie_weights()
     ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     model.generation_config = transformers.GenerationConfig(**ends)  # type: ignore[no-untyped-call]
-    with written_whole(folder) as aside, _without_progress():
+    with written_whole(directory) as aside, _without_progress():
         model.save_pretrained(aside)
         _save_tokenizer(run, aside)
         (aside / "README.md").write_text(model_card(run, {}), encoding="utf-8")
@@ -54,7 +54,7 @@ def export(run: Run, weights: dict[str, Tensor], digest: str, folder: Path) -> N
 
 @contextmanager
 def _without_progress() -> Iterator[None]:
-    """Without the bars of transformers, one for each file of weights."""
+    """Suppress the bars of transformers, one for each file of weights."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -66,17 +66,17 @@ def _without_progress() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def exported_digest(folder: Path) -> str | None:
-    """Of the weights that :func:`export` wrote to ``folder``; None if there are none."""
+def exported_digest(directory: Path) -> str | None:
+    """Return the hash of the weights that :func:`export` wrote to ``directory``; None if there are none."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         return str(config[ORIGIN]["weights_sha256"])
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
         return None
 
 
 def transformers_config(experiment: Experiment, corpus: Corpus) -> dict[str, Any]:
-    """The fields of a GPT2Config or a LlamaConfig. Raises InputError for a model that transformers has not."""
+    """Return the fields of a GPT2Config or LlamaConfig. Raises InputError where transformers provides no such model."""
     model = experiment.model
     if model.norm_name != {"gpt2": "layernorm", "llama": "rmsnorm"}[model.family]:
         raise InputError(
@@ -85,7 +85,7 @@ def transformers_config(experiment: Experiment, corpus: Corpus) -> dict[str, Any
         )
     end = int(corpus.meta["end_of_document"])
     common = {
-        "vocab_size": corpus.vocabulary_size,
+        "vocab_size": corpus.vocab_size,
         "bos_token_id": end,
         "eos_token_id": end,
         "tie_word_embeddings": model.tied,
@@ -96,10 +96,10 @@ def transformers_config(experiment: Experiment, corpus: Corpus) -> dict[str, Any
         return common | {
             "model_type": "gpt2",
             "n_positions": experiment.data.sequence_length,
-            "n_embd": model.width,
-            "n_layer": model.layers,
-            "n_head": model.heads,
-            "n_inner": model.hidden_width,
+            "n_embd": model.hidden_size,
+            "n_layer": model.n_layers,
+            "n_head": model.n_heads,
+            "n_inner": model.intermediate_size,
             "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5,
             "resid_pdrop": 0.0,
@@ -109,11 +109,11 @@ def transformers_config(experiment: Experiment, corpus: Corpus) -> dict[str, Any
     return common | {
         "model_type": "llama",
         "max_position_embeddings": experiment.data.sequence_length,
-        "hidden_size": model.width,
-        "intermediate_size": model.hidden_width,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.heads,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.n_heads,
         "hidden_act": "silu",
         "rms_norm_eps": RMS_EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE},
@@ -139,61 +139,59 @@ def _gpt2(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tenso
 
     yield "transformer.wte.weight", ours["token_embedding.weight"]
     yield "transformer.wpe.weight", ours["position_embedding.weight"]
-    for i in range(model.layers):
+    for i in range(model.n_layers):
         a, b = f"blocks.{i}", f"transformer.h.{i}"
         yield from norm(f"{b}.ln_1", ours[f"{a}.attention_norm.weight"])
-        yield from linear(f"{b}.attn.c_attn", ours[f"{a}.attention.query_key_value.weight"])
-        yield from linear(f"{b}.attn.c_proj", ours[f"{a}.attention.projection.weight"])
-        yield from norm(f"{b}.ln_2", ours[f"{a}.perceptron_norm.weight"])
-        yield from linear(f"{b}.mlp.c_fc", ours[f"{a}.perceptron.expansion.weight"])
-        yield from linear(f"{b}.mlp.c_proj", ours[f"{a}.perceptron.projection.weight"])
+        yield from linear(f"{b}.attn.c_attn", ours[f"{a}.attention.qkv.weight"])
+        yield from linear(f"{b}.attn.c_proj", ours[f"{a}.attention.proj.weight"])
+        yield from norm(f"{b}.ln_2", ours[f"{a}.mlp_norm.weight"])
+        yield from linear(f"{b}.mlp.c_fc", ours[f"{a}.mlp.fc.weight"])
+        yield from linear(f"{b}.mlp.c_proj", ours[f"{a}.mlp.proj.weight"])
     yield from norm("transformer.ln_f", ours["final_norm.weight"])
 
 
 def _llama(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     yield "model.embed_tokens.weight", ours["token_embedding.weight"]
-    for i in range(model.layers):
+    for i in range(model.n_layers):
         a, b = f"blocks.{i}", f"model.layers.{i}"
-        parts = ours[f"{a}.attention.query_key_value.weight"].chunk(3)
+        parts = ours[f"{a}.attention.qkv.weight"].chunk(3)
         for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
             yield f"{b}.self_attn.{name}.weight", part.contiguous()
-        yield f"{b}.self_attn.o_proj.weight", ours[f"{a}.attention.projection.weight"]
-        yield f"{b}.mlp.gate_proj.weight", ours[f"{a}.perceptron.gate.weight"]
-        yield f"{b}.mlp.up_proj.weight", ours[f"{a}.perceptron.expansion.weight"]
-        yield f"{b}.mlp.down_proj.weight", ours[f"{a}.perceptron.projection.weight"]
+        yield f"{b}.self_attn.o_proj.weight", ours[f"{a}.attention.proj.weight"]
+        yield f"{b}.mlp.gate_proj.weight", ours[f"{a}.mlp.gate.weight"]
+        yield f"{b}.mlp.up_proj.weight", ours[f"{a}.mlp.fc.weight"]
+        yield f"{b}.mlp.down_proj.weight", ours[f"{a}.mlp.proj.weight"]
         yield f"{b}.input_layernorm.weight", ours[f"{a}.attention_norm.weight"]
-        yield f"{b}.post_attention_layernorm.weight", ours[f"{a}.perceptron_norm.weight"]
+        yield f"{b}.post_attention_layernorm.weight", ours[f"{a}.mlp_norm.weight"]
     yield "model.norm.weight", ours["final_norm.weight"]
 
 
-def _save_tokenizer(run: Run, folder: Path) -> None:
+def _save_tokenizer(run: Run, directory: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     end = run.corpus.tokenizer.id_to_token(int(run.corpus.meta["end_of_document"]))
     PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_file=str(run.corpus.folder / "tokenizer.json"),
+        tokenizer_file=str(run.corpus.directory / "tokenizer.json"),
         bos_token=end,
         eos_token=end,
         unk_token=end,
         model_max_length=run.experiment.data.sequence_length,
         clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
+    ).save_pretrained(directory)
     # transformers 5 has another name for this class, which older versions do not know; both know this one.
-    path = folder / "tokenizer_config.json"
+    path = directory / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     write_json(path, config)
 
 
-def write_model_card(run: Run, folder: Path, figures: Mapping[str, float | None]) -> None:
-    """Bring the card of an exported model up to date with what was measured of it."""
-    write_text(folder / "README.md", model_card(run, figures))
+def write_model_card(run: Run, directory: Path, figures: Mapping[str, str]) -> None:
+    """Update the card of an exported model with what was measured of it: labels and values, ready to print."""
+    write_text(directory / "README.md", model_card(run, figures))
 
 
-def model_card(run: Run, figures: Mapping[str, float | None]) -> str:
-    """The README.md of the directory: what the model is, and its figures by what to call them."""
+def model_card(run: Run, figures: Mapping[str, str]) -> str:
+    """Return the README.md of the directory: what the model is, and its figures."""
     e = run.experiment
-    tokens = run.step * e.train.batch_tokens
-    method = {"coupled_adam": "Coupled Adam", "adamw": "AdamW", "adams": "Adams", "sgd": "SGD"}
     lines = [
         "---",
         "library_name: transformers",
@@ -202,21 +200,16 @@ def model_card(run: Run, figures: Mapping[str, float | None]) -> str:
         "---",
         f"# {e.run.name}",
         "",
-        f"A {'GPT-2' if e.model.family == 'gpt2' else 'LLaMA'}-like language model: {e.model.layers} layers, "
-        f"{e.model.heads} heads, {e.model.width} wide, {run.corpus.vocabulary_size:,} rows in the "
+        f"A {'GPT-2' if e.model.family == 'gpt2' else 'LLaMA'}-like language model: {e.model.n_layers} layers, "
+        f"{e.model.n_heads} heads, hidden size {e.model.hidden_size}, {run.corpus.vocab_size:,} rows in the "
         f"{'tied ' if e.model.tied else ''}embedding, sequences of {e.data.sequence_length:,} tokens. "
-        f"Trained from seed {e.run.seed} on {tokens:,} tokens of {run.corpus.meta['source']} with "
-        f"{method[e.optimizer.embedding.name]} on the output embedding and "
-        f"{e.optimizer.core.name} on the rest (step {run.step:,} of {e.train.steps:,}).",
+        f"Trained from seed {e.run.seed} on {run.step * e.train.batch_tokens:,} tokens of {run.corpus.meta['source']} "
+        f"with {e.optimizer.embedding.label} on the output embedding and {e.optimizer.core.name} on the rest "
+        f"(step {run.step:,} of {e.train.steps:,}).",
         "",
     ]
-    known = {name: value for name, value in figures.items() if value is not None}
-    if known:
-        lines += [
-            "| figure | value |",
-            "| --- | ---: |",
-            *(f"| {name} | {value:.4g} |" for name, value in known.items()),
-        ]
+    if figures:
+        lines += ["| figure | value |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in figures.items())]
         lines.append("")
     lines += [
         "Made with coupled-adam. Method: Stollenwerk & Stollenwerk, “Better Embeddings with Coupled Adam”, ACL 2025, "

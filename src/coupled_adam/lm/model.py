@@ -19,126 +19,125 @@ class Attention(nn.Module):
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.query_key_value = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.projection = nn.Linear(config.width, config.width, bias=False)
+        self.n_heads = config.n_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        """(batch, sequence, width) -> the same; ``rotation`` as of :func:`rotations`, None for no rotary positions."""
-        batch, sequence, width = x.shape
-        qkv = self.query_key_value(x).view(batch, sequence, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, sequence, width / heads)
-        if rotation is not None:
-            q, k = rotated(q, rotation), rotated(k, rotation)
+    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
+        """(batch, sequence, hidden_size) -> the same; ``rope`` of :func:`rope_cache`, None without rotary positions."""
+        batch, sequence, size = x.shape
+        qkv = self.qkv(x).view(batch, sequence, 3, self.n_heads, size // self.n_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, sequence, size / heads)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.projection(attended.transpose(1, 2).reshape(batch, sequence, width))  # type: ignore[no-any-return]
+        return self.proj(attended.transpose(1, 2).reshape(batch, sequence, size))  # type: ignore[no-any-return]
 
 
-def rotations(length: int, size: int, device: torch.device) -> Tensor:
-    """Cosines and sines of the rotary positions, (2, length, size): pair j at position t turns by t·base^(−2j/size)."""
+def rope_cache(length: int, size: int, device: torch.device) -> Tensor:
+    """Return cosines and sines of the rotary positions, (2, length, size): pair j at t rotates by t·base^(−2j/size)."""
     speeds = ROTARY_BASE ** (-torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), speeds).repeat(1, 2)
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotated(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs (j, j + size/2) of the last dimension of (…, sequence, size)."""
-    cos, sin = rotation.to(x.dtype)
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate the pairs (j, j + size/2) of the last dimension of (…, sequence, size)."""
+    cos, sin = rope.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
-    turned: Tensor = x * cos + torch.cat([-second, first], dim=-1) * sin
-    return turned
+    rotated: Tensor = x * cos + torch.cat([-second, first], dim=-1) * sin
+    return rotated
 
 
-class Perceptron(nn.Module):
+class MLP(nn.Module):
     """Two layers, or with a gate the SwiGLU of LLaMA."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.width, config.hidden_width, bias=False) if config.family == "llama" else None
-        self.expansion = nn.Linear(config.width, config.hidden_width, bias=False)
-        self.projection = nn.Linear(config.hidden_width, config.width, bias=False)
+        size, inner = config.hidden_size, config.intermediate_size
+        self.gate = nn.Linear(size, inner, bias=False) if config.family == "llama" else None
+        self.fc = nn.Linear(size, inner, bias=False)
+        self.proj = nn.Linear(inner, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, sequence, width) -> the same."""
+        """(batch, sequence, hidden_size) -> the same."""
         if self.gate is not None:
-            hidden = F.silu(self.gate(x)) * self.expansion(x)
-        else:
-            # The approximation of GELU that GPT-2 was trained with; transformers calls it "gelu_new".
-            hidden = F.gelu(self.expansion(x), approximate="tanh")
-        return self.projection(hidden)  # type: ignore[no-any-return]
+            return self.proj(F.silu(self.gate(x)) * self.fc(x))  # type: ignore[no-any-return]
+        # The approximation of GELU that GPT-2 was trained with; transformers calls it "gelu_new".
+        return self.proj(F.gelu(self.fc(x), approximate="tanh"))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each normalised before and added to what it reads."""
+    """Attention and an MLP, each with a norm before it and a residual connection around it."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
-        self.perceptron_norm = make_norm(config)
-        self.perceptron = Perceptron(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        """(batch, sequence, width) -> the same."""
-        x = x + self.attention(self.attention_norm(x), rotation)
-        return x + self.perceptron(self.perceptron_norm(x))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
+        """(batch, sequence, hidden_size) -> the same."""
+        x = x + self.attention(self.attention_norm(x), rope)
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
 def make_norm(config: Model) -> nn.Module:
-    """LayerNorm or RMSNorm over the width, without bias."""
+    """Make a LayerNorm or RMSNorm, without bias."""
     if config.norm_name == "rmsnorm":
-        return nn.RMSNorm(config.width, eps=RMS_EPS)
-    return nn.LayerNorm(config.width, bias=False)
+        return nn.RMSNorm(config.hidden_size, eps=RMS_EPS)
+    return nn.LayerNorm(config.hidden_size, bias=False)
 
 
 class LanguageModel(nn.Module):
-    """Tokens in, scores of the next token out.
+    """Tokens in, logits of the next token out.
 
-    Initialised as GPT-2: N(0, 0.02), residual projections by 1/√(2·layers) smaller.
+    Initialized as GPT-2: N(0, 0.02), residual projections by 1/√(2·layers) smaller.
     """
 
-    def __init__(self, config: Model, vocabulary_size: int, sequence_length: int) -> None:
+    def __init__(self, config: Model, vocab_size: int, sequence_length: int) -> None:
         super().__init__()
         self.config, self.activation_checkpointing = config, False
-        self.token_embedding = nn.Embedding(vocabulary_size, config.width)
-        self.position_embedding = nn.Embedding(sequence_length, config.width) if config.family == "gpt2" else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.token_embedding = nn.Embedding(vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(sequence_length, config.hidden_size) if config.family == "gpt2" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = make_norm(config)
-        self.head = nn.Linear(config.width, vocabulary_size, bias=False)
+        self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.token_embedding.weight
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                shrink = math.sqrt(2 * config.layers) if name.endswith("projection.weight") else 1.0
+                shrink = math.sqrt(2 * config.n_layers) if name.endswith("proj.weight") else 1.0
                 nn.init.normal_(parameter, std=0.02 / shrink)
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The head, under the name that transformers gives it."""
+        """Return the head, under the name that transformers gives it."""
         return self.head
 
     def hidden(self, tokens: Tensor, tied: TiedGradient | None = None) -> Tensor:
-        """(batch, sequence) token ids -> (batch, sequence, width), what the head reads; ``tied`` is for the loss."""
-        weight, rotation = self.token_embedding.weight, None
+        """(batch, sequence) token IDs -> (batch, sequence, hidden_size), the head's input; ``tied`` is for the loss."""
+        weight, rope = self.token_embedding.weight, None
         x = self.token_embedding(tokens) if tied is None else tied_embedding(tokens, weight, tied)
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[: tokens.shape[1]]
         else:
-            rotation = rotations(tokens.shape[1], self.config.width // self.config.heads, tokens.device)
+            rope = rope_cache(tokens.shape[1], self.config.hidden_size // self.config.n_heads, tokens.device)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, use_reentrant=False)
+                x = checkpoint(block, x, rope, use_reentrant=False)
             else:
-                x = block(x, rotation)
+                x = block(x, rope)
         return self.final_norm(x)  # type: ignore[no-any-return]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits, or the loss of ``targets``.
+        """Compute logits, or the loss of ``targets``.
 
         The loss takes one backward pass, and reads a tied embedding past its module and the module's hooks.
 
         Args:
-            tokens: ids, int64 (batch, sequence).
-            targets: ids of the next tokens, of the same shape; None for logits.
+            tokens: IDs, int64 (batch, sequence).
+            targets: IDs of the next tokens, of the same shape; None for logits.
 
         Returns:
             (batch, sequence, vocabulary), or the sum over all positions of the cross entropy in nats, a scalar.
@@ -151,12 +150,12 @@ class LanguageModel(nn.Module):
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Trainable numbers; a tied embedding counts once."""
+    """Count trainable parameters; a tied embedding counts once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def build_model(config: Model, vocabulary_size: int, sequence_length: int, seed: int) -> LanguageModel:
-    """A model whose initial weights depend on ``seed`` alone; the global random state is left as it was."""
+def build_model(config: Model, vocab_size: int, sequence_length: int, seed: int) -> LanguageModel:
+    """Build a model whose initial weights depend on ``seed`` alone; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LanguageModel(config, vocabulary_size, sequence_length)
+        return LanguageModel(config, vocab_size, sequence_length)

@@ -16,8 +16,8 @@ from coupled_adam.optim import Adams, CoupledAdam, param_groups
 class Optimizers:
     """Several optimizers that step together, with the learning rate of one schedule."""
 
-    def __init__(self, optimizers: Sequence[Optimizer], lr_factors: Sequence[float], clip: float) -> None:
-        self.all, self.lr_factors, self.clip = list(optimizers), list(lr_factors), clip
+    def __init__(self, optimizers: Sequence[Optimizer], lr_factors: Sequence[float], max_grad_norm: float) -> None:
+        self.all, self.lr_factors, self.max_grad_norm = list(optimizers), list(lr_factors), max_grad_norm
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
@@ -25,7 +25,7 @@ class Optimizers:
             optimizer.zero_grad()
 
     def step(self, lr: float) -> Tensor:
-        """One step, the norm of all gradients bounded. Returns the norm before that, a scalar."""
+        """Take one step with all gradients clipped to the bound. Returns their norm before clipping, a scalar."""
         for optimizer, factor in zip(self.all, self.lr_factors, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
@@ -35,20 +35,21 @@ class Optimizers:
             assert first.grad_norm is not None
             return first.grad_norm
         parameters = [p for o in self.all for group in o.param_groups for p in group["params"]]
-        norm = clip_grad_norm_(parameters, self.clip)
+        norm = clip_grad_norm_(parameters, self.max_grad_norm)
         for optimizer in self.all:
             optimizer.step()
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def build_optimizers(model: LanguageModel, experiment: Experiment) -> Optimizers:
-    """The optimizers that the experiment names. Both embeddings count as output embedding where they are tied."""
-    core, embedding, clip = experiment.optimizer.core, experiment.optimizer.embedding, experiment.train.clip
+    """Build the optimizers that the experiment names. Where the embeddings are tied, both are the output embedding."""
+    core, embedding = experiment.optimizer.core, experiment.optimizer.embedding
+    max_grad_norm = experiment.train.max_grad_norm
     groups = param_groups(model, weight_decay=core.weight_decay)
     if core.name == "adamw" and embedding.name in ("adamw", "coupled_adam") and embedding.lr_factor == 1:
-        return Optimizers([_adam(groups, core, embedding, clip)], [1.0], clip)
+        return Optimizers([_adam(groups, core, embedding, max_grad_norm)], [1.0], max_grad_norm)
     if core.name == embedding.name == "adams" and embedding.lr_factor == 1:
-        return Optimizers([_adams(groups, core, embedding, clip)], [1.0], clip)
+        return Optimizers([_adams(groups, core, embedding, max_grad_norm)], [1.0], max_grad_norm)
     ours, rest = groups[:1], groups[1:]
     match embedding.name:
         case "sgd":
@@ -64,11 +65,11 @@ def build_optimizers(model: LanguageModel, experiment: Experiment) -> Optimizers
             others = [_adams(rest, core, embedding, None)]
         case _:
             others = [_adam(rest, core, EmbeddingOptimizer(), None)]
-    return Optimizers([first, *others], [embedding.lr_factor, *(1.0 for _ in others)], clip)
+    return Optimizers([first, *others], [embedding.lr_factor, *(1.0 for _ in others)], max_grad_norm)
 
 
 def _adam(
-    groups: list[dict[str, object]], core: CoreOptimizer, embedding: EmbeddingOptimizer, clip: float | None
+    groups: list[dict[str, object]], core: CoreOptimizer, embedding: EmbeddingOptimizer, max_grad_norm: float | None
 ) -> Optimizer:
     if embedding.name == "adamw":
         return AdamW(groups, betas=core.betas, eps=core.eps, fused=True)
@@ -78,19 +79,19 @@ def _adam(
         eps=core.eps,
         coupling_scale=embedding.coupling_scale,
         coupling_factor=embedding.coupling_factor,
-        max_grad_norm=clip,
+        max_grad_norm=max_grad_norm,
     )
 
 
 def _adams(
-    groups: list[dict[str, object]], core: CoreOptimizer, embedding: EmbeddingOptimizer, clip: float | None
+    groups: list[dict[str, object]], core: CoreOptimizer, embedding: EmbeddingOptimizer, max_grad_norm: float | None
 ) -> Optimizer:
     return Adams(
         groups,
         betas=core.betas,
         coupling_scale=embedding.coupling_scale,
         coupling_factor=embedding.coupling_factor,
-        max_grad_norm=clip,
+        max_grad_norm=max_grad_norm,
     )
 
 
@@ -112,12 +113,12 @@ def _named(group: dict[str, object]) -> list[tuple[str, nn.Parameter]]:
 
 
 def _plain(groups: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Without the keys that only our optimizers know."""
+    """Drop the keys that only our optimizers know."""
     return [{key: g[key] for key in ("params", "weight_decay")} for g in groups]
 
 
 def state_bytes(experiment: Experiment, model: LanguageModel) -> int:
-    """Size of the optimizers' state in float32; ``model`` may be on the device ``meta``."""
+    """Count the bytes of the optimizers' state in float32; ``model`` may be on the device ``meta``."""
     coupled = model.head.weight.numel()
     rest = sum(p.numel() for p in model.parameters()) - coupled
     moments = {"adamw": 2, "coupled_adam": 1, "adams": 1, "sgd": 1}[experiment.optimizer.embedding.name]

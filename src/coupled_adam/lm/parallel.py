@@ -1,4 +1,4 @@
-"""The processes of a run: which this one is, how they share the model, and what they tell each other."""
+"""The ranks of a run: which one this process is, how they share the model, and what they tell each other."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -24,36 +24,44 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class World:
-    """The processes that torchrun started, or one alone."""
+    """The processes that torchrun started, or a single one."""
 
     rank: int = 0
     size: int = 1
     local_size: int = 1
-    """Processes on this machine."""
+    """Ranks on this machine."""
     device: torch.device = CPU
 
     @property
-    def main(self) -> bool:
-        """Whether this process writes and talks for all."""
+    def is_main_process(self) -> bool:
+        """Whether this process, rank 0, writes files and logs for all."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Sum over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def wait(self) -> None:
-        """Wait for all processes."""
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
-    def from_main(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns, or the InputError that it raises, in the main process, which alone calls it."""
+    def gather(self, value: T) -> list[T]:
+        """Collect a picklable value from every rank, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def broadcast_from_main(self, function: Callable[[], T]) -> T:
+        """Call ``function`` on rank 0 only; broadcast its result, or its InputError, to all ranks."""
         if self.size == 1:
             return function()
         outcome: list[T | InputError | None] = [None]
-        if self.main:
+        if self.is_main_process:
             try:
                 outcome = [function()]
             except InputError as error:
@@ -65,8 +73,8 @@ class World:
 
 
 @contextmanager
-def joined() -> Iterator[World]:
-    """The world of this process; sets up and takes down communication where torchrun started it."""
+def init_distributed() -> Iterator[World]:
+    """Yield the world of this process; set up communication, and take it down, where torchrun started it."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or CPU
     if "RANK" not in os.environ:
@@ -82,13 +90,13 @@ def joined() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def share(model: LanguageModel, config: Parallel, world: World) -> nn.Module:
-    """What to call instead of ``model``, so that gradients are averaged over the processes.
+def parallelize(model: LanguageModel, config: Parallel, world: World) -> nn.Module:
+    """Replicate or shard ``model`` over the ranks. Returns the module to call instead of it.
 
-    FSDP2 shards the parameters of ``model`` in place; build the optimizer after it.
+    FSDP2 shards the parameters of ``model`` in place; build the optimizer afterwards.
 
     Raises:
-        InputError: ``parallel.shard_size`` does not divide the number of processes.
+        InputError: ``parallel.shard_size`` does not divide the number of ranks.
     """
     if world.size == 1:
         return model
@@ -98,7 +106,7 @@ def share(model: LanguageModel, config: Parallel, world: World) -> nn.Module:
     if config.strategy == "hsdp":
         size = config.shard_size or world.local_size
         if world.size % size:
-            raise InputError(f"parallel.shard_size {size} does not divide the {world.size} processes")
+            raise InputError(f"parallel.shard_size {size} does not divide the {world.size} ranks")
         shape, names = (world.size // size, size), ("replicate", "shard")  # type: ignore[assignment]
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     for block in model.blocks:
@@ -108,12 +116,12 @@ def share(model: LanguageModel, config: Parallel, world: World) -> nn.Module:
 
 
 @contextmanager
-def gradients_wait(model: nn.Module, wait: bool) -> Iterator[None]:
-    """Whether the backward passes within leave gradients for a later one to average over the processes."""
+def no_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Skip gradient synchronization in backward passes inside the block if ``enabled`` (for accumulation)."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(not wait)
+        model.set_requires_gradient_sync(not enabled)
         yield
-    elif isinstance(model, DistributedDataParallel) and wait:
+    elif isinstance(model, DistributedDataParallel) and enabled:
         with model.no_sync():
             yield
     else:

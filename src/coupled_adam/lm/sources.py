@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Protocol
 
-from coupled_adam.errors import InputError, require
+from coupled_adam.errors import InputError, one_line, require
 
 #: Part of the fingerprint: raise it when the cleaning changes what comes out of the same file.
 CLEANING_VERSION = 1
@@ -68,7 +68,7 @@ def _prose(text: str) -> str:
 
 
 class TextFiles:
-    """A UTF-8 text file, whose blank-line separated paragraphs are the documents, or a folder, whose files are."""
+    """A UTF-8 text file, whose blank-line separated paragraphs are the documents, or a directory, whose files are."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,7 +81,7 @@ class TextFiles:
             if self.path.is_dir():
                 paths = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
                 if not paths:
-                    raise InputError(f"{self.path}: no {' or '.join(TEXT_SUFFIXES)} files in this folder")
+                    raise InputError(f"{self.path}: no {' or '.join(TEXT_SUFFIXES)} files in this directory")
             self._texts = [(str(p.relative_to(self.path)), _read_text(p)) for p in paths]
         return self._texts
 
@@ -95,7 +95,7 @@ class TextFiles:
         return digest.hexdigest()
 
     def documents(self) -> list[str]:
-        """The files of a folder, or the paragraphs of a file (its lines, if there is but one paragraph)."""
+        """The files of a directory, or the paragraphs of a file (its lines, if there is but one paragraph)."""
         texts = [text for _, text in self._read()]
         if len(texts) > 1:
             return [text.strip() for text in texts if text.strip()]
@@ -103,8 +103,8 @@ class TextFiles:
         return paragraphs if len(paragraphs) > 1 else [line for line in texts[0].splitlines() if line.strip()]
 
 
-class DataSet:
-    """A data set of the Hugging Face hub by its name, or local ``.parquet`` and ``.jsonl`` files; read as a stream."""
+class Dataset:
+    """A dataset of the Hugging Face hub by its name, or local ``.parquet`` and ``.jsonl`` files; read as a stream."""
 
     def __init__(self, name: str, column: str = "text") -> None:
         self.name, self.column = name, column
@@ -136,11 +136,12 @@ class DataSet:
         except InputError:
             raise
         except Exception as error:  # the library raises of every kind, for damaged files as for a hub out of reach
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             hint = (
-                "" if self._local else "; no network? Download it where there is one, and give the folder of its files"
+                ""
+                if self._local
+                else "; no network? Download it where there is one, and give the directory of its files"
             )
-            raise InputError(f"{self.name}: cannot be read as a data set: {reason[0][:200]}{hint}") from None
+            raise InputError(f"{self.name}: cannot be read as a dataset: {one_line(error)}{hint}") from None
 
 
 TABLES = (".parquet", ".jsonl")
@@ -151,22 +152,22 @@ def _is_table(path: Path) -> bool:
 
 
 def source_of(name: str, column: str = "text") -> Source:
-    """What ``coupled-adam prepare`` is given: ``wikipedia-sample``, text files, tables, or a data set of the hub."""
+    """What ``coupled-adam prepare`` is given: ``wikipedia-sample``, text files, tables, or a dataset of the hub."""
     path = Path(name)
     if name == "wikipedia-sample":
         return WikipediaSample()
     if _is_table(path) or (path.is_dir() and any(map(_is_table, path.rglob("*")))):
-        return DataSet(name, column)
+        return Dataset(name, column)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.suffix:
         return TextFiles(path)
-    return DataSet(name, column)
+    return Dataset(name, column)
 
 
 def _read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file or folder") from None
+        raise InputError(f"{path}: no such file or directory") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if not content.strip():

@@ -12,7 +12,7 @@ from coupled_adam.errors import InputError, require
 from coupled_adam.files import write_text
 from coupled_adam.lm.config import Experiment, Tracking
 from coupled_adam.lm.parallel import World
-from coupled_adam.lm.progress import say
+from coupled_adam.progress import warn
 
 Track = Callable[[dict[str, Any]], None]
 
@@ -140,7 +140,7 @@ def trackers(experiment: Experiment, run_dir: Path, start: int, world: World) ->
             except Exception as error:
                 # Not closed: what waits for a lost connection would hold up the training.
                 del running[name]
-                say(f"{name} failed, and the run goes on without it: {_one_line(error)}")
+                warn(f"{name} failed, and the run goes on without it: {_one_line(error)}")
 
     def open_all() -> None:
         wanted = experiment.tracking.trackers if start < experiment.train.steps else ()
@@ -156,7 +156,7 @@ def trackers(experiment: Experiment, run_dir: Path, start: int, world: World) ->
 
     failed = True
     try:
-        world.from_main(open_all)
+        world.broadcast_from_main(open_all)
         yield track
         failed = False
     finally:
@@ -169,9 +169,9 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def _identity(run_dir: Path) -> str:
-    """What the run in this folder is known by, however often it is resumed, and even if the folder is moved.
+    """Return the stable ID of the run; it survives resumes and moving the directory.
 
-    Kept there, not made of its path: a folder that is deleted and filled anew holds another run.
+    Kept there, not derived from its path: a directory that is deleted and filled anew holds another run.
     """
     file = run_dir / "tracking-id"
     if not file.exists():

@@ -34,7 +34,7 @@ class Adams_ZeRO(Adams):
     ``p.grad`` is never modified. All processes must call ``step`` and ``add_param_group`` together.
 
     The state holds DTensors: save and load it with ``torch.distributed.checkpoint``, on any number of processes. The
-    moments and master weights come back exactly. In a single process, with or without an initialised process group,
+    moments and master weights come back exactly. In a single process, with or without an initialized process group,
     everything is a plain tensor.
 
     Args:

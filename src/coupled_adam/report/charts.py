@@ -2,18 +2,33 @@
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from coupled_adam.evaluation.tokens import TokenSample
+from coupled_adam.evaluation.token_sample import TokenSample
 
-#: The colours of Okabe and Ito, which people with any colour vision tell apart.
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
+#: The colors of Okabe and Ito, which people with any color vision tell apart.
+COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
 
 Points = Sequence[tuple[float, ...]]
+
+MAP_CAPTION = (
+    "Every dot is a token (hover to read it), the red cross the origin. Across: the position along the mean embedding. "
+    "Up: along the widest direction at right angles to it."
+)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart, and what it means in one sentence."""
+
+    figure: go.Figure
+    caption: str
+    wide: bool = False
 
 
 def curves(
@@ -28,7 +43,7 @@ def curves(
 ) -> go.Figure:
     """Lines over training steps, or over what ``x`` names; a third number of a point is its error bar.
 
-    Lines of one name have one colour and one entry in the legend.
+    Lines of one name have one color and one entry in the legend.
     """
     figure, known = go.Figure(), list[str]()
     for name, points in lines:
@@ -46,9 +61,9 @@ def curves(
             showlegend=first,
             mode="lines+markers" if markers else "lines",
             line={
-                "color": COLOURS[i % len(COLOURS)],
+                "color": COLORS[i % len(COLORS)],
                 "width": 2.5,
-                "dash": "solid" if i < len(COLOURS) else "dash",
+                "dash": "solid" if i < len(COLORS) else "dash",
             },
             hovertemplate=f"{html.escape(name)}<br>{html.escape(x)} %{{x}}: %{{y:.4g}}<extra></extra>",
         )
@@ -66,13 +81,33 @@ def token_scatter(title: str, samples: Mapping[str, TokenSample], value: str, *,
             y=getattr(sample, value),
             name=name,
             mode="markers",
-            marker={"size": 4, "opacity": 0.5, "color": COLOURS[i % len(COLOURS)]},
+            marker={"size": 4, "opacity": 0.5, "color": COLORS[i % len(COLORS)]},
             text=_labels(sample),
             hovertemplate="%{text}: %{y:.3g}<extra></extra>",
         )
     figure.update_xaxes(title="occurrences in the training text + 1", type="log")
     figure.update_yaxes(type="log" if log_y else "linear")
     return _styled(figure, title, height=380)
+
+
+def norm_against_frequency(samples: Mapping[str, TokenSample]) -> Chart:
+    """Draw the norms of tokens against how often they occur."""
+    return Chart(
+        token_scatter("Norm ‖e‖ against frequency", samples, "norm"),
+        "A cloud that rises or falls: the length of an embedding depends on how often its token occurs.",
+    )
+
+
+def spectrum(values: Mapping[str, Sequence[float]]) -> Chart:
+    """Draw singular values, largest first, over the largest; zeros are left out of the logarithmic scale."""
+    lines = [
+        (name, [(i + 1, float(x / singular[0])) for i, x in enumerate(singular) if x > 0])
+        for name, singular in values.items()
+    ]
+    return Chart(
+        curves("Spectrum", lines, x="rank of the singular value", log_y=True, markers=False),
+        "Singular values over the largest: one that towers above the rest is a dominating direction.",
+    )
 
 
 def token_maps(samples: Mapping[str, TokenSample]) -> go.Figure:
@@ -104,7 +139,7 @@ def token_maps(samples: Mapping[str, TokenSample]) -> go.Figure:
 
 def _by_count(counts: Sequence[int] | None, shown: bool) -> dict[str, Any]:
     if counts is None:
-        return {"color": COLOURS[1]}
+        return {"color": COLORS[1]}
     return {
         "color": np.round(np.log10(np.asarray(counts) + 1), 3),
         "colorscale": "Viridis",

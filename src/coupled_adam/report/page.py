@@ -1,6 +1,7 @@
 """A page that opens offline: its style, data and chart library are in the one file."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from plotly.offline import get_plotlyjs
 from coupled_adam.files import write_text
 
 
-def write_page(path: Path, template: str, charts: Mapping[str, go.Figure], **values: Any) -> None:
-    """Render ``templates/<template>.html`` to ``path``, with ``charts.NAME`` for a chart and ``NAME`` for a value."""
+def write_page(path: Path, page: str, charts: Mapping[str, go.Figure], **values: Any) -> None:
+    """Render the template of a page to ``path``, with ``charts.NAME`` for a chart and ``NAME`` for a value.
+
+    ``page`` is the name of the page's module, ``coupled_adam.report.demo_page`` for one; its template has the same name
+    and lies beside it. All extend page.html, which lies here.
+    """
+    package, _, name = page.rpartition(".")
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(
-            lambda name: files("coupled_adam.report").joinpath("templates", name).read_text("utf-8")
-        ),
+        loader=jinja2.ChoiceLoader([jinja2.FunctionLoader(_reader(p)) for p in (package, "coupled_adam.report")]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
@@ -30,5 +34,13 @@ def write_page(path: Path, template: str, charts: Mapping[str, go.Figure], **val
         )
         for name, figure in charts.items()
     }
-    page = environment.get_template(f"{template}.html").render(charts=drawn, plotly=get_plotlyjs(), **values)
-    write_text(path, page)
+    template = environment.get_template(f"{name}.html")
+    write_text(path, template.render(charts=drawn, plotly=get_plotlyjs(), version=version("coupled-adam"), **values))
+
+
+def _reader(package: str) -> Callable[[str], str | None]:
+    def read(name: str) -> str | None:
+        file = files(package).joinpath(name)
+        return file.read_text("utf-8") if file.is_file() else None
+
+    return read

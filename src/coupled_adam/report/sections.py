@@ -2,24 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
+from coupled_adam import experiments
+from coupled_adam.figures import FIGURES
+from coupled_adam.lm.config import OPTIMIZER_LABELS
 from coupled_adam.report import charts
-from coupled_adam.report.aggregate import METHODS, Comparison, Group, largest, spread, sweep
+from coupled_adam.report.aggregate import Comparison, SeedGroup, largest, spread, sweep
+from coupled_adam.report.charts import Chart
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A chart, and what it means in one sentence."""
-
-    figure: go.Figure
-    caption: str
-    wide: bool = False
-
-
-def sections(found: Sequence[Group], pairs: Sequence[Comparison]) -> list[tuple[str, list[Chart]]]:
+def sections(found: Sequence[SeedGroup], pairs: Sequence[Comparison]) -> list[tuple[str, list[Chart]]]:
     """Headings and their charts, of what the runs hold."""
     made: list[tuple[str, list[Chart]]] = []
     if pairs:
@@ -74,14 +68,16 @@ def _sizes(pairs: Sequence[Comparison]) -> list[Chart]:
     ]
 
 
-def _swept(title: str, x: str, points: Mapping[float, Group], figure: str, baselines: Mapping[str, Group]) -> go.Figure:
+def _swept(
+    title: str, x: str, points: Mapping[float, SeedGroup], figure: str, baselines: Mapping[str, SeedGroup]
+) -> go.Figure:
     values = [
         (at, found.mean, found.deviation or 0.0)
         for at, group in sorted(points.items())
         if (found := group.moments(figure))
     ]
     optimizer = next(iter(points.values())).first.experiment.optimizer.embedding.name
-    series: dict[str, charts.Points] = {METHODS[optimizer]: values}
+    series: dict[str, charts.Points] = {OPTIMIZER_LABELS[optimizer]: values}
     if values:
         for name, group in baselines.items():
             if found := group.moments(figure):
@@ -89,7 +85,7 @@ def _swept(title: str, x: str, points: Mapping[float, Group], figure: str, basel
     return charts.curves(title, series.items(), x=x)
 
 
-def _scaled(line: Sequence[Group]) -> list[Chart]:
+def _scaled(line: Sequence[SeedGroup]) -> list[Chart]:
     points = {-math.log2(group.first.experiment.optimizer.embedding.coupling_scale): group for group in line}
 
     def drawn(title: str, figure: str) -> go.Figure:
@@ -108,7 +104,7 @@ def _scaled(line: Sequence[Group]) -> list[Chart]:
     ]
 
 
-def _sgd(line: Sequence[Group], found: Sequence[Group]) -> list[Chart]:
+def _sgd(line: Sequence[SeedGroup], found: Sequence[SeedGroup]) -> list[Chart]:
     points = {group.first.experiment.optimizer.embedding.lr_factor: group for group in line}
     setting = line[0].first.setting
     baselines = {
@@ -121,7 +117,7 @@ def _sgd(line: Sequence[Group], found: Sequence[Group]) -> list[Chart]:
     return [
         Chart(
             drawn("Test loss", "validation_loss"),
-            "SGD keeps the embeddings centred too; its loss says whether the step size fits.",
+            "SGD keeps the embeddings centered too; its loss says whether the step size fits.",
         ),
         Chart(drawn("Isotropy", "isotropy"), "Level lines: the adaptive optimizers in the same setting."),
         Chart(drawn("Mean shift ratio ‖μ‖ʳ", "mean_shift_ratio"), "SGD divides no gradient by a moment of its token."),
@@ -129,47 +125,33 @@ def _sgd(line: Sequence[Group], found: Sequence[Group]) -> list[Chart]:
 
 
 def _embeddings(pair: Comparison) -> list[Chart]:
-    samples = {g.first.method: s for g in (pair.adamw, pair.coupled) if (s := g.first.token_sample)}
-    spectra = {
-        g.first.method: [(i + 1, value / values[0]) for i, value in enumerate(values)]
-        for g in (pair.adamw, pair.coupled)
-        if (values := g.first.embeddings.get("singular_values"))
-    }
+    both = (pair.adamw, pair.coupled)
+    samples = {g.first.method: s for g in both if (s := g.first.token_sample)}
+    spectra = {g.first.method: values for g in both if (values := g.first.embeddings.get("singular_values"))}
     if not samples:
         return []
-    moments = {name: sample for name, sample in samples.items() if sample.second_moment}
     drawn = [
-        Chart(
-            charts.token_maps(samples),
-            "Every dot is a token (hover to read it), the red cross the origin. Across: the position along the mean "
-            "embedding. Up: along the widest direction at right angles to it. All maps have one scale.",
-            wide=True,
-        ),
-        Chart(
-            charts.token_scatter("Norm ‖e‖ against frequency", samples, "norm"),
-            "A cloud that rises or falls says that the length of an embedding depends on how often its token occurs.",
-        ),
+        Chart(charts.token_maps(samples), f"{charts.MAP_CAPTION} All maps have one scale.", wide=True),
+        charts.norm_against_frequency(samples),
         Chart(
             charts.token_scatter("Projection e·μ against frequency", samples, "projection"),
             "Far from zero, and sorted by frequency, where the common direction tells frequent tokens from rare ones.",
         ),
     ]
-    if moments:
+    if moments := {name: sample for name, sample in samples.items() if sample.second_moment}:
+        low, high = experiments.published_second_moment_fit()
         drawn.append(
             Chart(
                 charts.token_scatter("Adam's second moment against frequency", moments, "second_moment", log_y=True),
                 "Mean over the components; a straight line is the proportionality that makes Adam's step depend on the "
-                f"token's frequency (R² {_fit(pair)}; the paper: 0.85–0.91).",
+                f"token's frequency (R² {_fit(pair)}; the paper: {low:g}–{high:g}).",
             )
         )
     if spectra:
-        figure = charts.curves("Spectrum", spectra.items(), x="rank of the singular value", log_y=True, markers=False)
-        drawn.append(
-            Chart(figure, "Singular values over the largest: one that towers above the rest is a dominating direction.")
-        )
+        drawn.append(charts.spectrum(spectra))
     return drawn
 
 
 def _fit(pair: Comparison) -> str:
-    found = pair.adamw.moments("second_moment_frequency_fit")
-    return spread(found, "{:.2f}")
+    figure = FIGURES["second_moment_frequency_fit"]
+    return spread(pair.adamw.moments(figure.name), figure.form)

@@ -17,14 +17,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from coupled_adam.errors import InputError
-from coupled_adam.lm.progress import say
+from coupled_adam.progress import say
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry
 
-#: Where lm-eval keeps the tasks of the papers. To look through all its folders takes 15 seconds.
-PAPER_FOLDERS = ("hellaswag", "winogrande", "arc", "truthfulqa", "lambada", "race")
+#: Where lm-eval keeps the tasks of the papers. To look through all its directories takes 15 seconds.
+PAPER_DIRECTORIES = ("hellaswag", "winogrande", "arc", "truthfulqa", "lambada", "race")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Definition:
     digest: str
     """SHA-256 of its settings, and of the modules and local data files that they name."""
     dataset: tuple[str, ...]
-    """Name and, if any, configuration of a data set of the Hugging Face hub; empty if its data is local."""
+    """Name and, if any, configuration of a dataset of the Hugging Face hub; empty if its data is local."""
 
 
 @contextmanager
@@ -46,20 +46,20 @@ def definitions(names: Sequence[str], include_path: Path | None) -> "Iterator[tu
     Raises InputError for a name that no single task has, and for a file that defines one and cannot be read.
     """
     if include_path is not None and not include_path.is_dir():
-        raise InputError(f"{include_path}: no folder of task definitions")
+        raise InputError(f"{include_path}: no directory of task definitions")
     with TemporaryDirectory() as created:
-        folder = Path(created).resolve()  # lm-eval resolves it too, and _content looks for its name
-        manager = _manager(names, include_path, folder)
-        yield manager, [_definition(manager, name, folder) for name in names]
+        directory = Path(created).resolve()  # lm-eval resolves it too, and _content looks for its name
+        manager = _manager(names, include_path, directory)
+        yield manager, [_definition(manager, name, directory) for name in names]
 
 
-def _manager(names: Sequence[str], include_path: Path | None, folder: Path) -> "TaskManager":
-    """The manager that knows ``names``, or else all tasks there are. ``folder`` receives the older definitions."""
+def _manager(names: Sequence[str], include_path: Path | None, directory: Path) -> "TaskManager":
+    """The manager that knows ``names``, or else all tasks there are. ``directory`` receives the older definitions."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     local = [] if include_path is None else [include_path]
-    paper = [Path(lm_eval.__file__).parent / "tasks" / name for name in PAPER_FOLDERS]
+    paper = [Path(lm_eval.__file__).parent / "tasks" / name for name in PAPER_DIRECTORIES]
     index = TaskManager(include_path=[*paper, *local], include_defaults=False).task_index
     if include_path:
         _refuse_unreadable(include_path, index)
@@ -68,12 +68,12 @@ def _manager(names: Sequence[str], include_path: Path | None, folder: Path) -> "
         base = re.findall(r"^include: (\w+)$", text, re.MULTILINE)[0]
         if base in index:
             text = text.replace(f"include: {base}\n", f"include: {json.dumps(str(index[base].yaml_path.resolve()))}\n")
-            (folder / file.name).write_text(text, encoding="utf-8")
-    manager = TaskManager(include_path=[*paper, folder, *local], include_defaults=False)
+            (directory / file.name).write_text(text, encoding="utf-8")
+    manager = TaskManager(include_path=[*paper, directory, *local], include_defaults=False)
     if set(names) <= set(manager.all_tasks):
         return manager
     say("looking through all tasks of lm-eval")
-    return TaskManager(include_path=[folder, *local])
+    return TaskManager(include_path=[directory, *local])
 
 
 def _refuse_unreadable(include_path: Path, index: "Mapping[str, Entry]") -> None:
@@ -84,7 +84,7 @@ def _refuse_unreadable(include_path: Path, index: "Mapping[str, Entry]") -> None
                 raise InputError(f"{file}: cannot be read as the definition of {name}; look at its YAML and includes")
 
 
-def _definition(manager: "TaskManager", name: str, folder: Path) -> Definition:
+def _definition(manager: "TaskManager", name: str, directory: Path) -> Definition:
     if name not in manager.all_subtasks:
         if name in manager.all_tasks:
             raise InputError(f"{name}: a group of tasks; give the names of the tasks in it")
@@ -95,7 +95,7 @@ def _definition(manager: "TaskManager", name: str, folder: Path) -> Definition:
     metadata, kwargs = settings.get("metadata"), settings.get("dataset_kwargs") or {}
     dataset = (settings.get("dataset_path"), settings.get("dataset_name"))
     local = "data_files" in kwargs or "data_dir" in kwargs or Path(dataset[0] or ".").exists()
-    content = json.dumps(_content(settings, folder), sort_keys=True, default=str)
+    content = json.dumps(_content(settings, directory), sort_keys=True, default=str)
     return Definition(
         name,
         metadata.get("version") if isinstance(metadata, dict) else None,
@@ -104,15 +104,15 @@ def _definition(manager: "TaskManager", name: str, folder: Path) -> Definition:
     )
 
 
-def _content(value: Any, folder: Path, data: bool = False) -> Any:
-    """``value`` with the digest of each file beside the name it is called by; without the name of our own ``folder``.
+def _content(value: Any, directory: Path, data: bool = False) -> Any:
+    """Put the digest of each file beside the name it is called by, and leave out the name of our own ``directory``.
 
-    A function is called by folder/module.function, data by the path or the pattern that datasets takes.
+    A function is called by directory/module.function, data by the path or the pattern that datasets takes.
     """
     if isinstance(value, dict):
-        return {k: _content(v, folder, data or k in ("dataset_path", "dataset_kwargs")) for k, v in value.items()}
+        return {k: _content(v, directory, data or k in ("dataset_path", "dataset_kwargs")) for k, v in value.items()}
     if isinstance(value, list):
-        return [_content(v, folder, data) for v in value]
+        return [_content(v, directory, data) for v in value]
     if not isinstance(value, str):
         return value
     if data:
@@ -123,11 +123,11 @@ def _content(value: Any, folder: Path, data: bool = False) -> Any:
     else:
         return value
     found = sorted(Path(f) for f in glob.glob(pattern, recursive=True))  # noqa: PTH207 (patterns may be absolute)
-    return [Path(value).name, *map(_digest, found)] if found else value.replace(f"{folder}/", "")
+    return [Path(value).name, *map(_digest, found)] if found else value.replace(f"{directory}/", "")
 
 
 def _digest(path: Path) -> str:
-    """Of a file: of what it holds. Of a folder, which may be large: of the names, sizes and times of its files."""
+    """Of a file: of what it holds. Of a directory, which may be large: of the names, sizes and times of its files."""
     digest = hashlib.sha256()
     if path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file()):

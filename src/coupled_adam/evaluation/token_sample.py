@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coupled_adam.geometry import plane
 from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix
 
 #: Significant digits of what is written to a file and drawn.
@@ -43,10 +44,7 @@ def sample_tokens(
     second_moment: Matrix | None = None,
     limit: int = 2000,
 ) -> TokenSample:
-    """At most ``limit`` tokens of a (V, H) matrix, evenly spread over the ranks of frequency: they stand for all.
-
-    The plane of ``along`` and ``across`` passes through the origin, so distances from it are not distorted by centring.
-    """
+    """Sample at most ``limit`` tokens of a (V, H) matrix, evenly spread over the ranks of frequency."""
     e = as_matrix(embedding)
     mean = e.mean(0)
     ranked = np.arange(len(e)) if counts is None else np.argsort(-np.asarray(counts), kind="stable")
@@ -62,18 +60,6 @@ def sample_tokens(
         across=_rounded(e[kept] @ across),
         second_moment=None if moment is None else _rounded(moment[kept]),
     )
-
-
-def plane(embedding: Float64) -> tuple[Float64, Float64]:
-    """Two orthonormal directions (H,): of the mean embedding, and the widest one at right angles to it."""
-    mean = embedding.mean(0)
-    length = np.linalg.norm(mean)
-    along = mean / length if length > 0 else np.eye(len(mean))[0]
-    scatter = embedding.T @ embedding - len(embedding) * np.outer(mean, mean)
-    aside = np.eye(len(mean)) - np.outer(along, along)
-    _, directions = np.linalg.eigh(aside @ scatter @ aside)
-    across = directions[:, -1]
-    return along, across * np.sign(across[np.abs(across).argmax()])
 
 
 def _rounded(values: Float64) -> list[float]:

@@ -15,7 +15,7 @@ from coupled_adam import geometry
 from coupled_adam.cli import app
 from coupled_adam.errors import InputError
 from coupled_adam.lm.config import Experiment
-from coupled_adam.lm.corpus import prepare
+from coupled_adam.lm.prepare import prepare
 from coupled_adam.lm.run import open_run
 from coupled_adam.lm.sources import TextFiles
 from coupled_adam.lm.train import train
@@ -31,8 +31,8 @@ def audit(*arguments: object) -> list[dict]:
 
 @pytest.fixture
 def arrays(tmp_path: Path) -> list[Path]:
-    """A shifted cloud and a centred one."""
-    paths = [tmp_path / "shifted.npy", tmp_path / "centred.npy"]
+    """A shifted cloud and a centered one."""
+    paths = [tmp_path / "shifted.npy", tmp_path / "centered.npy"]
     for path, matrix in zip(paths, (SHIFTED, SHIFTED - SHIFTED.mean(0)), strict=True):
         np.save(path, matrix)
     return paths
@@ -50,14 +50,14 @@ def untied(tmp_path: Path) -> Path:
 
 
 def test_models_stand_side_by_side(arrays: list[Path]) -> None:
-    shifted, centred = audit(*arrays)
-    assert (shifted["model"], shifted["matrix"], centred["model"]) == (
+    shifted, centered = audit(*arrays)
+    assert (shifted["model"], shifted["matrix"], centered["model"]) == (
         "shifted.npy",
         "embedding",
-        "centred.npy",
+        "centered.npy",
     )
     assert shifted["figures"]["mean_shift_ratio"] == pytest.approx(geometry.mean_shift_ratio(SHIFTED), rel=1e-5)
-    assert centred["figures"]["mean_shift_ratio"] == pytest.approx(0, abs=1e-6)
+    assert centered["figures"]["mean_shift_ratio"] == pytest.approx(0, abs=1e-6)
     assert [f["level"] for f in shifted["findings"]][:2] == ["poor", "poor"]
     printed = CliRunner().invoke(app, ["audit", *map(str, arrays)]).stdout
     row = next(line for line in printed.splitlines() if "mean shift ratio" in line)
@@ -65,7 +65,7 @@ def test_models_stand_side_by_side(arrays: list[Path]) -> None:
     assert "most of an average embedding is a shift that all tokens share" in " ".join(printed.split())
 
 
-def test_input_and_output_are_told_apart_and_the_output_can_be_centred(untied: Path, tmp_path: Path) -> None:
+def test_input_and_output_are_told_apart_and_the_output_can_be_centered(untied: Path, tmp_path: Path) -> None:
     before = audit(untied)
     assert [m["matrix"] for m in before] == ["input", "output"]
     after = audit(untied, "--center", tmp_path / "copy")
@@ -97,7 +97,7 @@ def test_the_page(arrays: list[Path], browser: Browser, tmp_path: Path) -> None:
     assert result.exit_code == 0 and result.stdout.rstrip().endswith("audit.html")
     page = opened(browser, tmp_path / "audit.html")
     assert page.problems == []
-    assert page.locator(".verdict li").count() == 5, "of the shifted one also whether centring helps"
+    assert page.locator(".verdict li").count() == 5, "of the shifted one also whether centering helps"
     assert page.locator("#figures tbody tr").filter(has_text="mean shift").locator("td").count() == 2
     dots = page.locator(".js-plotly-plot").evaluate_all("c => c.map(x => x.querySelectorAll('.point').length)")
     assert dots == [201, 201, 0], "the tokens and the origin, twice, and the spectrum's lines"
@@ -138,7 +138,7 @@ def test_a_tensor_that_is_no_embedding_is_measured_without_words(tiny: Experimen
     assert found["figures"]["tokens"] == 16 and found["word_similarity"] == {}
 
 
-def test_one_model_at_a_time_is_centred(arrays: list[Path], tmp_path: Path) -> None:
+def test_one_model_at_a_time_is_centered(arrays: list[Path], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["audit", *map(str, arrays), "--center", str(tmp_path / "copy.npy")])
     assert "takes one model at a time, not 2" in str(result.exception)
 
@@ -146,7 +146,7 @@ def test_one_model_at_a_time_is_centred(arrays: list[Path], tmp_path: Path) -> N
 def test_words_are_looked_up_in_a_model_that_was_exported(tiny: Experiment, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(paragraphs(200))
-    tiny = tiny.with_values(data__vocabulary=600, train__steps=2, schedule__warmup_steps=0)
+    tiny = tiny.with_values(data__vocab_size=600, train__steps=2, schedule__warmup_steps=0)
     corpus = prepare(TextFiles(text), tiny.data, tmp_path / "corpus")
     train(tiny, corpus, tmp_path / "run", lambda m, last: {})
     assert CliRunner().invoke(app, ["export", str(tmp_path / "run")]).exit_code == 0

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coupled_adam.audit import model_directories, tensor_files
+from coupled_adam.audit.embedding_files import Embeddings, Origin
 from coupled_adam.errors import InputError
-from coupled_adam.evaluation import model_folders, tensor_files
-from coupled_adam.evaluation.embedding_files import Embeddings
 from coupled_adam.files import written_whole
 
 #: Rows that are held in float64 at a time.
@@ -34,8 +34,8 @@ class Centered:
     path: Path
     """The copy."""
     tensor: str
-    """The name of the tensor that was centred."""
-    mean_norm: float
+    """The name of the tensor that was centered."""
+    norm_of_mean: float
     """‖μ‖ of the row μ that was subtracted."""
     rounding: float
     """The largest ‖·‖ of what rounding to the stored type added to a row. With a hidden state h and scores that the
@@ -51,8 +51,8 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
     result rounded to the stored type: exactly unchanged are the predictions in exact arithmetic, and in bfloat16 they
     differ as much as by rounding the weights once more.
 
-    ``out`` is a folder for a model folder, and a file for a .safetensors or .npy file. All else in them stays as it is,
-    to the byte; weights in other forms beside those that were read are left out.
+    ``out`` is a directory for a model directory, and a file for a .safetensors or .npy file. All else in them stays as
+    it is, to the byte; weights in other forms beside those that were read are left out.
 
     Raises:
         InputError: the predictions would change or it cannot be told (tied, no output embedding, capped logits, an
@@ -61,9 +61,9 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
     origin = embeddings.origin
     source = origin.path
     if reason := _reason_against(embeddings):
-        raise InputError(f"{embeddings.name}: not centred: {reason}")
+        raise InputError(f"{embeddings.name}: not centered: {reason}")
     if out.exists() or out.is_symlink():
-        raise InputError(f"{out}: exists already; choose another place for the centred copy")
+        raise InputError(f"{out}: exists already; choose another place for the centered copy")
     if source.is_file() and out.suffix != source.suffix:
         raise InputError(f"{out}: the copy of a {source.suffix} file; let its name end so")
     if origin.kind == "numpy":
@@ -90,14 +90,19 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
     return Centered(out, origin.head, mean.norm().item(), rounding, condition)
 
 
+#: Why a model of this kind is not written, and what to do.
+UNWRITABLE = {
+    "gguf": "a GGUF file cannot be written without loss; center the model that it was made from, and convert that",
+    "run": "a run is centered as a Hugging Face directory; export it first (coupled-adam export)",
+    "pickle": "pickles are not written; convert the model to safetensors",
+}
+
+
 def _reason_against(embeddings: Embeddings) -> str | None:
+    """Return why predictions would change, or cannot be told not to; None if they stay."""
     origin = embeddings.origin
-    if origin.kind == "gguf":
-        return "a GGUF file cannot be written without loss; centre the model that it was made from, and convert that"
-    if origin.kind == "run":
-        return "a run is centred as a Hugging Face folder; export it first (coupled-adam export)"
-    if origin.kind == "pickle":
-        return "pickles are not written; convert the model to safetensors"
+    if origin.kind in UNWRITABLE:
+        return UNWRITABLE[origin.kind]
     if origin.kind == "numpy":
         return None if origin.path.suffix == ".npy" else ".npz files are not written; give the output embedding as .npy"
     if embeddings.tied:
@@ -107,13 +112,16 @@ def _reason_against(embeddings: Embeddings) -> str | None:
     prefix = origin.head.removesuffix("weight")
     if parts := [n for n in origin.files if n.startswith(prefix) and n not in (origin.head, prefix + "bias")]:
         return f"its head has more parts than one matrix ({parts[0]}), and only all scores together may be shifted"
-    if origin.config is not None:
-        config = model_folders.full_config(origin.path if origin.path.is_dir() else origin.path.parent)
-        if config is None:
-            kind = origin.config.get("model_type")
-            return f"transformers does not know the model type {kind!r}, so what it does to its logits is not known"
-        for key, value in _caps(config):
-            return f"it caps its logits ({key} = {value}), and a capped shift is no shift"
+    return None if origin.config is None else _reason_in_config(origin, origin.config)
+
+
+def _reason_in_config(origin: Origin, stated: dict[str, Any]) -> str | None:
+    config = model_directories.full_config(origin.path if origin.path.is_dir() else origin.path.parent)
+    if config is None:
+        kind = stated.get("model_type")
+        return f"transformers does not know the model type {kind!r}, so what it does to its logits is not known"
+    for key, value in _caps(config):
+        return f"it caps its logits ({key} = {value}), and a capped shift is no shift"
     return None
 
 
@@ -140,18 +148,18 @@ def _center_array(source: Path, out: Path) -> Centered:
 
 
 def _mean(weights: Tensor, name: str) -> Tensor:
-    """The mean row, float64 (H,)."""
+    """Compute the mean row, float64 (H,)."""
     mean = torch.zeros(weights.shape[1], dtype=torch.float64)
     for start in range(0, len(weights), ROWS):
         mean += weights[start : start + ROWS].double().sum(0)
     mean /= len(weights)
     if not mean.isfinite().all():
-        raise InputError(f"{name}: not centred: its output embedding holds values that are not finite")
+        raise InputError(f"{name}: not centered: its output embedding holds values that are not finite")
     return mean
 
 
 def _centered(weights: Tensor, mean: Tensor) -> Iterator[tuple[int, Tensor, float]]:
-    """W − μ in the type of W, some rows at a time: the first of them, the rows, and the largest error of rounding."""
+    """Yield W − μ in the type of W, some rows at a time: index of the first, the rows, largest rounding error."""
     for start in range(0, len(weights), ROWS):
         exact = weights[start : start + ROWS].double() - mean
         rows = exact.to(weights.dtype)
@@ -159,10 +167,10 @@ def _centered(weights: Tensor, mean: Tensor) -> Iterator[tuple[int, Tensor, floa
 
 
 def _copy_folder(source: Path, target: Path, weights: set[str]) -> None:
-    def left_out(folder: str, names: list[str]) -> list[str]:
+    def left_out(directory: str, names: list[str]) -> list[str]:
         hidden = [name for name in names if name.startswith(".")]
         others = [name for name in names if name.endswith(OTHER_WEIGHTS)]
-        return hidden + [name for name in others if Path(folder) != source or name not in weights]
+        return hidden + [name for name in others if Path(directory) != source or name not in weights]
 
     # The files' contents without their permissions: what the cache of the hub holds is not to be written to.
     shutil.copytree(source, target, ignore=left_out, copy_function=shutil.copyfile)

@@ -1,9 +1,11 @@
-"""Embeddings of models in every format, and the centred copies."""
+"""Embeddings of models in every format, and the centered copies."""
 
+import io
 import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,19 +35,20 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from coupled_adam.audit.centering import center
+from coupled_adam.audit.embedding_files import read_embeddings
+from coupled_adam.audit.embedding_names import find_input, find_output, none_found
+from coupled_adam.audit.tensor_files import Tensors
 from coupled_adam.errors import InputError
-from coupled_adam.evaluation.centering import center
-from coupled_adam.evaluation.embedding_files import read_embeddings
-from coupled_adam.evaluation.embedding_names import find_input, find_output, none_found
-from coupled_adam.evaluation.tensor_files import Tensors
-from coupled_adam.evaluation.words import words_of
-from coupled_adam.files import write_json, write_text
+from coupled_adam.files import checksums, write_json, write_text
 from coupled_adam.lm.checkpoint import save_checkpoint
 from coupled_adam.lm.config import Experiment
-from coupled_adam.lm.corpus import Corpus, prepare
+from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.model import LanguageModel, build_model
 from coupled_adam.lm.parallel import World
+from coupled_adam.lm.prepare import prepare
 from coupled_adam.lm.sources import TextFiles
+from coupled_adam.lm.words import words_of
 
 ROWS, WIDTH = 96, 16
 SMALL: dict[str, Any] = {"vocab_size": ROWS, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -77,25 +80,25 @@ def bert(kind: type[PreTrainedModel] = BertModel) -> PreTrainedModel:
     return kind(BertConfig(**SMALL, intermediate_size=32))
 
 
-def saved(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
-    model.save_pretrained(folder, **options)
-    return folder
+def saved(model: PreTrainedModel, directory: Path, **options: Any) -> Path:
+    model.save_pretrained(directory, **options)
+    return directory
 
 
-def sharded(model: PreTrainedModel, folder: Path) -> Path:
+def sharded(model: PreTrainedModel, directory: Path) -> Path:
     """In so small files that the embeddings are in few of them."""
-    saved(model, folder, max_shard_size="7KB")
-    assert len(list(folder.glob("*.safetensors"))) > 3
-    return folder
+    saved(model, directory, max_shard_size="7KB")
+    assert len(list(directory.glob("*.safetensors"))) > 3
+    return directory
 
 
-def shards_of(folder: Path, *endings: str) -> set[str]:
-    files = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+def shards_of(directory: Path, *endings: str) -> set[str]:
+    files = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     return {file for tensor, file in files.items() if tensor.endswith(endings)}
 
 
-def ruin_all_but(folder: Path, kept: set[str]) -> None:
-    ruined = [p for p in folder.glob("*.safetensors") if p.name not in kept]
+def ruin_all_but(directory: Path, kept: set[str]) -> None:
+    ruined = [p for p in directory.glob("*.safetensors") if p.name not in kept]
     assert ruined
     for path in ruined:
         path.write_bytes(b"not safetensors")
@@ -128,7 +131,7 @@ def test_a_folder_gives_the_matrices_of_its_model(
     else:
         assert read.output is not None
         assert torch.equal(read.output, head.weight)
-    assert (read.name, read.token_of, read.unigram_counts) == ("some-model", None, None)
+    assert (read.name, read.words, read.unigram_counts) == ("some-model", None, None)
 
 
 def test_bfloat16_comes_as_float32(tmp_path: Path) -> None:
@@ -140,50 +143,50 @@ def test_bfloat16_comes_as_float32(tmp_path: Path) -> None:
 
 def test_of_a_model_in_several_files_only_those_of_the_embeddings_are_opened(tmp_path: Path) -> None:
     model = llama()
-    folder = sharded(model, tmp_path / "m")
-    ruin_all_but(folder, shards_of(folder, "embed_tokens.weight", "lm_head.weight"))
-    read = read_embeddings(str(folder))
+    directory = sharded(model, tmp_path / "m")
+    ruin_all_but(directory, shards_of(directory, "embed_tokens.weight", "lm_head.weight"))
+    read = read_embeddings(str(directory))
     assert torch.equal(read.input, model.get_input_embeddings().weight)
     assert read.output is not None and torch.equal(read.output, model.get_output_embeddings().weight)
 
 
 def test_pickles_of_a_model_in_one_and_in_several_files(tmp_path: Path) -> None:
     model = llama()
-    folder = saved(model, tmp_path / "m")
-    (folder / "model.safetensors").unlink()
+    directory = saved(model, tmp_path / "m")
+    (directory / "model.safetensors").unlink()
     state = model.state_dict()
-    torch.save(state, folder / "pytorch_model.bin")
+    torch.save(state, directory / "pytorch_model.bin")
     for _ in range(2):
-        read = read_embeddings(str(folder))
+        read = read_embeddings(str(directory))
         assert torch.equal(read.input, state["model.embed_tokens.weight"])
         assert read.output is not None and torch.equal(read.output, state["lm_head.weight"])
         # The second time: in two files, a third is ruined.
-        (folder / "pytorch_model.bin").unlink(missing_ok=True)
+        (directory / "pytorch_model.bin").unlink(missing_ok=True)
         files = dict.fromkeys(state, "other.bin")
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             files[name] = f"{name}.bin"
-            torch.save({name: state[name]}, folder / files[name])
-        (folder / "other.bin").write_bytes(b"ruined")
-        write_json(folder / "pytorch_model.bin.index.json", {"weight_map": files})
+            torch.save({name: state[name]}, directory / files[name])
+        (directory / "other.bin").write_bytes(b"ruined")
+        write_json(directory / "pytorch_model.bin.index.json", {"weight_map": files})
 
 
 def test_where_the_configuration_is_silent_its_class_decides(tmp_path: Path) -> None:
     for model, tied in ((gpt2(), True), (llama(), False)):
-        folder = saved(model, tmp_path / type(model).__name__)
-        config = json.loads((folder / "config.json").read_text())
+        directory = saved(model, tmp_path / type(model).__name__)
+        config = json.loads((directory / "config.json").read_text())
         config.pop("tie_word_embeddings", None)
-        write_json(folder / "config.json", config)
-        assert read_embeddings(str(folder)).tied is tied
+        write_json(directory / "config.json", config)
+        assert read_embeddings(str(directory)).tied is tied
 
 
 def test_two_matrices_that_differ_are_not_tied_whatever_the_configuration_says(tmp_path: Path) -> None:
     model = llama()
-    folder = saved(model, tmp_path / "m")
-    config = json.loads((folder / "config.json").read_text())
-    write_json(folder / "config.json", {**config, "tie_word_embeddings": True})
-    read = read_embeddings(str(folder))
+    directory = saved(model, tmp_path / "m")
+    config = json.loads((directory / "config.json").read_text())
+    write_json(directory / "config.json", {**config, "tie_word_embeddings": True})
+    read = read_embeddings(str(directory))
     assert read.tied is False and read.output is not None
-    loaded = LlamaForCausalLM.from_pretrained(folder)
+    loaded = LlamaForCausalLM.from_pretrained(directory)
     assert torch.equal(loaded.get_output_embeddings().weight, read.output), "transformers sees it so"
 
 
@@ -222,7 +225,7 @@ def test_arrays(dtype: str, tmp_path: Path) -> None:
     for path in sorted(tmp_path.iterdir()):
         read = read_embeddings(str(path))
         assert torch.equal(read.input, torch.from_numpy(matrix.astype(np.float32))), path
-        assert (read.output, read.tied, read.token_of) == (None, None, None)
+        assert (read.output, read.tied, read.words) == (None, None, None)
 
 
 def write_gguf(path: Path, architecture: str, tokens: list[str], model: str, **tensors: Any) -> None:
@@ -275,10 +278,10 @@ def test_words_of_a_gguf_file(model: str, tokens: list[str], expected: dict[str,
     kind = gguf.GGMLQuantizationType.F32
     write_gguf(tmp_path / "m.gguf", "llama", tokens, model, token_embd__weight=(matrix, kind))
     read = read_embeddings(str(tmp_path / "m.gguf"))
-    assert read.token_of is not None and read.labels is not None
-    assert {word: read.token_of(word) for word in expected} == expected
+    assert read.words is not None
+    assert {word: read.words.token_of(word) for word in expected} == expected
     if model == "gpt2":
-        assert [read.labels(i) for i in (0, 1, 2, 3, 999)] == [" lake", "moon", " café", "Ã", "row 999"]
+        assert [read.words.text_of(i) for i in (0, 1, 2, 3, 999)] == [" lake", "moon", " café", "Ã", "row 999"]
 
 
 def byte_level() -> Tokenizer:
@@ -318,23 +321,27 @@ def test_a_word_is_one_token_as_it_stands_within_a_text(
     make: Callable[[], Tokenizer], single: list[str], not_single: list[str]
 ) -> None:
     words = words_of(make())
-    assert [words.label(words.token_of(word) or 0).strip() for word in single] == single
+    assert [words.text_of(words.token_of(word) or 0).strip() for word in single] == single
     assert [words.token_of(word) for word in not_single] == [None] * len(not_single)
 
 
 def test_the_tokenizer_beside_a_model_is_read(tmp_path: Path) -> None:
-    folder = saved(bert(), tmp_path / "m")
-    (folder / "vocab.txt").write_text("[UNK]\nlake\nmoon\n##s\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n", encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
+    directory = saved(bert(), tmp_path / "m")
+    (directory / "vocab.txt").write_text("[UNK]\nlake\nmoon\n##s\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n", encoding="utf-8")
+    write_json(directory / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
     for _ in range(2):
-        read = read_embeddings(str(folder))
-        assert read.token_of is not None and read.labels is not None
-        assert (read.token_of("moon"), read.token_of("moons"), read.token_of("xyz")) == (2, None, None)
-        assert (read.labels(1), read.labels(50)) == ("lake", "row 50")
-        word_piece().save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer.json").write_text('{"version": ')
+        read = read_embeddings(str(directory))
+        assert read.words is not None
+        assert (read.words.token_of("moon"), read.words.token_of("moons"), read.words.token_of("xyz")) == (
+            2,
+            None,
+            None,
+        )
+        assert (read.words.text_of(1), read.words.text_of(50)) == ("lake", "row 50")
+        word_piece().save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text('{"version": ')
     with pytest.raises(InputError, match=r"tokenizer\.json: damaged"):
-        read_embeddings(str(folder))
+        read_embeddings(str(directory))
 
 
 def tensors(**shapes: tuple[int, ...]) -> Tensors:
@@ -366,15 +373,15 @@ def corpus(text_file: Path, tiny: Experiment, tmp_path: Path) -> Corpus:
     return prepare(TextFiles(text_file), tiny.data, tmp_path / "corpus")
 
 
-def write_run(folder: Path, experiment: Experiment, corpus: Corpus) -> LanguageModel:
-    model = build_model(experiment.model, corpus.vocabulary_size, experiment.data.sequence_length, seed=1)
-    write_text(folder / "experiment.toml", experiment.to_toml())
-    write_json(folder / "environment.json", {"corpus": corpus.fingerprint})
+def write_run(directory: Path, experiment: Experiment, corpus: Corpus) -> LanguageModel:
+    model = build_model(experiment.model, corpus.vocab_size, experiment.data.sequence_length, seed=1)
+    write_text(directory / "experiment.toml", experiment.to_toml())
+    write_json(directory / "environment.json", {"corpus": corpus.fingerprint})
     optimizer = torch.optim.AdamW(model.parameters())
     for step in (1, 2):
         with torch.no_grad():
             model.token_embedding.weight += 1
-        save_checkpoint(folder / "checkpoints", step, model, [optimizer], {}, World(), keep_every=1)
+        save_checkpoint(directory / "checkpoints", step, model, [optimizer], {}, World(), keep_every=1)
     return model
 
 
@@ -382,51 +389,57 @@ def write_run(folder: Path, experiment: Experiment, corpus: Corpus) -> LanguageM
 def test_our_runs(tied: bool, tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
     experiment = tiny.with_values(model__tied=tied)
     model = write_run(tmp_path / "run", experiment, corpus)
-    bare, read = (read_embeddings(str(tmp_path / "run"), corpus=c) for c in (None, corpus))
+    bare, read = (read_embeddings(str(tmp_path / "run"), data=data) for data in (None, corpus.directory))
     for each in (bare, read):
         assert torch.equal(each.input, model.token_embedding.weight), "the last checkpoint"
         assert each.tied is tied
         assert (each.output is None) is tied
         assert tied or (each.output is not None and torch.equal(each.output, model.head.weight))
-    assert (bare.token_of, bare.labels, bare.unigram_counts) == (None, None, None)
-    assert read.token_of is not None and read.labels is not None
-    token = read.token_of("the")
-    assert token is not None and read.labels(token) == " the"
+    assert (bare.words, bare.unigram_counts) == (None, None)
+    assert read.words is not None
+    token = read.words.token_of("the")
+    assert token is not None and read.words.text_of(token) == " the"
     assert read.unigram_counts is not None and len(read.unigram_counts) == len(read.input)
 
 
 def test_a_run_of_which_something_is_wrong(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    write_run(folder, tiny, corpus)
-    write_json(folder / "environment.json", {"corpus": "another"})
+    directory = tmp_path / "run"
+    write_run(directory, tiny, corpus)
+    write_json(directory / "environment.json", {"corpus": "another"})
     with pytest.raises(InputError, match="not the text that"):
-        read_embeddings(str(folder), corpus=corpus)
+        read_embeddings(str(directory), data=corpus.directory)
     with pytest.raises(InputError, match=r"holds no model\.no\.such"):
-        read_embeddings(str(folder), tensor="no.such")
-    dcp = folder / "checkpoints" / "step-00000002" / "dcp"
+        read_embeddings(str(directory), tensor="no.such")
+    dcp = directory / "checkpoints" / "step-00000002" / "dcp"
     description = (dcp / ".metadata").read_bytes()
     (dcp / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    with pytest.raises(InputError, match=r"damaged \(its description names .*mkdir"):
-        read_embeddings(str(folder))
+    with pytest.raises(InputError, match=r"\.metadata: damaged"):
+        read_embeddings(str(directory))
+    state = dcp.parent / "state.json"  # whoever made it may have made the checksums too
+    written = state.read_text()
+    write_json(state, json.loads(written) | {"checksums": checksums(dcp.parent, [dcp / ".metadata"])})
+    with pytest.raises(InputError, match=r"damaged \(unexpected class .*mkdir"):
+        read_embeddings(str(directory))
+    state.write_text(written)
     assert not (tmp_path / "ran").exists()
     (dcp / ".metadata").write_bytes(description)
     (data,) = dcp.glob("*.distcp")
     os.truncate(data, 500)
     with pytest.raises(InputError, match="damaged"):
-        read_embeddings(str(folder))
-    shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(InputError, match="no complete checkpoint"):
-        read_embeddings(str(folder))
+        read_embeddings(str(directory))
+    shutil.rmtree(directory / "checkpoints")
+    with pytest.raises(InputError, match="no checkpoint yet"):
+        read_embeddings(str(directory))
 
 
 class Payload:
-    """Makes a folder when it is unpickled."""
+    """Makes a directory when it is unpickled."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
 
     def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.folder),)
+        return os.mkdir, (str(self.directory),)
 
 
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
@@ -435,8 +448,13 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> 
         read_embeddings(str(tmp_path / "m.bin"))
     assert not (tmp_path / "ran").exists()
     np.save(tmp_path / "m.npy", np.array([Payload(tmp_path / "ran")], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match="no NumPy file"):
+    with pytest.raises(InputError, match=r"m\.npy: 'embedding' holds Python objects, .* could run code"):
         read_embeddings(str(tmp_path / "m.npy"))
+    for protocol in (0, 2, 4):  # no file of torch.save: torch says at length what to do, and not to
+        (tmp_path / "raw.bin").write_bytes(pickle.dumps({"x": Payload(tmp_path / "ran")}, protocol))
+        with pytest.raises(InputError, match=r"raw\.bin: holds more than tensors, and could run code") as error:
+            read_embeddings(str(tmp_path / "raw.bin"))
+        assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
 
 
@@ -453,7 +471,7 @@ def test_a_truncated_file_of_each_kind_gets_one_line(tmp_path: Path) -> None:
         read_embeddings(str(path))
         for length in (len(whole) - 40, len(whole) // 2, 60, 5, 0):
             path.write_bytes(whole[:length])
-            with pytest.raises(InputError, match=r"truncated, or no") as error:
+            with pytest.raises(InputError, match=r"truncated") as error:
                 read_embeddings(str(path))
             assert "\n" not in str(error.value) and path.name in str(error.value)
 
@@ -474,7 +492,7 @@ def save_npz(path: Path) -> None:
         ("m.safetensors", lambda p: save_file({"wte.weight": torch.ones(4, 4).int()}, p), "holds int32"),
         ("m.pt", lambda p: torch.save({"step": 3}, p), "holds no tensors"),
         ("m.pt", lambda p: torch.save([1, 2], p), "holds no tensors"),
-        ("folder", lambda p: p.mkdir(), "no weights in it"),
+        ("directory", lambda p: p.mkdir(), "no weights in it"),
     ],
 )
 def test_what_is_no_model_gets_one_line(
@@ -487,19 +505,19 @@ def test_what_is_no_model_gets_one_line(
 
 
 def test_folders_of_which_something_is_wrong(tmp_path: Path) -> None:
-    folder = sharded(llama(), tmp_path / "m")
-    (shard,) = shards_of(folder, "lm_head.weight")
-    (folder / shard).unlink()
+    directory = sharded(llama(), tmp_path / "m")
+    (shard,) = shards_of(directory, "lm_head.weight")
+    (directory / shard).unlink()
     with pytest.raises(InputError, match=rf"{shard}: not found"):
-        read_embeddings(str(folder))
+        read_embeddings(str(directory))
     with pytest.raises(InputError, match=r"holds no tensor 'wte'"):
         read_embeddings(str(saved(gpt2(), tmp_path / "g")), tensor="wte")
     (tmp_path / "g" / "config.json").write_text("[")
-    with pytest.raises(InputError, match=r"config\.json: cannot be read"):
+    with pytest.raises(InputError, match=r"config\.json: damaged"):
         read_embeddings(str(tmp_path / "g"))
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}})
+    write_json(directory / "model.safetensors.index.json", {"metadata": {}})
     with pytest.raises(InputError, match="no weight_map"):
-        read_embeddings(str(folder))
+        read_embeddings(str(directory))
     only_gguf = tmp_path / "only"
     only_gguf.mkdir()
     (only_gguf / "m.Q4.gguf").touch()
@@ -536,7 +554,7 @@ def test_of_a_model_on_the_hub_only_the_needed_files_are_fetched(
     needed = shards_of(remote, "embed_tokens.weight", "lm_head.weight")
     assert hub.fetched == {"config.json", "model.safetensors.index.json", *needed}
     with pytest.raises(InputError, match=r"lacks model-.*; fetch the whole model"):
-        center(read, tmp_path / "centred")
+        center(read, tmp_path / "centered")
 
     (remote / "pytorch_model.bin").write_bytes(b"another form")
     for path in remote.glob("*.safetensors*"):
@@ -567,16 +585,16 @@ def log_probabilities(model: PreTrainedModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one-file", "several-files"])
-def test_a_centred_copy_predicts_the_same(several: bool, tmp_path: Path) -> None:
+def test_a_centered_copy_predicts_the_same(several: bool, tmp_path: Path) -> None:
     model = llama()
     source = (sharded if several else saved)(model, tmp_path / "m")
     (source / "README.md").write_text("kept")
     (source / "pytorch_model.bin").write_bytes(b"another form of the weights")
-    result = center(read_embeddings(str(source)), tmp_path / "centred")
+    result = center(read_embeddings(str(source)), tmp_path / "centered")
     assert result.tensor == "lm_head.weight" and result.condition is None
-    assert result.mean_norm == pytest.approx(model.get_output_embeddings().weight.mean(0).norm().item(), rel=1e-5)
+    assert result.norm_of_mean == pytest.approx(model.get_output_embeddings().weight.mean(0).norm().item(), rel=1e-5)
 
-    copy = LlamaForCausalLM.from_pretrained(tmp_path / "centred").eval()
+    copy = LlamaForCausalLM.from_pretrained(tmp_path / "centered").eval()
     head = copy.get_output_embeddings().weight.detach()
     assert head.double().mean(0).abs().max() < 1e-8
     assert not torch.equal(head, model.get_output_embeddings().weight)
@@ -593,15 +611,15 @@ def test_a_centred_copy_predicts_the_same(several: bool, tmp_path: Path) -> None
 
 def test_the_copy_of_a_bfloat16_model_is_off_by_rounding_alone(tmp_path: Path) -> None:
     model = llama().to(torch.bfloat16)
-    result = center(read_embeddings(str(saved(model, tmp_path / "m"))), tmp_path / "centred")
+    result = center(read_embeddings(str(saved(model, tmp_path / "m"))), tmp_path / "centered")
     before = model.get_output_embeddings().weight.detach().double()
-    after = load_file(tmp_path / "centred" / "model.safetensors")["lm_head.weight"]
+    after = load_file(tmp_path / "centered" / "model.safetensors")["lm_head.weight"]
     assert after.dtype == torch.bfloat16
     errors = (after.double() - (before - before.mean(0))).norm(dim=1)
     assert result.rounding == pytest.approx(errors.max().item()) and 0 < result.rounding < 0.01
 
 
-def test_single_files_are_centred_with_a_condition(tmp_path: Path) -> None:
+def test_single_files_are_centered_with_a_condition(tmp_path: Path) -> None:
     a, b = torch.randn(ROWS, WIDTH) + 1, torch.randn(ROWS, WIDTH) + 1
     save_file({"model.embed_tokens.weight": a, "lm_head.weight": b}, tmp_path / "m.safetensors", {"made": "here"})
     result = center(read_embeddings(str(tmp_path / "m.safetensors")), tmp_path / "new" / "c.safetensors")
@@ -616,9 +634,9 @@ def test_single_files_are_centred_with_a_condition(tmp_path: Path) -> None:
     np.save(tmp_path / "m.npy", array)
     result = center(read_embeddings(str(tmp_path / "m.npy")), tmp_path / "c.npy")
     assert result.condition is not None and "must be the output embedding" in result.condition
-    centred = np.load(tmp_path / "c.npy")
-    assert centred.dtype == np.float16
-    np.testing.assert_allclose(centred, array - array.mean(0, dtype=np.float64), atol=2e-3)
+    centered = np.load(tmp_path / "c.npy")
+    assert centered.dtype == np.float16
+    np.testing.assert_allclose(centered, array - array.mean(0, dtype=np.float64), atol=2e-3)
 
 
 def gemma2() -> PreTrainedModel:
@@ -639,35 +657,35 @@ def test_no_copy_where_predictions_would_change(
     make: Callable[[], PreTrainedModel], reason: str, tmp_path: Path
 ) -> None:
     read = read_embeddings(str(saved(make(), tmp_path / "m")))
-    with pytest.raises(InputError, match=f"not centred: .*{reason}"):
-        center(read, tmp_path / "centred")
+    with pytest.raises(InputError, match=f"not centered: .*{reason}"):
+        center(read, tmp_path / "centered")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
 def test_the_cap_that_only_the_class_knows_of_counts(tmp_path: Path) -> None:
-    folder = saved(gemma2(), tmp_path / "m")
-    config = json.loads((folder / "config.json").read_text())
+    directory = saved(gemma2(), tmp_path / "m")
+    config = json.loads((directory / "config.json").read_text())
     del config["final_logit_softcapping"]
-    write_json(folder / "config.json", config)
+    write_json(directory / "config.json", config)
     with pytest.raises(InputError, match="caps its logits"):
-        center(read_embeddings(str(folder)), tmp_path / "centred")
-    write_json(folder / "config.json", {**config, "final_logit_softcapping": None})
-    center(read_embeddings(str(folder)), tmp_path / "centred")
+        center(read_embeddings(str(directory)), tmp_path / "centered")
+    write_json(directory / "config.json", {**config, "final_logit_softcapping": None})
+    center(read_embeddings(str(directory)), tmp_path / "centered")
 
 
-def test_what_cannot_be_centred_says_why(tmp_path: Path) -> None:
+def test_what_cannot_be_centered_says_why(tmp_path: Path) -> None:
     model = llama()
-    folder = saved(model, tmp_path / "m")
-    read = read_embeddings(str(folder))
+    directory = saved(model, tmp_path / "m")
+    read = read_embeddings(str(directory))
     (tmp_path / "there").mkdir()
     with pytest.raises(InputError, match="exists already"):
         center(read, tmp_path / "there")
     with pytest.raises(InputError, match="lies within the model"):
-        center(read, folder / "centred")
-    config = json.loads((folder / "config.json").read_text())
-    write_json(folder / "config.json", {**config, "model_type": "somebodys-own"})
+        center(read, directory / "centered")
+    config = json.loads((directory / "config.json").read_text())
+    write_json(directory / "config.json", {**config, "model_type": "somebodys-own"})
     with pytest.raises(InputError, match="does not know the model type 'somebodys-own'"):
-        center(read_embeddings(str(folder)), tmp_path / "centred")
+        center(read_embeddings(str(directory)), tmp_path / "centered")
 
     content = {name: torch.randn(ROWS, WIDTH) for name in ("wte.weight", "lm_head.weight", "lm_head.more.weight")}
     save_file(content, tmp_path / "parts.safetensors")
@@ -693,3 +711,16 @@ def test_what_cannot_be_centred_says_why(tmp_path: Path) -> None:
     np.savez(tmp_path / "m.npz", embedding=matrix)
     with pytest.raises(InputError, match=r"\.npz files are not written"):
         center(read_embeddings(str(tmp_path / "m.npz")), tmp_path / "c.npz")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_an_archive_that_claims_more_than_it_holds_is_refused_before_memory_is_taken(
+    compressed: bool, tmp_path: Path
+) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**5, 10**5)})
+    kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(tmp_path / "m.npz", "w", kind) as archive:
+        archive.writestr("embedding.npy", header.getvalue() + bytes(1000))
+    with pytest.raises(InputError, match=r"m\.npz: truncated: 'embedding' should be 40,000,000,000 bytes"):
+        read_embeddings(str(tmp_path / "m.npz"))

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from coupled_adam import experiments
 from coupled_adam.errors import InputError
+from coupled_adam.figures import FIGURES, Figure, cell, figures
 from coupled_adam.files import write_text
 from coupled_adam.report.aggregate import (
     COLUMNS,
@@ -24,27 +24,14 @@ from coupled_adam.report.aggregate import (
 )
 from coupled_adam.report.page import write_page
 from coupled_adam.report.sections import sections
+from coupled_adam.report.table import published_value
 
 #: A one-sided t-test below this is called significant, as in the paper.
 SIGNIFICANT = 0.05
 
 
-@dataclass(frozen=True)
-class Column:
-    """A figure of the tables of the paper: its name, heading, format, direction, and the published attribute."""
-
-    figure: str
-    heading: str
-    form: str
-    lower_is_better: bool
-    published: str
-
-
-LOSS = Column("validation_loss", "test loss", "{:.3f}", True, "loss")
-ACCURACY = Column("downstream_accuracy", "downstream accuracy", "{:.3f}", False, "downstream_accuracy")
-ISOTROPY = Column("isotropy", "Iso", "{:.3f}", False, "isotropy")
-SHIFT = Column("mean_shift_ratio", "‖μ‖ʳ", "{:.3f}", True, "mean_shift_ratio")
-SIMILARITY = Column("word_similarity", "r̄", "{:.1f}", False, "word_similarity")
+#: The figures of the paper's tables; accuracy is left out where no run has it.
+COLUMN_NAMES = ("validation_loss", "downstream_accuracy", "isotropy", "mean_shift_ratio", "word_similarity")
 
 
 @dataclass(frozen=True)
@@ -67,25 +54,27 @@ class Line:
     cells: tuple[Cell, ...]
 
 
-def report(folders: Sequence[Path], out: Path) -> list[Evaluated]:
-    """Write aggregate.csv and report.html to ``out`` for the runs in ``folders``, and return the runs.
+def report(directories: Sequence[Path], out: Path) -> list[Evaluated]:
+    """Write aggregate.csv and report.html to ``out`` for the runs in ``directories``, and return the runs.
 
     Raises:
-        InputError: folders without runs, damaged files, or runs of which none has been evaluated.
+        InputError: directories without runs, damaged files, or runs of which none has been evaluated.
     """
-    runs = read_runs(folders)
+    runs = read_runs(directories)
     if not any(run.embeddings or run.validation for run in runs):
-        raise InputError(f"{folders[0]}: none of its {len(runs)} runs has been evaluated; `coupled-adam evaluate` does")
+        raise InputError(
+            f"{directories[0]}: none of its {len(runs)} runs has been evaluated; `coupled-adam evaluate` does"
+        )
     found = groups(runs)
     pairs = comparisons(found)
-    columns = [LOSS, ISOTROPY, SHIFT, SIMILARITY]
-    if any(run.figures[ACCURACY.figure] is not None for run in runs):
-        columns.insert(1, ACCURACY)
+    columns = figures(COLUMN_NAMES)
+    if all(run.figures["downstream_accuracy"] is None for run in runs):
+        columns = [figure for figure in columns if figure.name != "downstream_accuracy"]
     drawn_sections = sections(found, pairs)
     write_text(out / "aggregate.csv", as_csv(runs))
     write_page(
         out / "report.html",
-        "report",
+        __name__,
         {f"{i}-{j}": c.figure for i, (_, drawn) in enumerate(drawn_sections) for j, c in enumerate(drawn)},
         headline=_headline(pairs),
         scale=_scale(runs),
@@ -98,51 +87,46 @@ def report(folders: Sequence[Path], out: Path) -> list[Evaluated]:
         downstream=_downstream(runs),
         similarity=_similarity(pairs),
         missing=[run.name for run in runs if not (run.embeddings and run.validation)],
-        version=version("coupled-adam"),
     )
     return runs
 
 
-def comparison_lines(pairs: Sequence[Comparison], columns: Sequence[Column]) -> list[Line]:
-    """Two rows a setting, in the layout of the paper: mean ± standard deviation over seeds."""
+def comparison_lines(pairs: Sequence[Comparison], columns: Sequence[Figure]) -> list[Line]:
+    """Make two rows a setting, in the layout of the paper: mean ± standard deviation over seeds."""
     lines = []
     for pair in pairs:
         for group in (pair.adamw, pair.coupled):
             cells = []
-            for column in columns:
-                p = pair.p_value(column.figure, column.lower_is_better) if group is pair.coupled else None
-                cells.append(Cell(spread(group.moments(column.figure), column.form), p is not None and p < SIGNIFICANT))
+            for figure in columns:
+                p = pair.p_value(figure) if group is pair.coupled else None
+                cells.append(Cell(spread(group.moments(figure.name), figure.form), p is not None and p < SIGNIFICANT))
             run = group.first
-            counted = group.moments(LOSS.figure)
+            counted = group.moments("validation_loss")
             runs = str(counted.count if counted else 0)
             lines.append(Line(run.model, short(run.tokens), run.method, runs, tuple(cells)))
     return lines
 
 
-def published_lines(columns: Sequence[Column]) -> list[Line]:
-    """The paper's results in the same layout."""
+def published_lines(columns: Sequence[Figure]) -> list[Line]:
+    """Put the paper's results in the same layout."""
     return [
-        Line(row.model, row.tokens, row.method, "", tuple(Cell(_plain(getattr(row, c.published))) for c in columns))
+        Line(row.model, row.tokens, row.method, "", tuple(Cell(cell(published_value(row, f), "{:g}")) for f in columns))
         for row in experiments.published()
     ]
 
 
-def _plain(value: float | None) -> str:
-    return "–" if value is None else f"{value:g}"
-
-
 def _number(value: str | float | None) -> str:
-    return "–" if value is None else value if isinstance(value, str) else f"{value:.4g}"
+    return value if isinstance(value, str) else cell(value)
 
 
 def _headline(pairs: Sequence[Comparison]) -> str:
     if not pairs:
         return "These runs hold no pair of AdamW and Coupled Adam that differs in nothing else."
-    better = [pair for pair in pairs if _improves(pair, SHIFT) and _improves(pair, ISOTROPY)]
+    better = [pair for pair in pairs if all(_improves(pair, f) for f in figures(("mean_shift_ratio", "isotropy")))]
     chosen = largest(pairs)
     a, v = (group.moments("mean_shift_ratio") for group in (chosen.adamw, chosen.coupled))
     x, y = (group.moments("validation_loss") for group in (chosen.adamw, chosen.coupled))
-    text = "Coupled Adam leaves the embeddings better centred and more isotropic than AdamW in "
+    text = "Coupled Adam leaves the embeddings better centered and more isotropic than AdamW in "
     text += f"{len(better)} of {len(pairs)} settings."
     if a and v:
         text += f" In the largest one ({chosen.setting}) the mean shift ratio is {v.mean:.3f} instead of {a.mean:.3f}"
@@ -150,9 +134,9 @@ def _headline(pairs: Sequence[Comparison]) -> str:
     return text
 
 
-def _improves(pair: Comparison, column: Column) -> bool:
-    a, v = pair.adamw.moments(column.figure), pair.coupled.moments(column.figure)
-    return a is not None and v is not None and (v.mean < a.mean if column.lower_is_better else v.mean > a.mean)
+def _improves(pair: Comparison, figure: Figure) -> bool:
+    a, v = pair.adamw.moments(figure.name), pair.coupled.moments(figure.name)
+    return a is not None and v is not None and (v.mean < a.mean if figure.better == "lower" else v.mean > a.mean)
 
 
 def _scale(runs: Sequence[Evaluated]) -> str:
@@ -182,19 +166,19 @@ def _similarity(pairs: Sequence[Comparison]) -> dict[str, Any] | None:
     both = {g.first.method: g.first.embeddings.get("word_similarity", {}) for g in (pair.adamw, pair.coupled)}
     if not all(both.values()):
         return None
+    form = FIGURES["word_similarity"].form
     rows = []
     for method, variants in both.items():
         for variant, benchmarks in variants.items():
             for kind in ("cosine", "dot"):
-                values = [b[kind] for b in benchmarks if b[kind] is not None]
-                mean = sum(values) / len(values) if values else None
-                figures = [mean, *(b[kind] for b in benchmarks)]
+                values = [b[kind] for b in benchmarks]
+                known = [value for value in values if value is not None]
+                mean = sum(known) / len(known) if known else None
                 rows.append(
-                    [method, variant.replace("_", " "), kind, *("–" if f is None else f"{f:.1f}" for f in figures)]
+                    [method, variant.replace("_", " "), kind, *(cell(value, form) for value in (mean, *values))]
                 )
-    benchmarks = both["AdamW"]["original"]
     return {
         "setting": pair.setting,
-        "names": [f"{b['benchmark']} ({b['covered']:,} of {b['pairs']:,})" for b in benchmarks],
+        "names": [f"{b['benchmark']} ({b['covered']:,} of {b['pairs']:,})" for b in both["AdamW"]["original"]],
         "rows": rows,
     }

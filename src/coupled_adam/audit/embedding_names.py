@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from coupled_adam.audit.tensor_files import Tensors
 from coupled_adam.errors import InputError
-from coupled_adam.evaluation.tensor_files import Tensors
 
 #: How the name of a token embedding ends.
 INPUT = (

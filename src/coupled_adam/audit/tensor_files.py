@@ -4,20 +4,22 @@ Nothing here runs code that a file carries: pickles are read with ``weights_only
 """
 
 import functools
+import math
 import pickle
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coupled_adam.errors import InputError, require
+from coupled_adam.errors import InputError, one_line, require
 
 Shape = tuple[int, ...]
 
@@ -40,7 +42,7 @@ class Tensors:
     """A tensor as it is stored."""
 
     def matrix(self, name: str) -> Tensor:
-        """A tensor as a float32 matrix. Raises InputError if it is not 2-D, or not of floating-point numbers."""
+        """Read a tensor as a float32 matrix. Raises InputError if it is not 2-D, or not of floating-point numbers."""
         if len(shape := self.shape(name)) != 2:
             raise InputError(f"{self.files[name]}: {name!r} has shape {shape}, an embedding is (vocabulary, hidden)")
         tensor = self.stored(name)
@@ -53,13 +55,13 @@ class Tensors:
 
 
 def safetensors_in(files: Mapping[str, Path]) -> Tensors:
-    """The tensors of safetensors files, by name. A file is opened when one of its tensors is asked for."""
+    """Open safetensors files by the names of their tensors; a file is opened when one of its tensors is asked for."""
     require("audit", "safetensors")
     from safetensors import SafetensorError, safe_open
 
     @functools.cache
     def shapes(path: Path) -> dict[str, Shape]:
-        with _readable(path, "safetensors file", SafetensorError), safe_open(path, framework="pt") as file:
+        with readable(path, "safetensors file", SafetensorError), safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def shape(name: str) -> Shape:
@@ -69,7 +71,7 @@ def safetensors_in(files: Mapping[str, Path]) -> Tensors:
         return found
 
     def stored(name: str) -> Tensor:
-        with _readable(files[name], "safetensors file", SafetensorError):
+        with readable(files[name], "safetensors file", SafetensorError):
             with safe_open(files[name], framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
             return tensor
@@ -78,16 +80,16 @@ def safetensors_in(files: Mapping[str, Path]) -> Tensors:
 
 
 def safetensors_names(path: Path) -> list[str]:
-    """The names in one safetensors file, from its header alone."""
+    """List the names in one safetensors file, from its header alone."""
     require("audit", "safetensors")
     from safetensors import SafetensorError, safe_open
 
-    with _readable(path, "safetensors file", SafetensorError), safe_open(path, framework="pt") as file:
+    with readable(path, "safetensors file", SafetensorError), safe_open(path, framework="pt") as file:
         return list(file.keys())
 
 
 def pickles_in(files: Mapping[str, Path]) -> Tensors:
-    """The tensors of files that ``torch.save`` wrote, by name; mapped into memory, not read, where they can be."""
+    """Open files of ``torch.save`` by the names of their tensors; mapped into memory, not read, where they can be."""
 
     @functools.cache
     def content(path: Path) -> dict[str, Tensor]:
@@ -103,24 +105,26 @@ def pickles_in(files: Mapping[str, Path]) -> Tensors:
 
 
 def pickle_in(path: Path) -> Tensors:
-    """The tensors of one file that ``torch.save`` wrote."""
+    """Open one file of ``torch.save``."""
     tensors = read_pickle(path)
     return Tensors(dict.fromkeys(tensors, path), lambda name: tuple(tensors[name].shape), tensors.__getitem__)
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of one pickle, which may be a state dict, one within a dictionary, or a single tensor.
+    """Read the tensors of one pickle, which may be a state dict, one within a dictionary, or a single tensor.
 
     Raises:
         InputError: it is missing, damaged, holds no tensors, or more than tensors and plain values.
     """
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-    with _readable(path, "file of torch.save", pickle.UnpicklingError, RuntimeError, KeyError, AttributeError):
+    with readable(path, "file of torch.save", pickle.UnpicklingError, RuntimeError, KeyError, AttributeError):
         try:
-            # Files of the format before torch 1.6 are no archives, and cannot be mapped.
-            content = torch.load(path, mmap=zipfile.is_zipfile(path), **options)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's remarks on pickles that others made
+                # Files of the format before torch 1.6 are no archives, and cannot be mapped.
+                content = torch.load(path, mmap=zipfile.is_zipfile(path), **options)
         except pickle.UnpicklingError as error:
-            if "GLOBAL" not in str(error) and "class" not in str(error):
+            if not any(word in str(error) for word in ("GLOBAL", "class", "Unsupported operand")):
                 raise
             raise InputError(
                 f"{path}: holds more than tensors, and could run code of its own if it were loaded; "
@@ -140,58 +144,58 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def arrays_in(path: Path) -> Tensors:
-    """The array of an .npy file, named ``embedding``, or the arrays of an .npz file."""
-    with _readable(path, "NumPy file", zipfile.BadZipFile, zlib.error, SyntaxError):
-        loaded = np.load(path, allow_pickle=False, mmap_mode="r")
-        if isinstance(loaded, np.ndarray):
-            arrays = {"embedding": loaded}
+    """Open the array of an .npy file, named ``embedding``, or the arrays of an .npz file.
+
+    Raises:
+        InputError: it is damaged, claims more than it holds, or holds Python objects, which could run code.
+    """
+    lone = "embedding"
+    with readable(path, "NumPy file", zipfile.BadZipFile, zlib.error, SyntaxError):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                headers: dict[str, tuple[Shape, np.dtype[Any], int]] = {
+                    info.filename.removesuffix(".npy"): _header_in(archive, info) for info in archive.infolist()
+                }
         else:
-            with loaded as archive:
-                arrays = {name: archive[name] for name in archive.files}
+            with path.open("rb") as file:
+                headers = {lone: (*_header(file), path.stat().st_size)}
+    for name, (shape, dtype, holds) in headers.items():
+        if dtype.hasobject:
+            raise InputError(
+                f"{path}: {name!r} holds Python objects, and loading these could run code; save the numbers alone"
+            )
+        if (claimed := math.prod(shape) * dtype.itemsize) > holds:
+            raise InputError(f"{path}: truncated: {name!r} should be {claimed:,} bytes, which the file does not hold")
 
     def stored(name: str) -> Tensor:
-        # In the machine's own order of bytes, without which torch takes no array.
-        array = np.array(arrays[name], dtype=arrays[name].dtype.newbyteorder("="))
+        with readable(path, "NumPy file", zipfile.BadZipFile, zlib.error):
+            loaded = np.load(path, allow_pickle=False, mmap_mode="r")
+            array = loaded if isinstance(loaded, np.ndarray) else loaded[name]
         if array.dtype.kind != "f" or array.dtype.itemsize > 8:
             raise InputError(f"{path}: {name!r} holds {array.dtype}, not floating-point numbers")
-        return torch.from_numpy(array)
+        # In the machine's own order of bytes, without which torch takes no array.
+        return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 
-    return Tensors(dict.fromkeys(arrays, path), lambda name: arrays[name].shape, stored)
+    return Tensors(dict.fromkeys(headers, path), lambda name: headers[name][0], stored)
 
 
-def gguf_in(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors of a GGUF file, dequantized as they are asked for, and its metadata by key."""
-    require("audit", "gguf")
-    import gguf
+def _header(file: IO[bytes]) -> tuple[Shape, np.dtype[Any]]:
+    """Read shape and type of an .npy file."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype
 
-    class Reader(gguf.GGUFReader):
-        # It takes a slice for each token of the vocabulary. Of a plain view of the file that is three times as fast.
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
-    with _readable(path, "GGUF file", IndexError, KeyError, TypeError, MemoryError):
-        reader = Reader(path)
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-
-    def shape(name: str) -> Shape:
-        return tuple(int(n) for n in reversed(tensors[name].shape))
-
-    def stored(name: str) -> Tensor:
-        tensor = tensors[name]
-        try:
-            return torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
-        except NotImplementedError:
-            raise InputError(
-                f"{path}: {name!r} is quantized as {tensor.tensor_type.name}, which the package gguf does not read; "
-                "give the model in another quantization"
-            ) from None
-
-    return Tensors(dict.fromkeys(tensors, path), shape, stored), metadata
+def _header_in(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[Shape, np.dtype[Any], int]:
+    """Read the same of a file in an archive, and the most it can hold: deflate packs 1,032 to 1 at best."""
+    with archive.open(info) as file:
+        shape, dtype = _header(file)
+    return shape, dtype, min(info.file_size, 1032 * info.compress_size)
 
 
 @contextmanager
-def _readable(path: Path, kind: str, *damages: type[Exception]) -> Iterator[None]:
+def readable(path: Path, kind: str, *damages: type[Exception]) -> Iterator[None]:
     """Turn what the readers of files raise into one line."""
     caught: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, *damages)
     try:
@@ -201,5 +205,4 @@ def _readable(path: Path, kind: str, *damages: type[Exception]) -> Iterator[None
     except FileNotFoundError:
         raise InputError(f"{path}: not found") from None
     except caught as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise InputError(f"{path}: truncated, or no {kind} ({reason})") from None
+        raise InputError(f"{path}: truncated, or no {kind} ({one_line(error, 160)})") from None

@@ -1,0 +1,62 @@
+"""The audit of one or several models as a table and as a page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from coupled_adam.audit.models import Audited
+from coupled_adam.evaluation.embedding_figures import figures_of
+from coupled_adam.figures import figures
+from coupled_adam.report import charts
+from coupled_adam.report.charts import Chart
+from coupled_adam.report.page import write_page
+from coupled_adam.report.table import Row, rows
+
+#: What the audit shows, in its order.
+SHOWN = (
+    "tokens",
+    "hidden_size",
+    "mean_shift_ratio",
+    "norm_of_mean",
+    "mean_of_norms",
+    "isotropy",
+    "isotropy_centered",
+    "isotropy_post_processed",
+    "inverse_condition",
+    "logit_bound_ratio",
+    "zero_rows",
+    "word_similarity",
+    "word_similarity_dot",
+    "word_similarity_pairs",
+    "norm_frequency_spearman",
+    "projection_frequency_spearman",
+)
+
+
+def audit_rows(audited: Sequence[Audited]) -> list[Row]:
+    """Make one row a figure, one column a matrix."""
+    return rows(figures(SHOWN), [figures_of(matrix.measured) for matrix in audited])
+
+
+def write_audit_page(path: Path, audited: Sequence[Audited]) -> None:
+    """Write the page: figures, verdicts and charts of all matrices; it opens offline."""
+    samples = {matrix.name: matrix.sample for matrix in audited}
+    counted = {name: sample for name, sample in samples.items() if sample.count}
+    drawn = [
+        Chart(
+            charts.token_maps({name: sample}),
+            f"{name}: {charts.MAP_CAPTION}",
+        )
+        for name, sample in samples.items()
+    ]
+    drawn.append(charts.spectrum({matrix.name: matrix.measured.singular_values.tolist() for matrix in audited}))
+    if counted:
+        drawn.append(charts.norm_against_frequency(counted))
+    write_page(
+        path,
+        __name__,
+        {str(i): chart.figure for i, chart in enumerate(drawn)},
+        names=list(samples),
+        rows=audit_rows(audited),
+        verdicts=[(matrix.name, matrix.findings) for matrix in audited],
+        drawn=drawn,
+    )

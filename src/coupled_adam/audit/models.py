@@ -1,0 +1,107 @@
+"""The audit of anyone's model: its embeddings read, measured and judged."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from coupled_adam import geometry
+from coupled_adam.audit.centering import Centered, center
+from coupled_adam.audit.embedding_files import Embeddings, read_embeddings
+from coupled_adam.audit.verdict import Finding, findings
+from coupled_adam.errors import InputError
+from coupled_adam.evaluation.embedding_figures import as_json
+from coupled_adam.evaluation.token_sample import TokenSample, sample_tokens
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One embedding matrix of a model."""
+
+    model: str
+    matrix: str
+    """``tied``, ``input``, ``output``, or ``embedding`` where it cannot be told."""
+    measured: geometry.Measurements
+    findings: list[Finding]
+    """The verdict, most important first."""
+    sample: TokenSample
+
+    @property
+    def name(self) -> str:
+        """Name for a heading."""
+        return self.model if self.matrix in ("tied", "embedding") else f"{self.model} ({self.matrix})"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        verdict = [asdict(finding) for finding in self.findings]
+        return {"model": self.model, "matrix": self.matrix, **as_json(self.measured), "findings": verdict}
+
+
+def audit_models(
+    models: Sequence[str],
+    benchmarks: Sequence[geometry.Benchmark],
+    *,
+    tensor: str | None = None,
+    data: Path | None = None,
+    center_to: Path | None = None,
+) -> tuple[list[Audited], Centered | None]:
+    """Audit the embeddings of models: one matrix each if they are tied or there is but one, else input and output.
+
+    Args:
+        models: as :func:`coupled_adam.audit.embedding_files.read_embeddings` takes them. Two of the same short name are
+            told apart by what was given, and one that is given twice is measured once.
+        benchmarks: of word similarity; used where the model has a tokenizer.
+        tensor: the name of the tensor to measure instead.
+        data: the corpus of one of our runs; None for where it was during training.
+        center_to: where to write a copy of the model, which must be the only one, with a centered output embedding.
+
+    Returns:
+        The audits, and what was written to ``center_to``.
+
+    Raises:
+        InputError: as ``read_embeddings`` and :func:`coupled_adam.audit.centering.center`; or a matrix that is not
+            finite.
+    """
+    given = list(dict.fromkeys(models))
+    if center_to is not None and len(given) > 1:
+        raise InputError(f"--center {center_to}: takes one model at a time, not {len(given)}")
+    audited, centered = {}, None
+    for model in given:
+        found = read_embeddings(model, tensor=tensor, data=data)
+        audited[model] = [_audited(found, kind, matrix, benchmarks) for kind, matrix in _matrices(found)]
+        if center_to is not None:
+            centered = center(found, center_to)
+    names = [matrices[0].model for matrices in audited.values()]
+    told_apart = [
+        replace(matrix, model=model) if names.count(matrix.model) > 1 else matrix
+        for model, matrices in audited.items()
+        for matrix in matrices
+    ]
+    return told_apart, centered
+
+
+def _matrices(found: Embeddings) -> list[tuple[str, Tensor]]:
+    if found.output is not None:
+        return [("input", found.input), ("output", found.output)]
+    return [("tied" if found.tied else "embedding", found.input)]
+
+
+def _audited(found: Embeddings, kind: str, matrix: Tensor, benchmarks: Sequence[geometry.Benchmark]) -> Audited:
+    counts = found.unigram_counts
+    if counts is not None and len(counts) != len(matrix):
+        counts = None
+    token_of = text_of = None
+    if found.words is not None:
+        token_of, text_of = functools.cache(found.words.token_of), found.words.text_of
+        tokens = {token_of(word) for benchmark in benchmarks for pair in benchmark.pairs for word in pair[:2]}
+        if max((token for token in tokens if token is not None), default=0) >= len(matrix):
+            token_of = text_of = None  # the rows are something else than the tokens of this tokenizer
+    try:
+        measured = geometry.measure(matrix, counts=counts, token_of=token_of, benchmarks=benchmarks)
+    except ValueError as error:
+        raise InputError(f"{found.name}: {error}") from None
+    sample = sample_tokens(matrix, text_of or (lambda token: f"row {token}"), counts)
+    return Audited(found.name, kind, measured, findings(measured), sample)

@@ -1,0 +1,80 @@
+"""Figures of an embedding matrix by name, as they go into metrics.jsonl and the files of an evaluation."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from coupled_adam import geometry
+from coupled_adam.figures import Figures
+from coupled_adam.geometry.arrays import Matrix, as_matrix
+
+
+def figures_while_training(
+    embedding: Matrix,
+    unigram_counts: ArrayLike,
+    token_of: Callable[[str], int | None],
+    benchmarks: Sequence[geometry.Benchmark],
+) -> Figures:
+    """Measure what is followed while a (V, H) matrix is trained; None where a figure is not defined.
+
+    ``word_similarity_pairs`` is the number of pairs, over all benchmarks, that could be looked up.
+    """
+    e = as_matrix(embedding)
+    correlation = geometry.norm_frequency_correlation(e, unigram_counts)
+    similarities = [geometry.word_similarity(e, token_of, benchmark) for benchmark in benchmarks]
+    return _defined(
+        {
+            "isotropy": geometry.isotropy(e),
+            "norm_of_mean": geometry.norm_of_mean(e),
+            "mean_shift_ratio": geometry.mean_shift_ratio(e),
+            "inverse_condition": geometry.inverse_condition(e),
+            "norm_frequency_pearson": correlation.pearson,
+            "norm_frequency_spearman": correlation.spearman,
+            "word_similarity": geometry.mean_similarity(similarities),
+            "word_similarity_pairs": sum(s.covered for s in similarities),
+        }
+    )
+
+
+def figures_of(measured: geometry.Measurements) -> Figures:
+    """Return the numbers of a measurement by name, those of :func:`figures_while_training` among them."""
+    plain = measured.word_similarity.get("original", [])
+    dots = [s.dot for s in plain if s.dot is not None]
+    figures: Figures = {
+        "tokens": measured.tokens,
+        "hidden_size": measured.hidden_size,
+        "isotropy": measured.isotropy,
+        "isotropy_centered": measured.isotropy_centered,
+        "isotropy_post_processed": measured.isotropy_post_processed,
+        "mean_of_norms": measured.mean_of_norms,
+        "norm_of_mean": measured.norm_of_mean,
+        "mean_shift_ratio": measured.mean_shift_ratio,
+        "smallest_singular_value": measured.smallest_singular_value,
+        "largest_singular_value": measured.largest_singular_value,
+        "inverse_condition": measured.inverse_condition,
+        "logit_bound_ratio": measured.logit_bound_ratio,
+        "zero_rows": measured.zero_rows,
+        "word_similarity": measured.mean_similarity,
+        "word_similarity_dot": sum(dots) / len(dots) if dots else None,
+        "word_similarity_pairs": sum(s.covered for s in plain) if plain else None,
+    }
+    for name, correlation in (("norm", measured.norm_frequency), ("projection", measured.projection_frequency)):
+        figures[f"{name}_frequency_pearson"] = correlation.pearson if correlation else None
+        figures[f"{name}_frequency_spearman"] = correlation.spearman if correlation else None
+    return _defined(figures)
+
+
+def as_json(measured: geometry.Measurements) -> dict[str, Any]:
+    """Return all of a measurement as plain values: figures, word similarity by post-processing, spectrum."""
+    return {
+        "figures": figures_of(measured),
+        "word_similarity": {name: [asdict(s) for s in rows] for name, rows in measured.word_similarity.items()},
+        "singular_values": [float(f"{value:.6g}") for value in measured.singular_values],
+    }
+
+
+def _defined(figures: Figures) -> Figures:
+    return {name: None if value is None or math.isnan(value) else value for name, value in figures.items()}

@@ -1,0 +1,146 @@
+"""The figures that the project measures, by name: what to call them, how to print them, and which way is better.
+
+The names are those in metrics.jsonl, in the JSON files of an evaluation and in the trackers. Tables, pages, model cards
+and the command line take their words and formats from here.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+#: Figures by name; None where one is not defined or was not measured.
+Figures = dict[str, float | None]
+
+#: What stands in a table where there is no figure.
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure as people read it."""
+
+    name: str
+    label: str
+    meaning: str
+    form: str
+    better: Literal["lower", "higher"] | None = None
+    """Which way is better; None for figures that are neither."""
+    heading: str | None = None
+    """The heading of a narrow column, if the label is too long for it."""
+    published: str | None = None
+    """The attribute of a published result that holds the same figure."""
+
+    @property
+    def column(self) -> str:
+        """Heading of a column."""
+        return self.heading or self.label
+
+    def cell(self, value: float | None) -> str:
+        """Format a value for a table."""
+        return cell(value, self.form)
+
+
+def cell(value: float | None, form: str = "{:.4g}") -> str:
+    """Format a value, or a dash if there is none."""
+    return MISSING if value is None else form.format(value)
+
+
+FIGURES: dict[str, Figure] = {
+    figure.name: figure
+    for figure in (
+        Figure("tokens", "tokens", "rows of the matrix", "{:,.0f}"),
+        Figure("hidden_size", "hidden size", "columns of the matrix", "{:,.0f}"),
+        Figure("loss", "training loss", "nats per token of the batch", "{:.3f}", "lower"),
+        Figure(
+            "validation_loss",
+            "validation loss",
+            "nats per token on held-out text; lower is better",
+            "{:.3f}",
+            "lower",
+            heading="test loss",
+            published="loss",
+        ),
+        Figure("perplexity", "perplexity", "exp of the validation loss", "{:.2f}", "lower"),
+        Figure(
+            "downstream_accuracy",
+            "downstream accuracy",
+            "mean accuracy of the paper's seven tasks",
+            "{:.3f}",
+            "higher",
+            published="downstream_accuracy",
+        ),
+        Figure(
+            "mean_shift_ratio",
+            "mean shift ratio ‖μ‖ʳ",
+            "‖μ‖ over the mean norm of an embedding; 0: centered, 1: all tokens the same",
+            "{:.3f}",
+            "lower",
+            heading="‖μ‖ʳ",
+            published="mean_shift_ratio",
+        ),
+        Figure("norm_of_mean", "norm of the mean ‖μ‖", "distance of the mean embedding from the origin", "{:.3g}"),
+        Figure("mean_of_norms", "mean of the norms", "mean length of an embedding", "{:.3g}"),
+        Figure(
+            "isotropy",
+            "isotropy Iso",
+            "1: no direction is preferred",
+            "{:.3f}",
+            "higher",
+            heading="Iso",
+            published="isotropy",
+        ),
+        Figure("isotropy_centered", "isotropy, centered", "of the embeddings minus their mean", "{:.3f}", "higher"),
+        Figure(
+            "isotropy_post_processed",
+            "isotropy, All-but-the-Top",
+            "also without the first principal components",
+            "{:.3f}",
+            "higher",
+        ),
+        Figure(
+            "inverse_condition",
+            "inverse condition (%)",
+            "100·smallest/largest singular value; higher is better",
+            "{:.2f}",
+            "higher",
+        ),
+        Figure(
+            "logit_bound_ratio",
+            "logit bound ratio",
+            "widest e·μ after centering over before; below 1: centering helps",
+            "{:.2f}",
+        ),
+        Figure("zero_rows", "rows of zeros", "unused tokens, as a rule", "{:,.0f}"),
+        Figure("norm_frequency_pearson", "norm–frequency Pearson", "correlation of ‖e‖ with log frequency", "{:+.2f}"),
+        Figure("norm_frequency_spearman", "norm–frequency Spearman", "the same by rank", "{:+.2f}"),
+        Figure(
+            "projection_frequency_pearson",
+            "projection–frequency Pearson",
+            "correlation of e·μ with log frequency",
+            "{:+.2f}",
+        ),
+        Figure("projection_frequency_spearman", "projection–frequency Spearman", "the same by rank", "{:+.2f}"),
+        Figure(
+            "second_moment_frequency_fit",
+            "second moment–frequency R²",
+            "fit of Adam's second moment by the token's frequency",
+            "{:.2f}",
+        ),
+        Figure(
+            "word_similarity",
+            "word similarity r̄",
+            "100·correlation with human ratings by cosine, mean of the benchmarks; higher is better",
+            "{:.1f}",
+            "higher",
+            heading="r̄",
+            published="word_similarity",
+        ),
+        Figure("word_similarity_dot", "word similarity, dot", "the same by dot product", "{:.1f}", "higher"),
+        Figure("word_similarity_pairs", "word pairs covered", "pairs whose words are both one token", "{:,.0f}"),
+    )
+}
+
+
+def figures(names: Iterable[str]) -> list[Figure]:
+    """Look up figures by name."""
+    return [FIGURES[name] for name in names]

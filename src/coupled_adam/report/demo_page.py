@@ -1,0 +1,84 @@
+"""The page of the demo: two runs side by side, beside the paper."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from coupled_adam import experiments
+from coupled_adam.figures import FIGURES, cell, figures
+from coupled_adam.report import charts
+from coupled_adam.report.aggregate import Evaluated, short
+from coupled_adam.report.page import write_page
+from coupled_adam.report.table import Row, rows
+
+#: The published result that stands beside the demo's.
+PUBLISHED_MODEL, PUBLISHED_TOKENS = "125M", "20B"
+
+#: What the demo shows, in the order of the paper.
+SHOWN = (
+    "validation_loss",
+    "isotropy",
+    "norm_of_mean",
+    "mean_shift_ratio",
+    "inverse_condition",
+    "norm_frequency_pearson",
+    "norm_frequency_spearman",
+    "word_similarity",
+    "word_similarity_pairs",
+)
+
+
+def demo_rows(runs: Sequence[Evaluated]) -> list[Row]:
+    """Make one row a figure: the final figures of the runs, beside those of the paper for the same optimizers."""
+    published = [experiments.published_result(PUBLISHED_MODEL, PUBLISHED_TOKENS, run.method) for run in runs]
+    return rows(figures(SHOWN), [run.figures for run in runs], published)
+
+
+def write_demo_page(path: Path, runs: Sequence[Evaluated], source: str) -> None:
+    """Write the page of two runs that differ in the optimizer of the embedding alone; it opens offline.
+
+    Args:
+        path: of the page.
+        runs: trained with AdamW and with Coupled Adam, evaluated.
+        source: what the text is called.
+    """
+
+    def series(name: str) -> list[tuple[str, charts.Points]]:
+        return [(run.method, [(line["step"], line[name]) for line in run.curve]) for run in runs]
+
+    samples = {run.method: sample for run in runs if (sample := run.token_sample)}
+    experiment, form = runs[0].experiment, FIGURES["word_similarity"].form
+    shift, loss = ([run.figures[name] for run in runs] for name in ("mean_shift_ratio", "validation_loss"))
+    write_page(
+        path,
+        __name__,
+        {
+            "mean_shift": charts.curves("Mean shift ratio ‖μ‖ʳ", series("mean_shift_ratio"), highest=1),
+            "isotropy": charts.curves("Isotropy", series("isotropy"), highest=1.02),
+            "loss": charts.curves("Validation loss (nats per token)", series("validation_loss")),
+            "embeddings": charts.token_maps(samples),
+        },
+        headline=(
+            f"After {experiment.train.steps:,} steps the norm of the mean embedding is {shift[0]:.3f} of the mean norm "
+            f"with AdamW and {shift[1]:.3f} with Coupled Adam; the validation losses are {loss[0]:.2f} and "
+            f"{loss[1]:.2f}."
+        ),
+        steps=f"{experiment.train.steps:,}",
+        parameters=short(runs[0].parameters),
+        tokens=short(runs[0].tokens),
+        source=source,
+        published_model=PUBLISHED_MODEL,
+        published_tokens=PUBLISHED_TOKENS,
+        names=[run.method for run in runs],
+        rows=demo_rows(runs),
+        map_caption=charts.MAP_CAPTION,
+        mapped=f"{len(next(iter(samples.values())).text):,}",
+        benchmarks=[
+            {
+                "name": same[0]["benchmark"],
+                "figures": [cell(result["cosine"], form) for result in same],
+                "covered": same[0]["covered"],
+                "pairs": same[0]["pairs"],
+            }
+            for same in zip(*(run.embeddings["word_similarity"]["original"] for run in runs), strict=True)
+        ],
+    )
