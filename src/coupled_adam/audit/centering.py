@@ -192,7 +192,7 @@ def _overwrite(path: Path, name: str, weights: Tensor, mean: Tensor) -> float:
 
 
 def _place(file: IO[bytes], name: str) -> int:
-    """Where the bytes of a tensor begin: after the length of the header (8 bytes), the header, and its offset there."""
+    """Find where the bytes of a tensor begin: after the header's length (8 bytes), the header, and its offset there."""
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
     return 8 + length + int(header[name]["data_offsets"][0])

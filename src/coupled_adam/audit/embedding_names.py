@@ -45,13 +45,13 @@ ALONE = ("embedding", "embeddings", "weight")
 
 
 def candidates(names: Iterable[str]) -> list[str]:
-    """The names among which the embeddings of a model are, with nothing known but names."""
+    """List the names among which the embeddings of a model are, with nothing known but names."""
     known = list(names)
     return [name for endings in (INPUT, OUTPUT) for name in next(_by_depth(known, endings), [])]
 
 
 def find_input(tensors: Tensors) -> str | None:
-    """The name of the token embedding; None if there is none that is known.
+    """Find the name of the token embedding; None if there is none that is known.
 
     The least deeply nested one counts: deeper ones belong to parts, such as a layer that predicts further ahead. Of
     several at one depth (the towers of a multimodal model) it is the one with most rows.
@@ -66,7 +66,7 @@ def find_input(tensors: Tensors) -> str | None:
 
 
 def find_output(tensors: Tensors, rows: int | None = None, width: int | None = None) -> str | None:
-    """The name of the output embedding; None if there is none.
+    """Find the name of the output embedding; None if there is none.
 
     Args:
         rows, width: the shape of the token embedding. What differs in width, or has less than half its rows, is the
@@ -81,13 +81,13 @@ def find_output(tensors: Tensors, rows: int | None = None, width: int | None = N
 
 
 def only_matrix(tensors: Tensors) -> str | None:
-    """The single 2-D tensor, if there is just one."""
+    """Return the name of the single 2-D tensor, if there is just one."""
     matrices = [name for name in tensors.files if len(tensors.shape(name)) == 2]
     return matrices[0] if len(matrices) == 1 else None
 
 
 def none_found(source: str, tensors: Tensors) -> InputError:
-    """The error of a model without a known embedding; it lists the matrices with the most rows."""
+    """Make the error for a model without a known embedding; it lists the matrices with the most rows."""
     shapes = {name: tensors.shape(name) for name in tensors.files}
     matrices = sorted((name for name in shapes if len(shapes[name]) == 2), key=lambda name: -shapes[name][0])
     if not matrices:

@@ -35,7 +35,7 @@ SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 
 
 def weights_in(directory: Path) -> Tensors:
-    """The tensors of a model directory; safetensors are preferred to pickles.
+    """Open the tensors of a model directory; safetensors are preferred to pickles.
 
     Raises:
         InputError: there are no weights in it, a file is damaged, or one that the index names is missing when a tensor
@@ -59,7 +59,7 @@ def weights_in(directory: Path) -> Tensors:
 
 
 def files_of_index(directory: Path, name: str) -> dict[str, Path]:
-    """The file of each tensor of a model in several files, as its index has it; empty without an index."""
+    """Read the file of each tensor from the index of a model in several files; empty without an index."""
     path = directory / f"{name}.index.json"
     if not path.exists():
         return {}
@@ -71,12 +71,12 @@ def files_of_index(directory: Path, name: str) -> dict[str, Path]:
 
 
 def read_config(directory: Path) -> dict[str, Any] | None:
-    """config.json, as it is; None if there is none."""
+    """Read config.json as it is; None if there is none."""
     return read_json(directory / "config.json") if (directory / "config.json").exists() else None
 
 
 def full_config(directory: Path) -> dict[str, Any] | None:
-    """config.json with the defaults of its class in transformers; None if transformers has no such class.
+    """Read config.json with the defaults of its class in transformers; None if transformers has no such class.
 
     The class matters: Gemma 2 caps its logits where config.json does not mention it.
     """
@@ -92,7 +92,7 @@ def full_config(directory: Path) -> dict[str, Any] | None:
 
 
 def says_tied(directory: Path, config: dict[str, Any]) -> bool | None:
-    """What the configuration says of the embeddings; None if neither it nor its class says anything."""
+    """Return whether the configuration ties the embeddings; None if neither it nor its class says so or not."""
     # Multimodal models say it of the whole and of the language model, and one of the two may be a mere default.
     parts = [config, *(part for key in LANGUAGE_PARTS if isinstance(part := config.get(key), dict))]
     said = [part[TIED] for part in parts if part.get(TIED) is not None]
@@ -102,7 +102,7 @@ def says_tied(directory: Path, config: dict[str, Any]) -> bool | None:
 
 
 def has_no_head(config: dict[str, Any]) -> bool:
-    """Whether the architecture is one that has no output embedding, such as a sentence encoder."""
+    """Return whether the architecture is one that has no output embedding, such as a sentence encoder."""
     architectures = config.get("architectures") or []
     return bool(architectures) and not any(PREDICTS.search(str(name)) for name in architectures)
 
@@ -135,7 +135,7 @@ def words_in(directory: Path) -> Words | None:
 
 
 def from_hub(name: str) -> Path:
-    """The directory in the cache of a model on the Hugging Face hub, with the files that its embeddings need.
+    """Fetch the files that the embeddings of a model on the Hugging Face hub need, and return their directory.
 
     Raises:
         InputError: there is no such model, or no network and no copy in the cache.

@@ -59,7 +59,7 @@ def findings(measured: Measurements) -> list[Finding]:
 
 
 def _published(figure: str) -> str:
-    """The range of a figure in the paper, with either optimizer."""
+    """Format the range of a figure in the paper, with either optimizer."""
     ranges = []
     for method in ("AdamW", "Coupled Adam"):
         values = [

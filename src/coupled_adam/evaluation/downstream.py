@@ -165,7 +165,7 @@ def _run_one(d: Definition, manager: "TaskManager", model: "Callable[[], HFLM]",
 
 
 def mean_accuracy(results: Mapping[str, Record]) -> Record:
-    """Mean ``acc`` over ``results``, its standard error √(Σ s²)/n, and which tasks it is the mean of.
+    """Average ``acc`` over ``results``, with its standard error √(Σ s²)/n and the tasks that it covers.
 
     The standard errors are taken for those of independent figures, as the paper does.
     """
@@ -183,7 +183,7 @@ def mean_accuracy(results: Mapping[str, Record]) -> Record:
 
 
 def _load(model_dir: Path, batch_size: int, device: str) -> "HFLM":
-    """The model as lm-eval wants it. Given a path instead, lm-eval would join the process group of torchrun."""
+    """Load the model as lm-eval wants it. Given a path instead, lm-eval would join torchrun's process group."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -224,7 +224,7 @@ def _evaluate(lm: "HFLM", task: "Task", limit: int | None) -> Record:
 
 
 def _number(value: object) -> float | None:
-    """lm-eval gives "N/A" for the standard error of one sample."""
+    """Convert to a number, if it is one: lm-eval gives "N/A" for the standard error of one sample."""
     return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
@@ -247,7 +247,7 @@ def _key(record: Record) -> tuple[Any, ...]:
 
 
 def _earlier(out: Path, digest: str) -> dict[tuple[Any, ...], Record]:
-    """The results in ``out`` for the same model."""
+    """Read the results in ``out`` for the same model."""
     if not out.exists():
         return {}
     try:

@@ -23,7 +23,7 @@ def batches_used(batches: Batches, count: int) -> int:
 
 @torch.no_grad()
 def validation_loss(model: LanguageModel, batches: Batches, count: int, world: World | None = None) -> float:
-    """Mean cross entropy per token, in nats, over ``count`` batches, or one pass over the data if that is less.
+    """Compute the mean cross entropy per token, in nats, over ``count`` batches, or one pass if that is less.
 
     The ranks share each batch, and all get the result; the model is called equally often on each.
 

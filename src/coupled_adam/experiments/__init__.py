@@ -33,12 +33,12 @@ class Published:
 
 
 def names(suite: str | None = None) -> list[str]:
-    """All experiments, or those of ``"small"``, ``"large"`` or ``"mini"``."""
+    """List all experiments, or those of ``"small"``, ``"large"`` or ``"mini"``."""
     return [name for s in (SUITES if suite is None else (suite,)) for name in _suite(s)["experiments"]]
 
 
 def load(name: str, seed: int = 1) -> Experiment:
-    """The experiment of that name that comes with the package. Raises InputError naming the nearest one."""
+    """Load the experiment of that name. Raises InputError naming the nearest one."""
     for suite in map(_suite, SUITES):
         if parts := suite["experiments"].get(name):
             tables = deepcopy(suite["defaults"])
@@ -52,13 +52,13 @@ def load(name: str, seed: int = 1) -> Experiment:
 
 
 def families(suite: str = "mini") -> dict[str, dict[str, Any]]:
-    """What ``coupled-adam reproduce`` runs: the experiments and seeds of each family."""
+    """Return the experiments and seeds of each family that ``coupled-adam reproduce`` runs."""
     found: dict[str, dict[str, Any]] = _suite(suite)["families"]
     return found
 
 
 def published() -> list[Published]:
-    """The results of the paper, in its order."""
+    """Return the results of the paper, in its order."""
     return [Published(**row) for row in tomllib.loads(_read("published.toml"))["result"]]
 
 
@@ -69,7 +69,7 @@ def published_second_moment_fit() -> tuple[float, float]:
 
 
 def published_result(model: str, tokens: str, method: str) -> Published:
-    """One row of :func:`published`."""
+    """Return one row of :func:`published`."""
     return next(r for r in published() if (r.model, r.tokens, r.method) == (model, tokens, method))
 
 

@@ -18,7 +18,7 @@ ROWS = 4096
 
 
 def as_matrix(embedding: Matrix) -> Float64:
-    """``embedding`` as a float64 array (V, H). Raises ValueError unless it is 2-D, finite, and has two rows or more."""
+    """Convert to a float64 array (V, H). Raises ValueError unless it is 2-D, finite, and has two rows or more."""
     if isinstance(embedding, torch.Tensor):
         embedding = embedding.detach().to("cpu", torch.float64).numpy()
     matrix = np.asarray(embedding, dtype=np.float64)
@@ -30,12 +30,12 @@ def as_matrix(embedding: Matrix) -> Float64:
 
 
 def blocks(e: Float64, row_map: RowMap | None = None) -> Iterator[Float64]:
-    """The rows of ``e``, or what ``row_map`` makes of them, some thousand at a time."""
+    """Yield the rows of ``e``, or what ``row_map`` makes of them, some thousand at a time."""
     for start in range(0, len(e), ROWS):
         rows = e[start : start + ROWS]
         yield rows if row_map is None else row_map(rows)
 
 
 def row_norms(e: Float64) -> Float64:
-    """‖e_i‖, (V,), without a matrix of squares."""
+    """Compute ‖e_i‖, (V,), without a matrix of squares."""
     return np.sqrt(np.einsum("ij,ij->i", e, e))  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ class Correlation(NamedTuple):
 
 
 def probability(counts: ArrayLike) -> Float64:
-    """The unigram probabilities p_i = counts_i / Σ counts, shape (V,).
+    """Compute the unigram probabilities p_i = counts_i / Σ counts, shape (V,).
 
     Raises:
         ValueError: ``counts`` is not a vector of non-negative numbers with a positive sum.
@@ -29,7 +29,7 @@ def probability(counts: ArrayLike) -> Float64:
 
 
 def log_probability(counts: ArrayLike) -> Float64:
-    """log(p_i + 1e-10), shape (V,). Raises ValueError as :func:`probability`."""
+    """Compute log(p_i + 1e-10), shape (V,). Raises ValueError as :func:`probability`."""
     return np.asarray(np.log(probability(counts) + 1e-10))
 
 

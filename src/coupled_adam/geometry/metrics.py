@@ -40,7 +40,7 @@ def isotropy(embedding: Matrix, row_map: RowMap | None = None) -> float:
 
 
 def _log_partition(parts: Iterable[Float64], directions: Float64) -> Float64:
-    """log Z(c) of every column c, (H,). By parts, and with the largest exponent taken out: exp overflows above 709."""
+    """Compute log Z(c) of every column c, (H,), with the largest exponent taken out: exp overflows above 709."""
     largest = np.full(directions.shape[1], -np.inf)
     total = np.zeros(directions.shape[1])
     for rows in parts:
@@ -72,7 +72,7 @@ def mean_shift_ratio(embedding: Matrix) -> float:
 
 
 def singular_values(embedding: Matrix) -> Float64:
-    """The min(V, H) singular values of E, largest first."""
+    """Compute the min(V, H) singular values of E, largest first."""
     e = as_matrix(embedding)
     squares = np.linalg.eigvalsh(e.T @ e if len(e) > e.shape[1] else e @ e.T)[::-1]
     # Squaring costs digits of the small ones: below this, the exact way, which takes ten times as long.

@@ -60,7 +60,7 @@ def all_but_the_top(embedding: Matrix, top: Float64 | None = None) -> RowMap:
 
 
 def principal_components(embedding: Matrix, count: int) -> Float64:
-    """The first ``count`` principal components of E, orthonormal columns (H, count)."""
+    """Compute the first ``count`` principal components of E, orthonormal columns (H, count)."""
     e = as_matrix(embedding)
     mean = e.mean(0)
     scatter = e.T @ e - len(e) * np.outer(mean, mean)  # (E − μ)ᵀ(E − μ) without a second (V, H) matrix

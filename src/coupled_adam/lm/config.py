@@ -227,11 +227,11 @@ class Experiment(Section):
             raise InputError(f"{source}: {_first_error(error, cls)}") from None
 
     def to_toml(self) -> str:
-        """The resolved file: every key with its value."""
+        """Write the resolved file: every key with its value."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
     def with_values(self, **values: Any) -> Self:
-        """A copy with other values, keys as in ``section__key=value``. Raises InputError for what does not fit."""
+        """Copy with other values, keys as in ``section__key=value``. Raises InputError for what does not fit."""
         tables = self.model_dump()
         for key, value in values.items():
             *sections, name = key.split("__")
@@ -242,7 +242,7 @@ class Experiment(Section):
         return self.from_dict(tables)
 
     def overridden(self, assignments: Sequence[str]) -> Self:
-        """A copy with ``section.key=value`` assignments, values as TOML writes them; a bare word is a string."""
+        """Copy with ``section.key=value`` assignments, values as TOML writes them; a bare word is a string."""
         tables = self.model_dump()
         for assignment in assignments:
             key, equals, text = assignment.partition("=")
@@ -262,7 +262,7 @@ class Experiment(Section):
         return self.from_dict(tables, "command line")
 
     def differences(self, other: Self) -> list[str]:
-        """The keys at which ``other`` is another run, each as ``section.key: this value, other value``."""
+        """List the keys at which ``other`` is another run, each as ``section.key: this value, other value``."""
         mine, theirs = (_flatten(each.model_dump(exclude={"tracking"})) for each in (self, other))
         return [f"{k}: {mine.get(k)}, {theirs.get(k)}" for k in mine | theirs if mine.get(k) != theirs.get(k)]
 

@@ -23,13 +23,13 @@ class TiedGradient:
 
 
 def tied_embedding(tokens: Tensor, weight: Tensor, tied: TiedGradient) -> Tensor:
-    """Rows of ``weight``, (vocabulary, width): int64 (…) -> (…, width). The head must get the same ``tied``."""
+    """Look up rows of ``weight``, (V, H): int64 (…) -> (…, H). The head must get the same ``tied``."""
     rows: Tensor = _TiedEmbedding.apply(tokens, weight, tied)  # type: ignore[no-untyped-call]
     return rows
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, tied: TiedGradient | None = None) -> Tensor:
-    """The sum over all positions of −log softmax(W h)[target], in nats.
+    """Sum −log softmax(W h)[target] over all positions, in nats.
 
     ``F.linear_cross_entropy`` of torch does the same; this one is faster on the CPU, rounds products to autocast's type
     as the layers of torch do, and hands on the gradient of W so that the tied embedding's can be added to it in place.

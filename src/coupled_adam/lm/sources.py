@@ -27,7 +27,7 @@ class Source(Protocol):
         """Hexadecimal digest of all that determines :meth:`documents`."""
 
     def documents(self) -> Iterable[str]:
-        """The documents, a list if they are in memory anyway. Raises InputError where there is none to be had."""
+        """Return the documents, a list if they are in memory anyway. Raises InputError where there are none."""
 
 
 class WikipediaSample:
@@ -44,7 +44,7 @@ class WikipediaSample:
         return hashlib.sha256(self._dump() + bytes([CLEANING_VERSION])).hexdigest()
 
     def documents(self) -> list[str]:
-        """The prose of each article: no headings, lists, tables or captions."""
+        """Return the prose of each article: no headings, lists, tables or captions."""
         from io import BytesIO
 
         from gensim.corpora.wikicorpus import extract_pages, filter_wiki
@@ -55,7 +55,7 @@ class WikipediaSample:
 
 
 def _prose(text: str) -> str:
-    """The paragraphs of an article that gensim has freed of its markup, one a line."""
+    """Extract the paragraphs of an article that gensim has freed of its markup, one a line."""
     paragraphs = []
     for line in text.splitlines():
         paragraph = re.sub(r"'{2,}", "", line).strip()  # '' and ''' are italics and bold
@@ -95,7 +95,7 @@ class TextFiles:
         return digest.hexdigest()
 
     def documents(self) -> list[str]:
-        """The files of a directory, or the paragraphs of a file (its lines, if there is but one paragraph)."""
+        """Return the files of a directory, or the paragraphs of a file (its lines, if there is but one paragraph)."""
         texts = [text for _, text in self._read()]
         if len(texts) > 1:
             return [text.strip() for text in texts if text.strip()]
@@ -118,7 +118,7 @@ class Dataset:
         return hashlib.sha256(repr((self.name, self.column, stats)).encode()).hexdigest()
 
     def documents(self) -> Iterator[str]:
-        """The column of texts, empty ones left out."""
+        """Yield the texts of the column, without empty ones."""
         require("lm", "datasets")
         from datasets import load_dataset
 
@@ -152,7 +152,7 @@ def _is_table(path: Path) -> bool:
 
 
 def source_of(name: str, column: str = "text") -> Source:
-    """What ``coupled-adam prepare`` is given: ``wikipedia-sample``, text files, tables, or a dataset of the hub."""
+    """Return the source of that name: ``wikipedia-sample``, text files, tables, or a dataset of the hub."""
     path = Path(name)
     if name == "wikipedia-sample":
         return WikipediaSample()

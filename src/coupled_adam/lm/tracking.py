@@ -124,7 +124,7 @@ def require_trackers(tracking: Tracking) -> None:
 
 @contextmanager
 def trackers(experiment: Experiment, run_dir: Path, start: int, world: World) -> Iterator[Track]:
-    """The function that gives a line of metrics.jsonl to the trackers of the experiment, in the main process.
+    """Yield the function that gives a line of metrics.jsonl to the experiment's trackers (rank 0 only).
 
     A tracker that fails is named and given up; the run goes on. A finished run opens none.
 
@@ -164,7 +164,7 @@ def trackers(experiment: Experiment, run_dir: Path, start: int, world: World) ->
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
-    """All that defines the run, as plain values."""
+    """Return all that defines the run, as plain values."""
     return experiment.model_dump(mode="json", exclude={"tracking"})
 
 

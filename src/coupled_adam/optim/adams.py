@@ -1,4 +1,8 @@
-"""Adams."""
+"""Adams.
+
+The equations, as they are computed, are in equations.py and directions.py; the step is in optimizer.py; the power
+iteration behind spectral decay in reductions.py.
+"""
 
 import torch
 from torch import Tensor

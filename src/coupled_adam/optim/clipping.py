@@ -13,7 +13,7 @@ from coupled_adam.optim.reductions import ProcessGroups, holders, local
 def partial_norms(
     held: Sequence[Tensor], grads: Mapping[Tensor, Tensor], sums: Mapping[Tensor, Tensor]
 ) -> dict[ProcessGroups, Tensor]:
-    """For every set of processes that share parameters, the norm of this process's part of their gradients.
+    """Compute, for every set of ranks that share parameters, the norm of this rank's part of their gradients.
 
     Args:
         held: all parameters, with a gradient or not, so that every process has the same keys.
@@ -34,12 +34,12 @@ def partial_norms(
 
 
 def global_norm(norm: Tensor, square_sums: Sequence[Tensor]) -> Tensor:
-    """The norm of all gradients: of those that no other process holds a part of, and of the others' complete sums."""
+    """Combine the norm of gradients that no other rank shares with the complete sums of squares of the others."""
     return _norm([norm], square_sums, device=(square_sums or [norm])[0].device)
 
 
 def coefficient(norm: Tensor, bound: float) -> Number:
-    """The factor, at most 1, that brings gradients of this norm to ``bound``; a number where reading it is free."""
+    """Return the factor, at most 1, that clips this norm to ``bound``; a number where reading it is free."""
     clip = (bound / (norm + 1e-6)).clamp(max=1.0)  # the 1e-6 is torch's
     # On an accelerator reading the number would wait for it.
     return float(clip) if clip.device.type == "cpu" and not torch.compiler.is_compiling() else clip

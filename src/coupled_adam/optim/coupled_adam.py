@@ -1,4 +1,7 @@
-"""Coupled Adam."""
+"""Coupled Adam.
+
+The equations, as they are computed, are in equations.py; the step that applies them is in optimizer.py.
+"""
 
 import warnings
 

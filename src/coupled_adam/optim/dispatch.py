@@ -42,7 +42,7 @@ ELEMENTS_PER_THREAD = 65536
 
 
 def takes_torchs_adamw(param: Tensor, grad: Tensor, group: dict[str, Any], clip: Number) -> bool:
-    """Whether torch's AdamW takes this parameter's step: where it computes the same, and as fast.
+    """Return whether torch's AdamW takes this step: where it computes the same, and as fast.
 
     It takes clipped gradients as copies; a kernel of ours scales a large one as it reads it.
     """
@@ -59,7 +59,7 @@ def adamw_(
     group: dict[str, Any],
     clip: Number,
 ) -> None:
-    """torch's AdamW on local tensors of one group, with gradients times ``clip``."""
+    """Step local tensors of one group by torch's AdamW, with gradients times ``clip``."""
     alike = True
     for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         check_shapes(*tensors)
@@ -89,12 +89,12 @@ def adamw_(
 
 
 def _is_one(clip: Number) -> bool:
-    """Whether nothing is clipped; of a tensor it is not known."""
+    """Return whether nothing is clipped; of a tensor that is not known."""
     return isinstance(clip, float) and clip == 1.0
 
 
 def beside(number: Number, x: Tensor) -> Number:
-    """A number on the device of ``x``."""
+    """Move a number to the device of ``x``."""
     return number.to(x.device) if isinstance(number, Tensor) else number
 
 
@@ -185,12 +185,12 @@ def check_shapes(first: Tensor, *others: Tensor, rows: Tensor | None = None) -> 
 
 
 def _in_blocks(matrix: Tensor) -> bool:
-    """Whether the plain functions take the matrix in blocks of rows."""
+    """Return whether the plain functions take the matrix in blocks of rows."""
     return type(matrix) in (Tensor, torch.nn.Parameter) and len(matrix) > _block(matrix) and not is_compiling()
 
 
 def _block(matrix: Tensor) -> int:
-    """Rows of a block."""
+    """Return the rows of a block."""
     return max(BLOCK_ELEMENTS // max(matrix.shape[1], 1), 1)
 
 
@@ -203,7 +203,7 @@ def _compiled_pays(param: Tensor) -> bool:
 
 @functools.cache
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """A plain function compiled for any shape. Past torch's limit of variants it runs uncompiled."""
+    """Compile a plain function for any shape. Past torch's limit of variants it runs uncompiled."""
     compiled = torch.compile(function, dynamic=True)
 
     def call(*args: Any) -> None:
@@ -237,7 +237,7 @@ if hasattr(os, "register_at_fork"):
 
 @functools.cache
 def _kernels() -> Any:
-    """The kernels' module, or None. Imported with the first tensor that they apply to: numba takes a second to load."""
+    """Import the kernels; None if they cannot be used. At their first use, as numba takes a second to load."""
     try:
         from coupled_adam.optim import kernels
     except Exception as error:  # an installed numba may refuse the numpy beside it, in its own ways
@@ -257,27 +257,28 @@ def _warn_of_fork() -> None:
 
 
 def has_kernel(direction: str) -> bool:
-    """Whether the CPU kernels know this direction."""
+    """Return whether the CPU kernels know this direction."""
     return DIRECTION[direction].numbers is not None
 
 
 def kernels_apply(*tensors: Tensor, moment: Tensor | None = None) -> bool:
-    """Whether all are plain, contiguous float32 tensors on the CPU; the first ``moment`` may be bfloat16."""
+    """Return whether all are plain, contiguous float32 tensors on the CPU; the first ``moment`` may be bfloat16."""
     if not HAS_NUMBA or is_compiling():
         return False
-    narrow = moment is not None and moment.dtype == torch.bfloat16
-    exact = tensors if moment is None or narrow else (*tensors, moment)
-    fit = all(x.dtype == torch.float32 for x in exact) and all(
-        x.device.type == "cpu" and x.is_contiguous() and type(x) in (Tensor, torch.nn.Parameter)
-        for x in (*tensors, *([] if moment is None else [moment]))
-    )
+    fit = all(map(_is_plain, tensors)) and all(x.dtype == torch.float32 for x in tensors)
+    if moment is not None:
+        fit = fit and _is_plain(moment) and moment.dtype in (torch.float32, torch.bfloat16)
     if fit and _forked:
         _warn_of_fork()
     return fit and not _forked and _kernels() is not None
 
 
+def _is_plain(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.is_contiguous() and type(x) in (Tensor, torch.nn.Parameter)
+
+
 def _moment(exp_avg: Tensor, step: Number) -> tuple[Any, int | None]:
-    """A first moment as an array, and the seed of the dice if it is bfloat16."""
+    """Return a first moment as an array, and the seed of the dice if it is bfloat16."""
     if exp_avg.dtype == torch.bfloat16:
         return exp_avg.detach().view(torch.uint16).numpy(), int(seed_of(float(step)))
     return exp_avg.detach().numpy(), None
@@ -290,14 +291,14 @@ def _float32(c: Coefficients) -> Coefficients:
 
 
 def _arrays(spectral: RankOne | None) -> tuple[Any, Any]:
-    """The two vectors of spectral decay, (R,) and (B, C); None without it."""
+    """Return the two vectors of spectral decay, (R,) and (B, C); None without it."""
     if spectral is None:
         return None, None
     return spectral.column.reshape(-1).numpy(), spectral.row.reshape(-1, spectral.row.shape[-1]).numpy()
 
 
 def _threads(x: Tensor) -> int:
-    """How many threads share the work."""
+    """Return how many threads share the work."""
     import numba
 
     return int(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, x.numel() // ELEMENTS_PER_THREAD + 1))

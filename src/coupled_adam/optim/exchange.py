@@ -44,7 +44,7 @@ class Work:
         return is_spectral(self.state, self.group)
 
     def coefficients(self, step: Number, clip: Number) -> Coefficients:
-        """The hyperparameters at ``step``, for a gradient that is multiplied by ``clip``."""
+        """Fold the hyperparameters at ``step``, for a gradient that is multiplied by ``clip``."""
         group = self.group
         weight_decay = group["weight_decay"]
         if group["decay"] == "spectral" and "u" not in self.state:
@@ -76,12 +76,12 @@ class Known:
     """Of all gradients; None if nothing bounds it."""
 
     def mean_square(self, item: Work, clip: Number) -> Tensor:
-        """The mean over the vocabulary of g² + κ·m², (1, H), g being the gradient times ``clip``."""
+        """Return the mean over the vocabulary of g² + κ·m², (1, H), g being the gradient times ``clip``."""
         found = self.mean_squares.get(item.param)
         return run_one(_mean_square(item, clip)) if found is None else found
 
     def triple(self, item: Work) -> RankOne:
-        """The leading singular triple of a parameter; its ``u`` has moved on."""
+        """Return the leading singular triple of a parameter, and move its ``u`` on."""
         found = self.triples.get(item.param)
         return _triple(item, *run_one(_power_iteration(item))) if found is None else found
 
@@ -94,34 +94,37 @@ def exchange(work: list[Work], held: Sequence[Tensor] | None) -> Known:
         held: all parameters, with a gradient or not; None if no norm is wanted.
     """
     shared = [item for item in work if item.shared_over]
-    coupled = [item for item in shared if item.coupled]
-    if held is not None:
-        # The norm needs all sums of squares. With κ they are of clipped gradients, which are not known yet.
-        coupled = [item for item in work if item.coupled and item.group["coupling_factor"] == 0]
-    sums = {item.param: _sum_of_squares(item, 1.0) for item in coupled}
-    norms = {}
-    if held is not None:
-        norms = clipping.partial_norms(held, {item.param: item.grad for item in work}, sums)
-    here = norms.pop((), torch.zeros(()))
     spectral = [item for item in shared if item.spectral]
+    sums = _early_sums(work, clips=held is not None)
+    norms = {} if held is None else clipping.partial_norms(held, {item.param: item.grad for item in work}, sums)
+    here = norms.pop((), torch.zeros(()))
     means, iterations, counts, squares = reductions.run(
-        [reductions.vocabulary_mean(sums[item.param], item.param) for item in coupled],
+        [reductions.vocabulary_mean(part, param) for param, part in sums.items()],
         [_power_iteration(item) for item in spectral],
         [reductions.complete(_flag(item), item.shared_over) for item in shared],
         [reductions.complete(norm.square(), over) for over, norm in norms.items()],
     )
     absent = {item.param for item, n in zip(shared, counts, strict=True) if not item.present and n.item() == 0}
-    moving = zip(spectral, iterations, strict=True)
+    moving = [(item, found) for item, found in zip(spectral, iterations, strict=True) if item.param not in absent]
     return Known(
         work=[item for item in work if item.param not in absent],
-        mean_squares={item.param: mean for item, mean in zip(coupled, means, strict=True)},
-        triples={item.param: _triple(item, *found) for item, found in moving if item.param not in absent},
+        mean_squares=dict(zip(sums, means, strict=True)),
+        triples={item.param: _triple(item, *found) for item, found in moving},
         norm=None if held is None else clipping.global_norm(here, squares),
     )
 
 
+def _early_sums(work: list[Work], clips: bool) -> dict[Tensor, Tensor]:
+    """Sum squares where this is needed before anything moves: to be exchanged, or for the norm that clips."""
+    if not clips:
+        return {item.param: _sum_of_squares(item, 1.0) for item in work if item.coupled and item.shared_over}
+    # With κ the mean square is one of clipped gradients, which are not known yet.
+    early = [item for item in work if item.coupled and item.group["coupling_factor"] == 0]
+    return {item.param: _sum_of_squares(item, 1.0) for item in early}
+
+
 def clipped(known: Known, clip: Number) -> Known:
-    """The same for gradients times ``clip``. With κ this exchanges once more."""
+    """Return the same for gradients times ``clip``. With κ this exchanges once more."""
     means = {param: mean * _square(clip, mean) for param, mean in known.mean_squares.items()}
     late = [item for item in known.work if item.coupled and item.shared_over and item.param not in means]
     (found,) = reductions.run([_mean_square(item, clip) for item in late])
@@ -129,7 +132,7 @@ def clipped(known: Known, clip: Number) -> Known:
 
 
 def is_spectral(state: dict[str, Any], group: ParamGroup) -> bool:
-    """Whether a parameter's step takes off its leading singular triple."""
+    """Return whether a parameter's step takes off its leading singular triple."""
     return "u" in state and group["weight_decay"] != 0
 
 
@@ -141,7 +144,7 @@ def shared_over(param: Tensor, state: dict[str, Any], group: ParamGroup) -> Proc
 
 
 def _sum_of_squares(item: Work, clip: Number) -> Tensor:
-    """This process's part of the sum over the vocabulary."""
+    """Compute this rank's part of the sum over the vocabulary."""
     c = item.coefficients(1, clip)  # the step does not count here
     return dispatch.sum_of_squares(local(item.grad), local(item.state["exp_avg"]), c)
 
@@ -160,7 +163,7 @@ def _triple(item: Work, triple: RankOne, u: Tensor) -> RankOne:
 
 
 def _flag(item: Work) -> Tensor:
-    """What a process adds to the number of those that have a gradient."""
+    """Return what a rank adds to the number of those that have a gradient."""
     return local(item.param).new_full((1,), float(item.present), dtype=torch.float32)
 
 

@@ -76,7 +76,7 @@ def _output_embedding(model: nn.Module) -> list[Coupled]:
 
 
 def _matrix(item: Coupled, model: nn.Module) -> Tensor:
-    """The trainable 2-D parameter of ``model`` that ``item`` stands for."""
+    """Return the trainable 2-D parameter of ``model`` that ``item`` stands for."""
     matrix = item.weight if isinstance(item, nn.Module) and hasattr(item, "weight") else item
     name = next((n for n, p in model.named_parameters(remove_duplicate=False) if p is matrix), None)
     if not isinstance(matrix, Tensor) or name is None:
@@ -94,6 +94,6 @@ def _matrix(item: Coupled, model: nn.Module) -> Tensor:
 
 
 def _candidates(named: Iterable[tuple[str, Tensor]]) -> str:
-    """The matrices with the most rows: an embedding is long and narrow."""
+    """Name the matrices with the most rows: an embedding is long and narrow."""
     matrices = sorted(((n, p) for n, p in named if p.ndim == 2), key=lambda item: -item[1].shape[0])
     return ", ".join(f"{n} {tuple(p.shape)}" for n, p in matrices[:5]) or "none, the model has no matrix"

@@ -37,20 +37,20 @@ EXPONENT = np.uint32(0x7F800000)
 
 
 def _version(direction):
-    """A part of the key of numba's cache, which would not see that a file beside this one has changed."""
+    """Make a part of the key of numba's cache, which would not see that a file beside this one has changed."""
     code = direction.__code__
     return hashlib.sha256(SOURCES + code.co_code + repr((code.co_consts, code.co_names)).encode()).hexdigest()
 
 
 @njit(inline="always")
 def _widened(bits):
-    """The float32 that a bfloat16 stands for."""
+    """Return the float32 that a bfloat16 stands for."""
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
 @njit(inline="always")
 def _rounded(x, index, seed):
-    """float32 to bfloat16 as rounding.stochastically_rounded does it, bit for bit."""
+    """Round float32 to bfloat16 as rounding.stochastically_rounded does, bit for bit."""
     bits = np.float32(x).view(np.uint32)
     dice = np.uint32(0) if (bits & EXPONENT) == EXPONENT else np.uint32(dice_of(index, seed))  # NaN and infinity stay
     return np.uint16((bits + dice) >> np.uint32(16))
@@ -58,7 +58,7 @@ def _rounded(x, index, seed):
 
 @njit(parallel=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)  # sums in any order, or loops stay scalar
 def sum_of_squares_kernel(grad, total, threads):
-    """Rows of ``total`` (threads, H), float64: Σ g² over each thread's rows of ``grad`` (V, H)."""
+    """Fill ``total`` (threads, H), float64, with Σ g² over each thread's rows of ``grad`` (V, H)."""
     rows, columns = grad.shape
     for t in prange(threads):
         part = np.zeros(columns, np.float32)
@@ -76,7 +76,7 @@ def sum_of_squares_kernel(grad, total, threads):
 
 @functools.cache
 def rows_kernel(direction):
-    """The kernel that does what update.move_rows_ does, for the ``numbers`` of a Direction.
+    """Make the kernel that does what update.move_rows_ does, for the ``numbers`` of a Direction.
 
     param, exp_avg, grad: (R, C); root: (C,); c: Coefficients of float32; column: (R,) and row: (C,) of spectral
     decay, or None; seed: int64, or None where the first moment is float32.
@@ -109,7 +109,7 @@ def rows_kernel(direction):
 
 @functools.cache
 def elements_kernel(direction):
-    """The kernel that does what update.move_elements_ does, for the ``numbers`` of a Direction.
+    """Make the kernel that does what update.move_elements_ does, for the ``numbers`` of a Direction.
 
     All arrays are flat, taken as rows of the length of ``row`` (B, C); the last may be short. Row i belongs to matrix
     i // period of the batch. ``column`` (R,) is None without spectral decay; ``row`` is then only for its length.

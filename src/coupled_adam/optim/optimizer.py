@@ -77,19 +77,19 @@ class AdamFamily(Optimizer):
         return loss
 
     def _target(self, param: Tensor) -> Tensor:
-        """What the step updates for a parameter of this optimizer."""
+        """Return the tensor that the step updates for a parameter: itself, or its master weights."""
         return param
 
     def _publish(self, work: Sequence[Work]) -> None:
         """Hand out what was updated, where that is not the parameter itself."""
 
     def _held(self) -> list[Tensor]:
-        """All that a step may update, with a gradient in this process or not."""
+        """List all that a step may update, with a gradient on this rank or not."""
         params = (param for group in self.param_groups for param in group["params"])
         return [self._target(param) for param in params if param.grad is not None or param.requires_grad]
 
     def _collect(self) -> list[Work]:
-        """The parameters that have a gradient here, or may have one in a process that waits for this one's sums."""
+        """List the parameters that have a gradient here, or may have one on a rank that waits for this one's sums."""
         work = []
         for group in self.param_groups:
             for i, param in enumerate(group["params"]):
@@ -107,7 +107,7 @@ class AdamFamily(Optimizer):
         return work
 
     def _create_missing_state(self) -> None:
-        """For every parameter, with a gradient or not: a distributed checkpoint must be complete on every rank."""
+        """Create state for every parameter, with a gradient or not: a distributed checkpoint must be complete."""
         for number, group in enumerate(self.param_groups):
             if number in self.__dict__.get("_with_matrices", ()):
                 check_still_matrices(group)
@@ -124,7 +124,7 @@ class AdamFamily(Optimizer):
         return new_state(param, group)
 
     def _warn_of_strong_decay(self, param: Tensor, group: ParamGroup, i: int) -> None:
-        """A step takes η·λ·√M of the leading singular value: above 1 it overshoots, above 2 it diverges."""
+        """Warn where η·λ·√M, the share of the leading singular value that a step takes, is above 1."""
         lr = group["lr"]
         if torch.compiler.is_compiling() or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
             return

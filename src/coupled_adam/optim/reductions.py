@@ -36,7 +36,7 @@ Reduction = Generator[Sum | T, Tensor, None]
 
 
 def run(*batches: Sequence[Reduction[Any]]) -> list[list[Any]]:
-    """The results of all reductions, batch by batch. Every process must run the same ones, in the same order."""
+    """Run reductions together and return their results, batch by batch. Every rank must run the same, in order."""
     reductions = [reduction for batch in batches for reduction in batch]
     yielded: list[Any] = [next(reduction) for reduction in reductions]
     while waiting := [i for i, y in enumerate(yielded) if isinstance(y, Sum)]:
@@ -47,13 +47,13 @@ def run(*batches: Sequence[Reduction[Any]]) -> list[list[Any]]:
 
 
 def run_one(reduction: Reduction[T]) -> T:
-    """The result of a single reduction."""
+    """Run a single reduction and return its result."""
     ((result,),) = run([reduction])
     return result  # type: ignore[no-any-return]
 
 
 def _complete(sums: Sequence[Sum]) -> list[Tensor]:
-    """The whole sums: one all-reduce for each process group."""
+    """Complete the sums: one all-reduce for each process group."""
     parts = [s.part for s in sums]
     for group in dict.fromkeys(group for s in sums for group in s.over):
         members = [i for i, s in enumerate(sums) if group in s.over]
@@ -66,14 +66,14 @@ def _complete(sums: Sequence[Sum]) -> list[Tensor]:
 
 
 def local(x: Tensor) -> Tensor:
-    """The part of ``x`` that this process holds: the shard of a DTensor, any other tensor itself."""
+    """Return the part of ``x`` that this rank holds: the shard of a DTensor, any other tensor itself."""
     if torch.distributed.is_available() and isinstance(x, DTensor):
         return x.to_local()
     return x
 
 
 def holders(x: Tensor, dim: int | None = None) -> ProcessGroups:
-    """The process groups that share ``x`` along dimension ``dim``, or any if None; empty for a whole tensor."""
+    """Return the process groups that share ``x`` along ``dim``, or any dimension if None; empty for a whole tensor."""
     if not (torch.distributed.is_available() and isinstance(x, DTensor)):
         return ()
     mesh = x.device_mesh
@@ -85,12 +85,12 @@ def holders(x: Tensor, dim: int | None = None) -> ProcessGroups:
 
 
 def _cuts(x: "DTensor") -> list[int | None]:
-    """Which dimension of ``x`` each dimension of its mesh cuts; None where it replicates."""
+    """Return the dimension of ``x`` that each dimension of its mesh cuts; None where it replicates."""
     return [getattr(p, "dim", -1) % x.ndim if hasattr(p, "dim") else None for p in x.placements]
 
 
 def placed_like(template: Tensor, x: Tensor) -> Tensor:
-    """``x`` spread over processes as ``template`` is. Communicates where shards or pending sums come together."""
+    """Place ``x`` as ``template`` is. Communicates where shards or pending sums come together."""
     if not torch.distributed.is_available():
         return x
     if isinstance(x, DTensor):
@@ -104,7 +104,7 @@ def placed_like(template: Tensor, x: Tensor) -> Tensor:
 
 
 def reduced_like(param: Tensor, part: Tensor, dim: int) -> Tensor:
-    """``part``, from a reduction of the local part of ``param`` over ``dim``, as the kind of tensor that ``param`` is.
+    """Wrap ``part``, a reduction of the local part of ``param`` over ``dim``, as the kind of tensor that ``param`` is.
 
     The reduction keeps the dimension, or is over the last one.
     """
@@ -119,18 +119,18 @@ def reduced_like(param: Tensor, part: Tensor, dim: int) -> Tensor:
 
 
 def vocabulary_mean(part: Tensor, matrix: Tensor) -> Reduction[Tensor]:
-    """Mean over the vocabulary, the rows of ``matrix`` (V, H); ``part``, (1, H), is the sum over those held here."""
+    """Average over the rows of ``matrix`` (V, H); ``part``, (1, H), is the sum over those held here."""
     total = yield Sum(part, holders(matrix, 0))
     yield total / max(matrix.shape[0], 1)
 
 
 def complete(part: Tensor, over: ProcessGroups) -> Reduction[Tensor]:
-    """The whole sum that this is a part of."""
+    """Complete a sum of which ``part`` is this rank's."""
     yield (yield Sum(part, over))
 
 
 def power_iteration(u: Tensor, matrix: Tensor, step: float | Tensor) -> Reduction[tuple[RankOne, Tensor]]:
-    """One step of the power method from ``u``: nearly the matrix's leading singular triple.
+    """Take one step of the power method from ``u``, towards the matrix's leading singular triple.
 
     Args:
         u: (…, M), in the working precision; the direction of the left singular vector, which persists between steps.
@@ -156,7 +156,7 @@ def power_iteration(u: Tensor, matrix: Tensor, step: float | Tensor) -> Reductio
 
 
 def _positions(u: Tensor) -> Tensor:
-    """Where in the whole vector the elements of ``u`` stand that this process holds."""
+    """Return where in the whole vector the elements of ``u`` that this rank holds stand."""
     if not (torch.distributed.is_available() and isinstance(u, DTensor)):
         return torch.arange(u.shape[-1], device=u.device)
     placements = tuple(p if cut == u.ndim - 1 else Replicate() for cut, p in zip(_cuts(u), u.placements, strict=True))
@@ -165,6 +165,6 @@ def _positions(u: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _shard_positions(size: int, mesh: Any, placements: Any, ndim: int) -> Tensor:
-    """The positions of one shard, by torch's own rule. Every process cuts for itself, so nothing is sent."""
+    """Return the positions of one shard, by torch's own rule. Every rank cuts for itself, so nothing is sent."""
     whole = torch.arange(size, device=mesh.device_type).reshape(*[1] * (ndim - 1), size)
     return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local().reshape(-1)

@@ -21,7 +21,7 @@ def stochastically_rounded(x: Tensor, step: float | Tensor, first: int = 0) -> T
 
 
 def seed_of(step: float | Tensor) -> int | Tensor:
-    """What the step contributes to the hash, below 2^32."""
+    """Return the step's contribution to the hash, below 2^32."""
     return (step.to(torch.int64) if isinstance(step, Tensor) else int(step)) * 0x85EBCA77 & 0xFFFFFFFF
 
 

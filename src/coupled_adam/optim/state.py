@@ -23,12 +23,12 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
-    """float32, or float64 for a float64 parameter. A moving average in bfloat16 stalls: its steps round to nothing."""
+    """Return float32, or float64 for a float64 parameter. A moving average in bfloat16 stalls: its steps round to 0."""
     return torch.promote_types(param.dtype, torch.float32)
 
 
 def is_plain_adamw(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether the group asks of this parameter what ``torch.optim.AdamW`` does, in the precision it has."""
+    """Return whether the group asks for what ``torch.optim.AdamW`` does, in the precision it has."""
     return bool(
         group["second_moment"] == "elementwise"
         and group["coupling_factor"] == 0
@@ -40,7 +40,7 @@ def is_plain_adamw(param: Tensor, group: dict[str, Any]) -> bool:
 
 
 def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-    """The state before the first step."""
+    """Make the state before the first step."""
     dtype = state_dtype(param)
     part = local(param)
     coupled = group["second_moment"] == "vocabulary"
@@ -62,18 +62,18 @@ def _first_u(param: Tensor) -> Tensor:
 
 
 def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
-    """Where the step count lies: beside the parameter for torch's fused kernels, on the CPU where we read it."""
+    """Return where the step count lies: beside the parameter for torch's fused kernels, else on the CPU."""
     return param.device if is_plain_adamw(param, group) else torch.device("cpu")
 
 
 def takes_spectral_decay(param: Tensor) -> bool:
-    """Whether spectral decay applies: a matrix with no dimension of 1 that is not marked otherwise."""
+    """Return whether spectral decay applies: to a matrix with no dimension of 1 that is not marked otherwise."""
     wanted = bool(getattr(param, "use_spectral_decay", True))
     return wanted and param.ndim >= 2 and min(param.shape[-2:]) > 1
 
 
 def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """A copy of ``state_dict`` that fits ``groups``: checked, second moments folded, missing hyperparameters filled in.
+    """Copy ``state_dict`` so that it fits ``groups``: checked, second moments folded, hyperparameters filled in.
 
     Raises:
         ValueError: the number of groups or parameters differs, a moment has another shape than its parameter needs, or
@@ -99,24 +99,26 @@ def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[st
 
 
 def _matched(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The saved groups in the order and sizes of ``groups``: matched by name where both have names, else by position.
+    """Put the saved groups into the order and sizes of ``groups``: by name where both have names, else by position.
 
     Where the groups differ, the hyperparameters are those of ``groups``.
     """
-    names, saved_names = ([bare(n) for g in gs for n in g.get("param_names", ())] for gs in (groups, saved_groups))
+    names, saved_names = _names(groups), _names(saved_groups)
     sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
-    if not (names and saved_names):
-        if sizes != saved_sizes:
-            raise ValueError(_unnamed(sizes, saved_sizes, saved_has_names=bool(saved_names)))
+    if sizes == saved_sizes and (names == saved_names or not names or not saved_names):
         return saved_groups
-    if names == saved_names and sizes == saved_sizes:
-        return saved_groups
-    if sorted(names) != sorted(saved_names):
-        first = min(set(names) ^ set(saved_names))
-        raise ValueError(f"Parameter {first!r} is in the checkpoint or in this optimizer, but not in both")
+    if not names or not saved_names:
+        raise ValueError(_unnamed(sizes, saved_sizes, saved_has_names=bool(saved_names)))
+    if missing := set(names) ^ set(saved_names):
+        raise ValueError(f"Parameter {min(missing)!r} is in the checkpoint or in this optimizer, but not in both")
     by_name = dict(zip(saved_names, (key for g in saved_groups for key in g["params"]), strict=True))
     keys = (by_name[name] for name in names)
     return [{**group, "params": [next(keys) for _ in group["params"]]} for group in groups]
+
+
+def _names(groups: list[dict[str, Any]]) -> list[str]:
+    """List the names of the parameters of all groups; empty where they have none."""
+    return [bare(name) for group in groups for name in group.get("param_names", ())]
 
 
 def _unnamed(sizes: list[int], saved_sizes: list[int], *, saved_has_names: bool) -> str:
@@ -137,7 +139,7 @@ def _unnamed(sizes: list[int], saved_sizes: list[int], *, saved_has_names: bool)
 
 
 def bare(name: str) -> str:
-    """A parameter's name without the wrappers around the model and its parts."""
+    """Strip a parameter's name of the wrappers around the model and its parts."""
     parts = name.split(".")
     while parts[0] == "module" and len(parts) > 1:  # DistributedDataParallel; inside a model the name may mean anything
         parts = parts[1:]
@@ -145,7 +147,7 @@ def bare(name: str) -> str:
 
 
 def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]:
-    """The saved state of the group's i-th parameter, its second moment folded if it is coupled here."""
+    """Return the saved state of the group's i-th parameter, its second moment folded if it is coupled here."""
     param, name = group["params"][i], parameter_name(group, i)
     if missing := [key for key in ("step", *MOMENTS) if key not in saved]:
         raise ValueError(f"The checkpoint's state of {name} has no {missing[0]!r}; it is not one of an Adam optimizer")
@@ -173,7 +175,7 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
 
 
 def _folded(square: Tensor, param: Tensor) -> Tensor:
-    """The mean over the vocabulary of a full second moment."""
+    """Average a full second moment over the vocabulary."""
     part = local(square).to(state_dtype(param)).sum(0, keepdim=True)
     return reduced_like(square, run_one(vocabulary_mean(part, square)), 0)
 

@@ -24,7 +24,7 @@ class RankOne(NamedTuple):
 
 
 def sum_of_squares(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
-    """Sum over the rows of (f·g)² + κ·m², m after this step's update: (V, H) -> (1, H), float32 or float64."""
+    """Sum (f·g)² + κ·m² over the rows, m after this step's update: (V, H) -> (1, H), float32 or float64."""
     dtype = torch.promote_types(grad.dtype, torch.float32)
     g = grad.to(dtype)
     if c.coupling_factor == 0:

@@ -122,7 +122,7 @@ class Adams_ZeRO(Adams):
         return DeviceMesh.from_group(self.process_group, device)
 
     def _master(self, param: Tensor) -> Tensor:
-        """This process's shard of the master weights, as the parameter has them now."""
+        """Return this rank's shard of the master weights, as the parameter has them now."""
         whole = param.detach().to(self.master_dtype).contiguous()
         if self._mesh is None:
             master = whole.clone()
@@ -170,7 +170,7 @@ class Adams_ZeRO(Adams):
         return work
 
     def _anywhere(self, params: Sequence[Tensor]) -> list[bool]:
-        """For every parameter, whether any process has a gradient."""
+        """Return, for every parameter, whether any rank has a gradient."""
         here = [param.grad is not None for param in params]
         if self._mesh is None or not params:
             return here
@@ -180,7 +180,7 @@ class Adams_ZeRO(Adams):
         return here if all(here) else [count > 0 for count in counts.tolist()]
 
     def _mean_gradient(self, param: Tensor) -> Tensor:
-        """This process's shard of the gradient's mean over the processes."""
+        """Return this rank's shard of the gradient's mean over the ranks."""
         grad = torch.zeros_like(param) if param.grad is None else param.grad
         grad = (grad.coalesce().to_dense() if grad.is_sparse else grad).to(self.master_dtype)
         if self._mesh is None:

@@ -73,7 +73,7 @@ def curves(
 
 
 def token_scatter(title: str, samples: Mapping[str, TokenSample], value: str, *, log_y: bool = False) -> go.Figure:
-    """``norm``, ``projection`` or ``second_moment`` of the tokens of each sample against how often they occur."""
+    """Draw ``norm``, ``projection`` or ``second_moment`` of sampled tokens against how often they occur."""
     figure = go.Figure()
     for i, (name, sample) in enumerate(samples.items()):
         figure.add_scatter(
@@ -111,7 +111,7 @@ def spectrum(values: Mapping[str, Sequence[float]]) -> Chart:
 
 
 def token_maps(samples: Mapping[str, TokenSample]) -> go.Figure:
-    """The plane of the mean embedding and the widest direction across it, side by side on the same scale.
+    """Draw the plane of the mean embedding and the widest direction across it, side by side on one scale.
 
     The origin is marked with a cross; a dot tells its token on hover.
     """

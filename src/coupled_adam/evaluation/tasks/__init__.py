@@ -41,7 +41,7 @@ class Definition:
 
 @contextmanager
 def definitions(names: Sequence[str], include_path: Path | None) -> "Iterator[tuple[TaskManager, list[Definition]]]":
-    """The definitions of ``names`` and the manager that loads them; those in ``include_path`` come before all others.
+    """Yield the manager that loads ``names``, and their definitions; those in ``include_path`` come first.
 
     Raises InputError for a name that no single task has, and for a file that defines one and cannot be read.
     """
@@ -54,7 +54,7 @@ def definitions(names: Sequence[str], include_path: Path | None) -> "Iterator[tu
 
 
 def _manager(names: Sequence[str], include_path: Path | None, directory: Path) -> "TaskManager":
-    """The manager that knows ``names``, or else all tasks there are. ``directory`` receives the older definitions."""
+    """Make the manager of ``names``, or else of all tasks. ``directory`` receives the older definitions."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -77,7 +77,7 @@ def _manager(names: Sequence[str], include_path: Path | None, directory: Path) -
 
 
 def _refuse_unreadable(include_path: Path, index: "Mapping[str, Entry]") -> None:
-    """lm-eval leaves out a definition that it cannot read, and would run its own task of that name in its place."""
+    """Refuse a definition that lm-eval cannot read: it would run its own task of that name instead."""
     for file in include_path.rglob("*.yaml"):
         for name in re.findall(r"^task: *['\"]?([\w.-]+)", file.read_text(encoding="utf-8"), re.MULTILINE):
             if name not in index or include_path not in index[name].yaml_path.parents:
@@ -127,7 +127,7 @@ def _content(value: Any, directory: Path, data: bool = False) -> Any:
 
 
 def _digest(path: Path) -> str:
-    """Of a file: of what it holds. Of a directory, which may be large: of the names, sizes and times of its files."""
+    """Hash a file's content; for a directory, which may be large, the names, sizes and times of its files."""
     digest = hashlib.sha256()
     if path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file()):

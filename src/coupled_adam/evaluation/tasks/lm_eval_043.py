@@ -8,7 +8,7 @@ import numpy as np
 
 
 def race_prompt(doc: Mapping[str, Any]) -> str:
-    """The article, its questions but the last with their answers, and the last question.
+    """Return the article, its questions but the last with their answers, and the last question.
 
     A question that ends in a blank keeps the blank and loses its words: "I have  _  ." with the answer "dog" becomes
     " _  .dog". lm-eval 0.4.13 writes the sentence: "I have dog". Nothing else differs.
@@ -25,7 +25,7 @@ def race_prompt(doc: Mapping[str, Any]) -> str:
 
 
 def truthfulqa_accuracy(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """The share of the true answers in the probability of all.
+    """Return the share of the true answers in the probability of all.
 
     ``results`` holds an answer's log-likelihood and whether it is the greedy one. The answers before the first false
     one are taken for the true ones. lm-eval 0.4.13 takes those that are labeled true, wherever they stand.
