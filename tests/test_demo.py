@@ -162,3 +162,24 @@ def test_the_table_is_that_of_the_terminal(page: Page, finished: Path) -> None:
 
 def test_a_narrow_screen_does_not_scroll_sideways(page: Page) -> None:
     fits(page, 380)
+
+
+def test_the_tool_bar_covers_no_title_where_there_is_no_mouse(finished: Path, browser: Browser) -> None:
+    phone = browser.new_page(viewport={"width": 380, "height": 800}, has_touch=True, is_mobile=True)
+    phone.goto((finished / "report.html").as_uri(), timeout=120_000)
+    bars = phone.locator(".modebar")
+    assert bars.count() > 3
+    assert not any(bar.is_visible() for bar in bars.all())
+    phone.close()
+
+
+def test_the_tool_bar_is_shown_to_a_mouse_and_not_printed(page: Page) -> None:
+    chart = page.locator(".js-plotly-plot").first
+    bar = chart.locator(".modebar")
+    page.mouse.move(0, 0)
+    assert not bar.is_visible()
+    chart.hover()
+    assert bar.is_visible()
+    page.emulate_media(media="print")
+    assert not bar.is_visible()
+    page.emulate_media(media="screen")

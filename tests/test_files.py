@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from coupled_adam.errors import InputError
 from coupled_adam.files import write_json, write_text, written_whole
 
 
@@ -33,3 +34,13 @@ def test_json_that_json_lacks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", {"loss": float("nan")})
     assert (tmp_path / "x.json").read_text() == "old"
+
+
+def test_a_file_does_not_replace_a_directory_nor_lie_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "work").write_text("a week's")
+    with pytest.raises(InputError, match="runs: a directory; choose a name for the file"):
+        write_text(tmp_path / "runs", "page")
+    assert (tmp_path / "runs" / "work").read_text() == "a week's"
+    with pytest.raises(InputError, match="work: not a directory"):
+        write_text(tmp_path / "runs" / "work" / "report.html", "page")

@@ -22,8 +22,12 @@ _intact: dict[Path, list[int]] = {}
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write a file or directory to. It replaces ``path`` if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a path beside ``path`` to write a file or directory to. It replaces ``path`` if the block succeeds.
+
+    Raises:
+        InputError: ``path`` lies in a file, or is a directory where a file was written.
+    """
+    make_directory(path.parent)
     # The process ID: two processes that write the same file do not write into each other's.
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,8 +41,10 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def move_into_place(aside: Path, path: Path) -> None:
-    """Replace ``path`` by what is complete on the disk."""
+    """Replace ``path`` by what is complete on the disk. Raises InputError for a file in the place of a directory."""
     _sync(aside)
+    if path.is_dir() and not aside.is_dir():
+        raise InputError(f"{path}: a directory; choose a name for the file")
     if path.is_dir():
         shutil.rmtree(path)  # os.replace does not replace a directory that holds anything
     aside.replace(path)

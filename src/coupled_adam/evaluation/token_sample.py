@@ -1,4 +1,4 @@
-"""Some tokens of a vocabulary, for pictures: where their embeddings lie, how long they are, how often they occur."""
+"""Some tokens of a vocabulary, for plots: where their embeddings lie, how long they are, how often they occur."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

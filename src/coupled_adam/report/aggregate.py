@@ -90,7 +90,7 @@ class Evaluated:
 
     @property
     def token_sample(self) -> TokenSample | None:
-        """Some tokens for pictures, if the embedding was measured."""
+        """Some tokens for plots, if the embedding was measured."""
         sample = self.embeddings.get("token_sample")
         return TokenSample(**sample) if sample else None
 

@@ -1,7 +1,7 @@
-"""A picture of the part of a page that a selector of Playwright names.
+"""Takes a plot from a page: the part that a selector of Playwright names.
 
-python docs/picture.py runs/demo/report.html "#chart-embeddings" docs/embeddings.png
-python docs/picture.py runs/mini/report.html "section:has-text('Model and data size')" docs/sizes.png
+python docs/plot.py runs/demo/report.html "#chart-embeddings" docs/embeddings.png
+python docs/plot.py runs/mini/report.html "section:has-text('Model and data size')" docs/sizes.png
 """
 
 import shutil
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-report, selector, picture = sys.argv[1:4]
+report, selector, plot = sys.argv[1:4]
 with sync_playwright() as playwright:
     browser = playwright.chromium.launch(
         executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
     )
     page = browser.new_page(viewport={"width": 1120, "height": 900})
     page.goto(Path(report).resolve().as_uri())
-    page.locator(selector).first.screenshot(path=picture)
+    page.locator(selector).first.screenshot(path=plot)
     browser.close()
