@@ -1,11 +1,11 @@
 """Text and settings that several tests share."""
 
-import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from paragraphs import paragraphs
 from playwright.sync_api import Browser, Page, sync_playwright
 from processes import Processes
 
@@ -13,14 +13,6 @@ from coupled_adam import progress
 from coupled_adam.lm.config import Experiment
 
 progress.show_log()  # as the command line does
-
-WORDS = "the of a river lake mountain sun moon king queen dog cat house street walked saw and over under quickly slowly"
-
-
-def paragraphs(count: int, seed: int = 0) -> str:
-    """Paragraphs of made-up sentences, separated by blank lines."""
-    rng, words = random.Random(seed), WORDS.split()
-    return "\n\n".join(" ".join(rng.choices(words, k=40)) + "." for _ in range(count))
 
 
 @pytest.fixture(scope="session")

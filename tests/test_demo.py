@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import fits, hovered, opened, paragraphs
+from conftest import fits, hovered, opened
+from paragraphs import paragraphs
 from playwright.sync_api import Browser, Page
 
 COMMAND = [sys.executable, "-m", "coupled_adam", "demo"]

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fits, opened, paragraphs
+from conftest import fits, opened
+from paragraphs import paragraphs
 from playwright.sync_api import Browser
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import paragraphs, tiny_experiment
+from conftest import tiny_experiment
+from paragraphs import paragraphs
 from typer.testing import CliRunner
 
 from coupled_adam import geometry

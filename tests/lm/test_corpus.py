@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import paragraphs
+from paragraphs import paragraphs
 
 from coupled_adam.errors import InputError
 from coupled_adam.lm.batches import Batches

@@ -3,11 +3,11 @@
 import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from paragraphs import paragraphs
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
@@ -131,8 +131,7 @@ WIDTH, LENGTH, BATCH, VOCABULARY = 16, 16, 12, 257
 
 
 def text() -> Tensor:
-    data = (Path(__file__).parents[2] / "README.md").read_bytes()
-    return torch.tensor(list(data))
+    return torch.tensor(list(paragraphs(100).encode()))
 
 
 def language_model(dtype: torch.dtype) -> LanguageModel:
