@@ -14,6 +14,17 @@ import torch.multiprocessing as mp
 #: Seconds after which a collective that others do not join is an error.
 PATIENCE = 120
 
+#: What the processes share instead of importing it again: they are forks of a server that has computed nothing.
+PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "coupled_adam.evaluation.stages",
+    "coupled_adam.lm.train",
+    "coupled_adam.optim.kernels",
+]
+
 
 class Processes:
     """``count`` processes on gloo, one thread each. ``run(f, *args)`` calls f in all of them."""
@@ -22,12 +33,13 @@ class Processes:
         self.count, self._started = count, False
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory()
         self._tasks = [context.SimpleQueue() for _ in range(self.count)]
         self._results = context.Queue()
         arguments = (self._folder.name, self.count, self._tasks, self._results)
-        self._context = mp.start_processes(_serve, arguments, self.count, join=False, start_method="spawn")
+        self._context = mp.start_processes(_serve, arguments, self.count, join=False, start_method="forkserver")
         self._started = True
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:

@@ -26,7 +26,7 @@ from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, param_groups
 from coupled_adam.lm.config import Model
 from coupled_adam.lm.model import LanguageModel
 
-STEPS = 50
+STEPS = 12
 PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "whole": Replicate()}
 OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "coupled": (CoupledAdam, {}),
