@@ -1,6 +1,11 @@
-"""Text and settings that several tests share."""
+"""How the suite runs, and text and settings that several tests share."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the processes of the suite share the cores
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +18,21 @@ from coupled_adam import progress
 from coupled_adam.lm.config import Experiment
 
 progress.show_log()  # as the command line does
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Some files are run in this process, where a debugger works; the whole suite on all cores."""
+    some = any(Path(argument.split("::")[0]).suffix == ".py" for argument in config.args)
+    return 0 if some else min(os.cpu_count() or 1, 4)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many long tests first: the last worker should not be left alone with one of them."""
+    long = Counter(item.path for item in items if item.get_closest_marker("long"))
+    items.sort(key=lambda item: -long[item.path])
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +53,7 @@ CHROMIUM = next(
 def browser() -> Iterator[Browser]:
     """A real browser, without a network of its own."""
     if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine (Debian package: chromium)")
+        pytest.fail("no Chromium on this machine: apt-get install chromium, or deselect with -m 'not browser'")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)

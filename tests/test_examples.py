@@ -4,37 +4,38 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
+from in_process import program
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "train_mnist.py"
 ON_CPU = ["--dataset", "digits", "--gpu-id", "-1"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
-#: What stands in for an installed package: a module that cannot be imported, a dataset that cannot be downloaded.
-NOT_INSTALLED = "raise ImportError('not installed')"
-NO_NETWORK = """
-from types import SimpleNamespace
 
-def download(*_, **__):
+def download(*_: object, **__: object) -> None:
     print("Failed to download (trying next)")
-    raise RuntimeError("Error downloading images:\\nTried the first address\\nTried the second")
+    raise RuntimeError("Error downloading images:\nTried the first address\nTried the second")
 
-datasets = SimpleNamespace(MNIST=download)
-transforms = SimpleNamespace(Compose=list, ToTensor=int, Normalize=lambda *_: None)
-"""
+
+#: What stands in for an installed package: a module that cannot be imported, a dataset that cannot be downloaded.
+NOT_INSTALLED = None
+NO_NETWORK = ModuleType("torchvision")
+NO_NETWORK.datasets = SimpleNamespace(MNIST=download)
+NO_NETWORK.transforms = SimpleNamespace(Compose=list, ToTensor=int, Normalize=lambda *_: None)
 
 #: Arguments, environment, modules in place of installed ones, and what the message must name.
-BAD_INPUTS: dict[str, tuple[list[str], dict[str, str], dict[str, str], list[str]]] = {
+BAD_INPUTS: dict[str, tuple[list[str], dict[str, str], dict[str, ModuleType | None], list[str]]] = {
     "no such GPU": (["--gpu-id", "99"], {}, {}, ["--gpu-id", "99", "-1 is the CPU"]),
     "empty batches": (["--batch-size", "0"], {}, {}, ["--batch-size", "0", "1 or more"]),
     "negative learning rate": (["--lr", "-0.1"], {}, {}, ["--lr", "-0.1", "0 or more"]),
     "coupling factor out of range": (["--coupling-factor", "2"], {}, {}, ["--coupling-factor", "2.0", "0 to 1"]),
     "unknown dataset": (["--dataset", "cifar"], {}, {}, ["--dataset", "'cifar'", "mnist", "digits"]),
     "no torchvision": (["--gpu-id", "-1"], {}, {"torchvision": NOT_INSTALLED}, ["mnist", "pip install torchvision"]),
-    "no scikit-learn": (ON_CPU, {}, {"sklearn": NOT_INSTALLED}, ["digits", "pip install scikit-learn"]),
+    "no scikit-learn": (ON_CPU, {}, {"sklearn.datasets": NOT_INSTALLED}, ["digits", "pip install scikit-learn"]),
     "no network": (
         ["--data-dir", "no/directory"],
         {},
@@ -50,15 +51,12 @@ BAD_INPUTS: dict[str, tuple[list[str], dict[str, str], dict[str, str], list[str]
 }
 
 
-def run(
-    *arguments: str, start: list[str] | None = None, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *(start or []), str(PROGRAM), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | (env or {}))
-
-
 def train(*arguments: str, start: list[str] | None = None) -> str:
-    result = run(*ON_CPU, *arguments, start=start)
+    if start is None:
+        result = program(PROGRAM, *ON_CPU, *arguments)
+    else:
+        command = [sys.executable, *start, str(PROGRAM), *ON_CPU, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -125,27 +123,11 @@ def test_two_processes_of_torchrun_do_what_one_does(by_default: str) -> None:
             assert two[2] * 3.6 == pytest.approx(round(two[2] * 3.6), abs=0.02), "a part of the 360 images, each once"
 
 
-@pytest.fixture(scope="module")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
-    """Every bad input, two at a time: most of it is the import of torch."""
-
-    def attempt(name: str) -> subprocess.CompletedProcess[str]:
-        arguments, env, modules, _ = BAD_INPUTS[name]
-        directory = tmp_path_factory.mktemp("modules")
-        for module, content in modules.items():
-            (directory / f"{module}.py").write_text(content)
-        path = os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))
-        return run(*arguments, env={**env, "PYTHONPATH": path})
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(BAD_INPUTS, pool.map(attempt, BAD_INPUTS), strict=True))
-
-
 @pytest.mark.parametrize("name", BAD_INPUTS)
-def test_bad_input_is_one_line_and_exit_code_2(
-    name: str, failures: dict[str, subprocess.CompletedProcess[str]]
-) -> None:
-    result = failures[name]
+def test_bad_input_is_one_line_and_exit_code_2(name: str) -> None:
+    arguments, environment, modules, message = BAD_INPUTS[name]
+    with mock.patch.dict(os.environ, environment), mock.patch.dict(sys.modules, modules):
+        result = program(PROGRAM, *arguments)
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("train_mnist.py: ")
-    assert [part for part in BAD_INPUTS[name][-1] if part not in result.stderr] == []
+    assert [part for part in message if part not in result.stderr] == []

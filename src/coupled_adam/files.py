@@ -90,7 +90,7 @@ def make_directory(path: Path) -> None:
 def checksums(root: Path, files: Iterable[Path], remember: bool = False) -> dict[str, dict[str, Any]]:
     """Record size and checksum (XXH3, 128 bits) of ``files`` by their path relative to ``root``.
 
-    With ``remember`` they count as verified by :func:`verify`.
+    With ``remember`` they count as verified by ``verify``.
     """
     recorded, seen = {}, {}
     for file in files:
@@ -103,11 +103,11 @@ def checksums(root: Path, files: Iterable[Path], remember: bool = False) -> dict
 
 
 def verify(root: Path, recorded: Mapping[str, Mapping[str, Any]], remedy: str, remember: bool = False) -> None:
-    """Raise InputError naming the first file that is not what :func:`checksums` recorded.
+    """Raise InputError naming the first file that is not what ``checksums`` recorded.
 
     Args:
         root: the directory that the names are relative to.
-        recorded: what :func:`checksums` returned; other files are not looked at.
+        recorded: what ``checksums`` returned; other files are not looked at.
         remedy: what to do about a damaged file.
         remember: skip files that were verified before and have the size and time that they had then.
     """

@@ -87,7 +87,7 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
         What results.json holds.
 
     Raises:
-        InputError: as :func:`plan`.
+        InputError: as ``plan``.
         Interrupted: the user stopped it; all that was done is saved, and the same call resumes.
     """
     runs = plan(suite, only, seeds, out)

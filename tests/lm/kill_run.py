@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import runs
-import torch._dynamo  # an optimizer imports it, which is most of what a child would do
 
 from coupled_adam.lm.checkpoint import latest_checkpoint
 from coupled_adam.lm.metrics_jsonl import MetricsLog

@@ -191,8 +191,8 @@ def train(
     step = opt.step
     if compiled:
         steps = 10
-        model.compile(backend="aot_eager")  # all of the compiler but its slow last stage, which the optimizer gets
-        step = torch.compile(opt.step, fullgraph=True)
+        model.compile(backend="aot_eager")  # all of the compiler but its slow last stage
+        step = torch.compile(opt.step, fullgraph=True, backend="aot_eager")
     for i in range(steps):
         one_step(model, opt, batch(i, rank, ranks), step)
     return whole(model)

@@ -51,7 +51,7 @@ def stepped(module, param, exp_avg, exp_avg_sq, grad, c, direction, step, spectr
     return state
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     shape=SHAPES,
     seed=st.integers(0, 99),

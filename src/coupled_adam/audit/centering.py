@@ -29,7 +29,7 @@ OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ggu
 
 @dataclass(frozen=True)
 class Centered:
-    """What :func:`center` has written."""
+    """What ``center`` has written."""
 
     path: Path
     """The copy."""

@@ -34,7 +34,7 @@ BARE_NAMES = ("model", "pytorch_model", "embedding", "embeddings", "weights", "c
 
 @dataclass(frozen=True)
 class Origin:
-    """Where embeddings were read from; what :func:`coupled_adam.audit.centering.center` needs to know."""
+    """Where embeddings were read from; what ``coupled_adam.audit.centering.center`` needs to know."""
 
     kind: Kind
     path: Path

@@ -51,7 +51,7 @@ def audit_models(
     """Audit the embeddings of models: one matrix each if they are tied or there is but one, else input and output.
 
     Args:
-        models: as :func:`coupled_adam.audit.embedding_files.read_embeddings` takes them. Two of the same short name are
+        models: as ``coupled_adam.audit.embedding_files.read_embeddings`` takes them. Two of the same short name are
             told apart by what was given, and one that is given twice is measured once.
         benchmarks: of word similarity; used where the model has a tokenizer.
         tensor: the name of the tensor to measure instead.
@@ -62,7 +62,7 @@ def audit_models(
         The audits, and what was written to ``center_to``.
 
     Raises:
-        InputError: as ``read_embeddings`` and :func:`coupled_adam.audit.centering.center`; or a matrix that is not
+        InputError: as ``read_embeddings`` and ``coupled_adam.audit.centering.center``; or a matrix that is not
             finite.
     """
     given = list(dict.fromkeys(models))

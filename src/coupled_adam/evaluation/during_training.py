@@ -17,7 +17,7 @@ from coupled_adam.lm.train import Evaluate
 
 
 def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None) -> Evaluate:
-    """Make the function that :func:`coupled_adam.lm.train.train` calls: validation loss and figures of the embedding.
+    """Make the function that ``coupled_adam.lm.train.train`` calls: validation loss and figures of the embedding.
 
     All ranks call it; the figures of the embedding are computed, and returned, on rank 0 only.
     """

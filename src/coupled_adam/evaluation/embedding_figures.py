@@ -40,7 +40,7 @@ def figures_while_training(
 
 
 def figures_of(measured: geometry.Measurements) -> Figures:
-    """Return the numbers of a measurement by name, those of :func:`figures_while_training` among them."""
+    """Return the numbers of a measurement by name, those of ``figures_while_training`` among them."""
     plain = measured.word_similarity.get("original", [])
     dots = [s.dot for s in plain if s.dot is not None]
     figures: Figures = {

@@ -34,7 +34,7 @@ STAGES = ("validation", "embeddings", "export", "downstream")
 
 @dataclass(frozen=True)
 class Downstream:
-    """What the stage of that name runs: see :func:`coupled_adam.evaluation.downstream.downstream`."""
+    """What the stage of that name runs: see ``coupled_adam.evaluation.downstream.downstream``."""
 
     tasks: tuple[str, ...] = PAPER_TASKS
     limit: int | None = None
@@ -126,7 +126,7 @@ def card_figures(directory: Path, weights: str) -> dict[str, str]:
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, str]:
-    """Return the figures that say most of what :func:`evaluate` returns, label and value ready to print."""
+    """Return the figures that say most of what ``evaluate`` returns, label and value ready to print."""
     validation, embeddings, tasks = (results.get(s, {}) for s in ("validation", "embeddings", "downstream"))
     found = {"validation_loss": validation.get("loss"), "perplexity": validation.get("perplexity")}
     found |= {

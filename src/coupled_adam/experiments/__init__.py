@@ -69,7 +69,7 @@ def published_second_moment_fit() -> tuple[float, float]:
 
 
 def published_result(model: str, tokens: str, method: str) -> Published:
-    """Return one row of :func:`published`."""
+    """Return one row of ``published``."""
     return next(r for r in published() if (r.model, r.tokens, r.method) == (model, tokens, method))
 
 

@@ -29,7 +29,7 @@ def probability(counts: ArrayLike) -> Float64:
 
 
 def log_probability(counts: ArrayLike) -> Float64:
-    """Compute log(p_i + 1e-10), shape (V,). Raises ValueError as :func:`probability`."""
+    """Compute log(p_i + 1e-10), shape (V,). Raises ValueError as ``probability``."""
     return np.asarray(np.log(probability(counts) + 1e-10))
 
 
@@ -51,7 +51,7 @@ def norm_frequency_correlation(embedding: Matrix, counts: ArrayLike) -> Correlat
 def projection_frequency_correlation(embedding: Matrix, counts: ArrayLike) -> Correlation:
     """Correlation of e_i·μ with log(p_i + 1e-10): does the common direction tell frequent tokens from rare ones?
 
-    Arguments, source and errors as :func:`norm_frequency_correlation`.
+    Arguments, source and errors as ``norm_frequency_correlation``.
     """
     e = as_matrix(embedding)
     return _correlation(e @ e.mean(0), log_probability(counts))

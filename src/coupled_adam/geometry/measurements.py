@@ -57,7 +57,7 @@ def measure(
         embedding: array or tensor of any dtype; worked on in float64, with one copy of it in that.
         counts: how often each token occurs in the training data, (V,), for the correlations with frequency.
         token_of: the row of a word, None for a word that is not one token; for word similarity.
-        benchmarks: for instance :func:`coupled_adam.geometry.published_benchmarks`.
+        benchmarks: for instance ``coupled_adam.geometry.published_benchmarks``.
 
     Raises:
         ValueError: not a finite matrix with two rows or more, or counts that do not fit it.

@@ -25,7 +25,7 @@ def isotropy(embedding: Matrix, row_map: RowMap | None = None) -> float:
 
     Args:
         embedding: E.
-        row_map: what to make of the rows of E first, as of :mod:`coupled_adam.geometry.post_processing`.
+        row_map: what to make of the rows of E first, as of ``coupled_adam.geometry.post_processing``.
 
     Raises:
         ValueError: not a finite matrix with two rows or more. The same holds for the other functions.

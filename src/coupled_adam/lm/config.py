@@ -220,7 +220,7 @@ class Experiment(Section):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "experiment") -> Self:
-        """Build an experiment from nested tables. Raises InputError like :meth:`from_toml`."""
+        """Build an experiment from nested tables. Raises InputError like ``from_toml``."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:

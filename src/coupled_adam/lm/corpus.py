@@ -26,7 +26,7 @@ Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus, opened with :func:`open_corpus`."""
+    """A prepared corpus, opened with ``open_corpus``."""
 
     directory: Path
     meta: dict[str, Any]

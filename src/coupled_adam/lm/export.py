@@ -67,7 +67,7 @@ def _without_progress() -> Iterator[None]:
 
 
 def exported_digest(directory: Path) -> str | None:
-    """Return the hash of the weights that :func:`export` wrote to ``directory``; None if there are none."""
+    """Return the hash of the weights that ``export`` wrote to ``directory``; None if there are none."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         return str(config[ORIGIN]["weights_sha256"])

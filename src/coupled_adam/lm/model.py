@@ -24,7 +24,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
-        """(batch, sequence, hidden_size) -> the same; ``rope`` of :func:`rope_cache`, None without rotary positions."""
+        """(batch, sequence, hidden_size) -> the same; ``rope`` of ``rope_cache``, None without rotary positions."""
         batch, sequence, size = x.shape
         qkv = self.qkv(x).view(batch, sequence, 3, self.n_heads, size // self.n_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, sequence, size / heads)

@@ -20,7 +20,7 @@ from coupled_adam.lm.parallel import World, parallelize
 
 @dataclass(frozen=True)
 class Run:
-    """The newest checkpoint of a run, with the text it was trained on. Opened with :func:`open_run`."""
+    """The newest checkpoint of a run, with the text it was trained on. Opened with ``open_run``."""
 
     directory: Path
     experiment: Experiment

@@ -24,7 +24,7 @@ class Source(Protocol):
         """What to call it in messages and reports."""
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of all that determines :meth:`documents`."""
+        """Hexadecimal digest of all that determines ``documents``."""
 
     def documents(self) -> Iterable[str]:
         """Return the documents, a list if they are in memory anyway. Raises InputError where there are none."""

@@ -16,18 +16,18 @@ class Adams(AdamFamily):
 
     A matrix W of shape (…, M, N), leading dimensions are a batch of matrices, with u of shape (…, M) that persists:
 
-    .. math::
-        v &= W^T u / \|W^T u\|, \quad u \leftarrow W v / \|W v\|, \quad \sigma = u^T W v \\
-        W &\leftarrow W - \eta\lambda \sqrt{M}\, \sigma\, u v^T - \eta\, \mathrm{atan2}(\hat m, \sqrt{\hat n})
+    $$v = W^T u / \|W^T u\|, \quad u \leftarrow W v / \|W v\|, \quad \sigma = u^T W v$$
+
+    $$W \leftarrow W - \eta\lambda \sqrt{M}\, \sigma\, u v^T - \eta\, \mathrm{atan2}(\hat m, \sqrt{\hat n})$$
 
     with Adam's bias-corrected moments. Scalars, vectors, matrices with a dimension of 1, and parameters marked with
     ``param.use_spectral_decay = False`` before the first step (embeddings, output heads) take decoupled decay by
-    ``scalar_vector_weight_decay`` instead; a group with ``decay="decoupled"``, as :func:`coupled_adam.param_groups`
+    ``scalar_vector_weight_decay`` instead; a group with ``decay="decoupled"``, as ``coupled_adam.param_groups``
     makes for embeddings and vectors, takes its own ``weight_decay``. Per step no element moves by more than
     η·π/2 beside the decay.
 
     A group with ``second_moment="vocabulary"`` shares the second moment over the rows, as in
-    :class:`coupled_adam.CoupledAdam`.
+    ``coupled_adam.CoupledAdam``.
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups; floating point, not complex.
@@ -36,18 +36,19 @@ class Adams(AdamFamily):
         weight_decay: spectral decay λ ≥ 0. A warning tells when η·λ·√M exceeds 1, where it overshoots; above 2 it
             diverges.
         scalar_vector_weight_decay: decoupled decay of the parameters that take no spectral decay.
-        coupling_scale, coupling_factor, max_grad_norm, maximize, state_dtype: as for
-            :class:`coupled_adam.CoupledAdam`.
+
+    ``coupling_scale``, ``coupling_factor``, ``max_grad_norm``, ``maximize`` and ``state_dtype`` are those of
+    ``coupled_adam.CoupledAdam``.
 
     Raises:
-        ValueError, TypeError: as :class:`coupled_adam.CoupledAdam`.
+        ValueError, TypeError: as ``coupled_adam.CoupledAdam``.
 
     Source: Algorithm 1 of Adams (github.com/imoneoi/Adams, the package ``adams-torch``). Where that implementation
     departs from its own Algorithm 1 this class follows the algorithm: atan2 is taken of the corrected moments, so the
     first steps are bounded too; ``weight_decay=0`` leaves ``scalar_vector_weight_decay`` in force; u recovers from a
     matrix that maps it to 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coupled_adam import Adams
         >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 8), torch.nn.Linear(8, 100))

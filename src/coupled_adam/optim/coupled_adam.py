@@ -18,16 +18,17 @@ class CoupledAdam(AdamFamily):
     A param group with ``second_moment="vocabulary"`` holds embedding matrices E of shape (V, H). All rows of one share
     the second moment, a vector of shape (1, H):
 
-    .. math::
-        m &\leftarrow \beta_1 m + (1-\beta_1)\, g \\
-        \bar v &\leftarrow \beta_2 \bar v + (1-\beta_2)\, \tfrac1V \textstyle\sum_i (g_i^2 + \kappa\, m_i^2) \\
-        E &\leftarrow (1-\eta\lambda) E - \eta\, \frac{m/(1-\beta_1^t)}{\sqrt{s\,\bar v/(1-\beta_2^t)} + \epsilon}
+    $$m \leftarrow \beta_1 m + (1-\beta_1)\, g$$
+
+    $$\bar v \leftarrow \beta_2 \bar v + (1-\beta_2)\, \frac1V \sum_i (g_i^2 + \kappa\, m_i^2)$$
+
+    $$E \leftarrow (1-\eta\lambda) E - \eta\, \frac{m/(1-\beta_1^t)}{\sqrt{s\,\bar v/(1-\beta_2^t)} + \epsilon}$$
 
     so that the gradients' zero sum over the vocabulary survives the step and the mean embedding stays where it is.
     A group with ``second_moment="elementwise"``, the default, takes AdamW (with κ in its second moment, if not 0).
-    :func:`coupled_adam.param_groups` sorts the parameters of a model into such groups.
+    ``coupled_adam.param_groups`` sorts the parameters of a model into such groups.
 
-    The zero sum :math:`\sum_i g_i = 0` is a property of the softmax head's gradient. The gradients through a tied input
+    The zero sum $\sum_i g_i = 0$ is a property of the softmax head's gradient. The gradients through a tied input
     embedding break it (strongly), and so do a z-loss, logit soft-capping (slightly) and weight decay on the embedding.
 
     Args:
@@ -56,7 +57,7 @@ class CoupledAdam(AdamFamily):
 
     Source: Stollenwerk & Stollenwerk, "Better Embeddings with Coupled Adam", ACL 2025, arXiv 2502.08441, algorithm 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from coupled_adam import CoupledAdam
         >>> embedding, matrix = torch.nn.Embedding(100, 8), torch.nn.Linear(8, 8)

@@ -102,7 +102,7 @@ def beside(number: Number, x: Tensor) -> Number:
 
 
 def sum_of_squares(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
-    """As :func:`coupled_adam.optim.update.sum_of_squares`, without a temporary tensor of that size."""
+    """As ``coupled_adam.optim.update.sum_of_squares``, without a temporary tensor of that size."""
     check_shapes(grad, exp_avg)
     if c.coupling_factor == 0 and grad.numel() > 0 and kernels_apply(grad):
         threads = _threads(grad)
@@ -125,7 +125,7 @@ def move_rows_(
     step: Number,
     spectral: RankOne | None = None,
 ) -> None:
-    """As :func:`coupled_adam.optim.update.move_rows_`, in one pass and without temporary tensors of that size."""
+    """As ``coupled_adam.optim.update.move_rows_``, in one pass and without temporary tensors of that size."""
     check_shapes(param, exp_avg, grad, rows=root)
     if param.numel() > 0 and has_kernel(direction) and kernels_apply(param, grad, root, moment=exp_avg):
         kernel = _kernels().rows_kernel(DIRECTION[direction].numbers)
@@ -157,7 +157,7 @@ def move_elements_(
     step: Number,
     spectral: RankOne | None = None,
 ) -> None:
-    """As :func:`coupled_adam.optim.update.move_elements_`, in one pass and without temporary tensors of that size."""
+    """As ``coupled_adam.optim.update.move_elements_``, in one pass and without temporary tensors of that size."""
     check_shapes(param, exp_avg, exp_avg_sq, grad)
     if param.numel() > 0 and has_kernel(direction) and kernels_apply(param, grad, exp_avg_sq, moment=exp_avg):
         kernel = _kernels().elements_kernel(DIRECTION[direction].numbers)

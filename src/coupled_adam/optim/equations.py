@@ -2,7 +2,7 @@
 
 ``update.py`` applies them to tensors, ``kernels.py`` has numba compile them for one number at a time, and any other
 compiler of Python functions can take them as they are. ``x += …`` changes a tensor in place and gives a number its new
-value, so callers use what is returned. :class:`Coefficients` is the only place where bias corrections and the coupling
+value, so callers use what is returned. ``Coefficients`` is the only place where bias corrections and the coupling
 scale are folded in.
 
 Notation: θ parameter, g gradient, m and v first and second moment, η learning rate, λ weight decay, t step.

@@ -30,7 +30,7 @@ def param_groups(
         ValueError: no output embedding is found (the message lists candidates), or an entry of ``coupled`` is no
             trainable matrix of this model.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from coupled_adam import CoupledAdam, param_groups
         >>> model = nn.Sequential(nn.Embedding(100, 8), nn.LayerNorm(8), nn.Linear(8, 100, bias=False))

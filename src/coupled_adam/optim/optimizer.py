@@ -3,7 +3,6 @@
 The equations are in equations.py; update.py shows them at work on plain tensors.
 """
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -72,7 +71,7 @@ class AdamFamily(Optimizer):
             self.grad_norm = known.norm
             clip = clipping.coefficient(known.norm, bound)
             known = clipped(known, clip)
-        _move(known, clip)
+        _move(self.param_groups, known, clip)
         self._publish(known.work)
         return loss
 
@@ -171,18 +170,18 @@ class AdamFamily(Optimizer):
         restore(self, prepared, self._new_state)
 
 
-def _move(known: Known, clip: Number) -> None:
+def _move(groups: Sequence[ParamGroup], known: Known, clip: Number) -> None:
     """Move all parameters: group by group those that torch's AdamW takes, in one call, and then the others."""
-    for _, items in itertools.groupby(known.work, key=lambda item: id(item.group)):
+    for group in groups:
         torchs: list[Work] = []
         ours: list[Work] = []
-        for item in items:
-            by_torch = dispatch.takes_torchs_adamw(local(item.param), local(item.grad), item.group, clip)
+        for item in [item for item in known.work if item.group is group]:
+            by_torch = dispatch.takes_torchs_adamw(local(item.param), local(item.grad), group, clip)
             (torchs if by_torch else ours).append(item)
         if torchs:
             params, grads = [local(i.param) for i in torchs], [local(i.grad) for i in torchs]
             m, v, steps = ([local(i.state[key]) for i in torchs] for key in ("exp_avg", "exp_avg_sq", "step"))
-            dispatch.adamw_(params, grads, m, v, steps, torchs[0].group, clip)
+            dispatch.adamw_(params, grads, m, v, steps, group, clip)
         for item in ours:
             _move_one(item, known, clip)
 

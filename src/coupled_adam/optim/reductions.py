@@ -1,7 +1,7 @@
 """What an update needs to know of the whole tensor. The only place of the optimizers that may communicate.
 
 A reduction is a generator: it computes this process's part of a sum, yields it, and is sent the whole sum; the last
-that it yields is its result. :func:`run` runs many of them in step, so that the sums which they need at the same time
+that it yields is its result. ``run`` runs many of them in step, so that the sums which they need at the same time
 travel in one all-reduce.
 """
 

@@ -76,7 +76,7 @@ def move_elements_(
 ) -> None:
     """Move a parameter each of whose elements has a second moment. Modifies parameter and both moments in place.
 
-    Args as for :func:`move_rows_`; ``exp_avg_sq`` is float32 or float64, and all arithmetic is done in this dtype.
+    Args as for ``move_rows_``; ``exp_avg_sq`` is float32 or float64, and all arithmetic is done in this dtype.
     """
     dtype = exp_avg_sq.dtype
     g = grad.to(dtype)

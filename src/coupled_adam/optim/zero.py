@@ -21,7 +21,7 @@ if dist.is_available():
 
 
 class Adams_ZeRO(Adams):
-    """:class:`coupled_adam.Adams` whose moments and master weights are spread over the processes of a group.
+    """``coupled_adam.Adams`` whose moments and master weights are spread over the processes of a group.
 
     Every process holds the whole model, of plain tensors, and computes gradients of its own part of the batch; it is
     not wrapped in ``DistributedDataParallel``. A step averages the gradients over the processes (reduce-scatter),
@@ -41,11 +41,11 @@ class Adams_ZeRO(Adams):
         params: plain parameters, on the device that the process group serves, of any floating dtype.
         master_dtype: dtype of the master weights, in which gradients are averaged.
         process_group: the processes that share the state; None for all.
-        lr, betas, weight_decay, scalar_vector_weight_decay, coupling_scale, coupling_factor, max_grad_norm, maximize,
-            state_dtype: as for :class:`coupled_adam.Adams`.
+
+    All other arguments are those of ``coupled_adam.Adams``.
 
     Raises:
-        ValueError, TypeError: as :class:`coupled_adam.Adams`; also for parameters that are sharded already.
+        ValueError, TypeError: as ``coupled_adam.Adams``; also for parameters that are sharded already.
         RuntimeError: from ``step``, under an enabled ``GradScaler``: it skips a step in one process alone.
 
     Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054, stage 1 and 2; the interface is that of ``adams-torch``.
@@ -196,7 +196,7 @@ class Adams_ZeRO(Adams):
                     self._copy_master(param, self.state[param]["master"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint, as :meth:`Adams.load_state_dict`; parameters then are what its master weights are.
+        """Load a checkpoint, as ``Adams.load_state_dict``; parameters then are what its master weights are.
 
         Whole tensors are spread over the processes. One that has no master weights takes the parameters' values.
         """

@@ -1,6 +1,6 @@
 """Which definition a downstream task has: lm-eval's, that of lm-eval 0.4.3 where it differed, or a local one.
 
-The YAML files here restore the older definitions. They include a task by its name, and :func:`definitions` puts in the
+The YAML files here restore the older definitions. They include a task by its name, and ``definitions`` puts in the
 file that defines it, so that local data given for ``race`` serves ``race_043`` too.
 """
 

@@ -1,7 +1,7 @@
 """Takes a plot from a page: the part that a selector of Playwright names.
 
-python docs/plot.py runs/demo/report.html "#chart-embeddings" docs/embeddings.png
-python docs/plot.py runs/mini/report.html "section:has-text('Model and data size')" docs/sizes.png
+python tools/plot.py runs/demo/report.html "#chart-embeddings" docs/embeddings.png
+python tools/plot.py runs/mini/report.html "section:has-text('Model and data size')" docs/sizes.png
 """
 
 import shutil
