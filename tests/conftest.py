@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from paragraphs import paragraphs
 from playwright.sync_api import Browser, Page, sync_playwright
 from processes import Processes
@@ -18,6 +19,15 @@ from coupled_adam import progress
 from coupled_adam.lm.config import Experiment
 
 progress.show_log()  # as the command line does
+
+collect_ignore = ["lm/kill_run.py"]  # a program, not a module
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that a test asks for end with it: two that share a busy core make others ten times as slow."""
+    yield
+    torch.set_num_threads(1)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
