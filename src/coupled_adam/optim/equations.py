@@ -90,3 +90,17 @@ class Coefficients(NamedTuple):
             lr=lr,
             decay=lr * weight_decay,
         )
+
+    def halted(self, halt: Tensor) -> "Coefficients":
+        """Return coefficients with which nothing changes where ``halt`` is 1, and these where it is 0.
+
+        The gradient must be finite; ε is, so that no direction is 0/0.
+        """
+        live = 1 - halt
+        return self._replace(
+            first_rate=self.first_rate * live,
+            second_rate=self.second_rate * live,
+            eps=self.eps + halt,
+            lr=self.lr * live,
+            decay=self.decay * live,
+        )
