@@ -84,8 +84,8 @@ class Coefficients(NamedTuple):
             first_rate=1 - beta1,
             second_rate=1 - beta2,
             coupling_factor=coupling_factor,
-            first_scale=1 / (1 - beta1**step),
-            root_scale=(coupling_scale / (1 - beta2**step)) ** 0.5,
+            first_scale=(1 - beta1**step) ** -1,  # of tensors each operator is a launch, and a quotient two
+            root_scale=((1 - beta2**step) / coupling_scale) ** -0.5,
             eps=eps,
             lr=lr,
             decay=lr * weight_decay,

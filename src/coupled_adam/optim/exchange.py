@@ -38,16 +38,6 @@ class Work:
             return step.item()
         return step.to(torch.float64 if step.device.type in ("cpu", "cuda") else torch.float32)  # others may have none
 
-    def advance(self) -> None:
-        """Count the step. One that may be halted is counted where this is known."""
-        step: Tensor = self.state["step"]
-        if self.halt is None:
-            step += 1
-        elif step.device == self.halt.device:
-            step += 1 - self.halt
-        else:
-            self.state["step"] = step.to(self.halt.device, non_blocking=True) + (1 - self.halt)
-
     @property
     def coupled(self) -> bool:
         return bool(self.group["second_moment"] == "vocabulary")
@@ -80,6 +70,20 @@ class Work:
             coupling_factor=group["coupling_factor"],
             grad_factor=-clip if group["maximize"] else clip,
         )
+
+
+def advance(items: Sequence[Work]) -> None:
+    """Count a step of parameters that lie alike; one that may be halted is counted on the device, where this is known."""
+    halt, steps = items[0].halt, [item.state["step"] for item in items]
+    taken: Number = 1 if halt is None else 1 - halt
+    if len(steps) > 1 and steps[0].device.type != "cpu":
+        torch._foreach_add_(steps, taken)
+        return
+    for item, step in zip(items, steps, strict=True):
+        if halt is None or halt.device == step.device:
+            step += taken
+        else:
+            item.state["step"] = step.to(halt.device, non_blocking=True) + taken
 
 
 @dataclass(frozen=True)

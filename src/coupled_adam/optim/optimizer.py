@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer
 from coupled_adam.optim import clipping, dispatch, reductions, triton_launch
 from coupled_adam.optim.checks import check_grad, check_group, check_state, check_still_matrices, parameter_name
 from coupled_adam.optim.equations import Number
-from coupled_adam.optim.exchange import Known, ParamGroup, Work, clipped, exchange, shared_over
+from coupled_adam.optim.exchange import Known, ParamGroup, Work, advance, clipped, exchange, shared_over
 from coupled_adam.optim.state import new_state, prepare, restore
 
 
@@ -65,8 +65,7 @@ class AdamFamily(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.cuda.is_available() and not torch.compiler.is_compiling():
-            self._cuda_graph_capture_health_check()  # torch's: a captured step without capturable=True is an error
+        self._check_capture()
         self._create_missing_state()
         unscale, halt = self._amp_scaling()
         if isinstance(halt, bool):
@@ -145,6 +144,13 @@ class AdamFamily(Optimizer):
                     self.state[param] = self._new_state(param, group)
                 if "u" in self.state[param]:
                     self._warn_of_strong_decay(param, group, i)
+
+    def _check_capture(self) -> None:
+        """Raise RuntimeError if a graph is being captured that would count no steps."""
+        if torch.compiler.is_compiling() or all(group["capturable"] for group in self.param_groups):
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph can capture this step if the optimizer is built with capturable=True")
 
     def _new_state(self, param: Tensor, group: ParamGroup) -> dict[str, Any]:
         return new_state(param, group)
@@ -228,20 +234,19 @@ def _columns(items: Sequence[Work]) -> list[list[Tensor]]:
 
 def _likeness(item: Work) -> tuple[Any, ...]:
     """Return what parameters of a group must have in common to be moved by one launch, and should to be moved fast."""
-    step, even = item.steps, item.tensors[0].numel() % triton_launch.EVEN == 0
-    return (*((x.dtype, x.device) for x in item.tensors), step.device if isinstance(step, Tensor) else step, even)
+    step: Tensor = item.state["step"]
+    even = item.tensors[0].numel() % triton_launch.EVEN == 0
+    return (*((x.dtype, x.device) for x in item.tensors), step.item() if step.device.type == "cpu" else None, even)
 
 
 def _move_together(items: Sequence[Work], clip: Number) -> None:
-    steps = [item.state["step"] for item in items]
     step = items[0].steps + 1
     if isinstance(step, Tensor):
-        step = torch.stack(steps).to(step.dtype) + 1
+        step = torch.stack([item.state["step"] for item in items]).to(step.dtype) + 1
     params, grads, exp_avgs, exp_avg_sqs = _columns(items)
     c, direction = items[0].coefficients(step, clip), items[0].group["direction"]
     triton_launch.move_many_(params, exp_avgs, exp_avg_sqs, grads, c, direction, step, items[0].halt)
-    for item in items:
-        item.advance()
+    advance(items)
 
 
 def _move_one(item: Work, known: Known, clip: Number) -> None:
@@ -255,4 +260,4 @@ def _move_one(item: Work, known: Known, clip: Number) -> None:
     else:
         root = dispatch.root_of_rows_(exp_avg_sq, square, c, item.halt)
         dispatch.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral, item.halt)
-    item.advance()
+    advance([item])
