@@ -74,6 +74,8 @@ class Device(FakeTensorMode):
         devices |= {x.type for x in leaves if isinstance(x, torch.device)}
         if devices <= {"cpu"} and not any(isinstance(x, FakeTensor) for x in leaves):
             return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._fused_adamw_.tensor_lr:  # has no fake form, and does the same
+            func, kwargs = torch.ops.aten._fused_adamw_.default, {**kwargs, "lr": 0.0}
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 

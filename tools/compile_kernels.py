@@ -71,15 +71,20 @@ def variants() -> Iterator[Variant]:
     yield Variant("the same, steps on the device", "move_many", many | scales, {"toward": "atan2", "SCALES": True})
 
 
+def elements(variant: Variant) -> int:
+    """Return how many elements a program takes at once."""
+    simple = variant.kernel == "sum_rows" and "exp_avg" not in variant.types
+    return triton_launch.SUMMED if simple else triton_launch.MOVED
+
+
 def source(variant: Variant, columns: int) -> ASTSource:
     """Describe a kernel as a launch for rows of this length does, every tensor at a multiple of 16 bytes."""
     function = getattr(triton_kernels, variant.kernel)
-    summed = variant.kernel == "sum_rows"
-    width, tile = triton_launch._tile(columns, triton_launch.SUMMED if summed else triton_launch.MOVED)
-    constants = {"ROWS": triton_launch.ROWS, "TILE": tile, "WIDTH": width, "BLOCK": triton_launch.MOVED}
+    width, tile = triton_launch.tile_of(columns, elements(variant))
+    constants = {"ROWS": max(triton_launch.ROWS, tile), "TILE": tile, "WIDTH": width, "BLOCK": triton_launch.MOVED}
     constants |= {"MANY": triton_kernels.MANY, "EVEN": True, **variant.constants}
     if "toward" in constants:
-        constants["toward"] = triton_launch._form(DIRECTION[constants["toward"]].numbers)
+        constants["toward"] = triton_launch.form(DIRECTION[constants["toward"]].numbers)
     divisible = [["tt.divisibility", 16]]
     signature: dict[str, Any] = {}
     fixed: dict[tuple[int, ...], Any] = {}
@@ -126,13 +131,11 @@ def compiled(variant: Variant, columns: int, target: str) -> Figures:
 
 def _bits(variant: Variant, accesses: list[int], threads: int) -> int:
     """Return the width such that accesses of it or of more cover all that a thread reads and writes of the matrices."""
-    summed = variant.kernel == "sum_rows"
-    elements = (triton_launch.SUMMED if summed else triton_launch.MOVED) // threads
     size = {"*fp32": 32, "*bf16": 16}
     matrices = {name.removesuffix("s"): size[kind] for name, kind in variant.types.items() if kind in size}
     read = sum(matrices.get(name, 0) for name in MATRICES)
-    written = 0 if summed else read - matrices["grad"]
-    needed = elements * (read + written)
+    written = 0 if variant.kernel == "sum_rows" else read - matrices["grad"]
+    needed = elements(variant) // threads * (read + written)
     return next(bits for bits in (128, 64, 32, 16, 0) if sum(x for x in accesses if x >= bits) >= needed)
 
 

@@ -66,8 +66,8 @@ def test_the_fake_device_would_show_it() -> None:
         x = torch.ones(3, device="cuda")
         with pytest.raises(Exception, match="_local_scalar_dense"):
             x.sum().item()
-        x.to("cpu")
-        torch.ones(3, device="cpu").to("cuda")
+        for y, device in ((x, "cpu"), (torch.ones(3, device="cpu"), "cuda")):
+            torch.ops.aten._to_copy(y, device=torch.device(device))
     assert len(counts.copies) == 2
 
 

@@ -77,7 +77,7 @@ def advance(items: Sequence[Work]) -> None:
     halt, steps = items[0].halt, [item.state["step"] for item in items]
     taken: Number = 1 if halt is None else 1 - halt
     if len(steps) > 1 and steps[0].device.type != "cpu":
-        torch._foreach_add_(steps, taken)
+        torch._foreach_add_(steps, taken if halt is None else [taken] * len(steps))
         return
     for item, step in zip(items, steps, strict=True):
         if halt is None or halt.device == step.device:

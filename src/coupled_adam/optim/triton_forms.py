@@ -36,7 +36,7 @@ def triton_form(function: Callable[..., Any]) -> Any:
     """
     try:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError) as error:
         raise NoForm(f"{function!r} has no source of its own") from error
     if not isinstance(definition, ast.FunctionDef):
         raise NoForm(f"{function.__name__} is no plain function")

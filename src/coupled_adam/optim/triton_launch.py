@@ -29,7 +29,7 @@ PLAIN = [Tensor, torch.nn.Parameter]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = (torch.float32, torch.bfloat16)
 
-#: Elements of the tile that a program moves, and of the one that it sums over its rows.
+#: Elements of the tile that a program moves, or sums with κ, and of the one that it sums without.
 MOVED, SUMMED = 1024, 2048
 #: Rows that one program sums.
 ROWS = 256
@@ -53,7 +53,7 @@ def kernels() -> Any:
 
 
 @functools.cache
-def _form(numbers: Any) -> Any:
+def form(numbers: Any) -> Any:
     """Return a direction as Triton takes it; None if it has no such form."""
     from coupled_adam.optim import triton_forms
 
@@ -85,18 +85,18 @@ def apply(*tensors: Tensor, moment: Tensor | None = None, direction: str | None 
     if direction is None:
         return True
     numbers = DIRECTION[direction].numbers
-    return numbers is not None and _form(numbers) is not None
+    return numbers is not None and form(numbers) is not None
 
 
 def sum_of_squares(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
     """As ``coupled_adam.optim.update.sum_of_squares``: in two stages of a fixed order, the same every time."""
     _check(grad, exp_avg, matrices=True)
     rows, columns = grad.shape
-    width, tile = _tile(columns, SUMMED)
+    simple = c.coupling_factor == 0
+    width, tile = tile_of(columns, SUMMED if simple else MOVED)
     blocks = -(-rows // max(ROWS, tile))
     total = torch.empty(blocks, columns, dtype=torch.float32, device=grad.device)
     f, rate, factor = _numbers((c.grad_factor, c.first_rate, c.coupling_factor), grad)
-    simple = c.coupling_factor == 0
     arguments = (grad, None if simple else exp_avg, total, rows, columns, f, rate, factor)
     launch("sum_rows", (blocks, -(-columns // width)), *arguments, ROWS=max(ROWS, tile), TILE=tile, WIDTH=width)
     whole = total.sum(0, keepdim=True, dtype=torch.float64)
@@ -164,7 +164,7 @@ def _move_matrix_(
 ) -> None:
     columns, period = param.shape[-1], param.shape[-2]
     rows = param.numel() // columns
-    width, tile = _tile(columns, MOVED)
+    width, tile = tile_of(columns, MOVED)
     column, row = (None, None) if spectral is None else (x.contiguous() for x in spectral)
     for x, shape in ((column, param.shape[:-1]), (row, (*param.shape[:-2], columns))):
         if x is not None and (x.shape != shape or x.dtype != torch.float32 or x.device != param.device):
@@ -172,7 +172,7 @@ def _move_matrix_(
     tensors = (param, exp_avg, exp_avg_sq, grad, root, column, row, halt)
     numbers = (*_numbers(c, param), _seed(exp_avg, step))
     grid = (-(-rows // tile), -(-columns // width))
-    toward = _form(DIRECTION[direction].numbers)
+    toward = form(DIRECTION[direction].numbers)
     launch("move_matrix", grid, *tensors, rows, columns, period, *numbers, toward=toward, TILE=tile, WIDTH=width)
     increment_version([x for x in (param, exp_avg, exp_avg_sq) if x is not None])
 
@@ -199,7 +199,7 @@ def move_many_(
     for tensors in (params, exp_avgs, exp_avg_sqs, grads):
         if any(x.dtype != tensors[0].dtype or x.device != params[0].device or _address(x) % 16 for x in tensors):
             raise RuntimeError("tensors that move together need one dtype, one device, and multiples of 16 bytes")
-    many, toward = kernels().MANY, _form(DIRECTION[direction].numbers)
+    many, toward = kernels().MANY, form(DIRECTION[direction].numbers)
     scales = isinstance(step, Tensor) and step.ndim == 1
     seed = _seed(exp_avgs[0], step)
     for first in range(0, len(params), many):
@@ -232,7 +232,7 @@ def launch(name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) 
         getattr(kernels(), name)[grid](*arguments, **constants, num_warps=4, enable_fp_fusion=False)
 
 
-def _tile(columns: int, elements: int) -> tuple[int, int]:
+def tile_of(columns: int, elements: int) -> tuple[int, int]:
     """Return width and height of a tile for rows of this length: powers of 2."""
     width = min(1 << (columns - 1).bit_length(), WIDTH)
     return width, elements // width
@@ -258,7 +258,7 @@ def _address(x: Tensor) -> int:
 
 
 def _check(param: Tensor, exp_avg: Tensor, *others: Tensor, matrices: bool = False) -> None:
-    """Raise RuntimeError unless the tensors have one shape and device, are contiguous and of dtypes that kernels know."""
+    """Raise RuntimeError unless the tensors have one shape and device, are contiguous, and of dtypes for kernels."""
     tensors = (param, exp_avg, *others)
     if any(x.shape != param.shape for x in tensors) or (matrices and param.ndim != 2) or param.numel() == 0:
         raise RuntimeError(f"parameter, gradient and state do not fit together: {[tuple(x.shape) for x in tensors]}")
