@@ -152,6 +152,24 @@ def test_launches_of_a_clipped_gpt2() -> None:
     assert counts.moved < 30 * sum(torch.Size(shape).numel() for shape in shapes)
 
 
+def test_the_published_form_that_the_benchmark_times_takes_our_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    published = program("benchmarks/gpu_step.py").Published
+    for clip in (False, True):
+        outcomes = []
+        for make in (gpu.ours, published):
+            generator = torch.Generator().manual_seed(0)
+            params = [torch.randn(shape, generator=generator).requires_grad_() for shape in SHAPES]
+            step = make(params, clip)
+            for _ in range(5):
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=generator)
+                step()
+            outcomes.append([p.detach() for p in params])
+        for x, y in zip(*outcomes, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
 def test_the_table_in_the_documentation_is_what_is_counted() -> None:
     text = (ROOT / "docs/gpu.md").read_text("utf-8")
     assert [line for line in gpu.rows() if line not in text] == []

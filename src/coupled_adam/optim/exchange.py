@@ -73,7 +73,7 @@ class Work:
 
 
 def advance(items: Sequence[Work]) -> None:
-    """Count a step of parameters that lie alike; one that may be halted is counted on the device, where this is known."""
+    """Count a step of parameters that lie alike; one that may be halted is counted on the device, which knows."""
     halt, steps = items[0].halt, [item.state["step"] for item in items]
     taken: Number = 1 if halt is None else 1 - halt
     if len(steps) > 1 and steps[0].device.type != "cpu":
