@@ -154,8 +154,8 @@ def mutates(func: Any) -> bool:
     return any(written_to(argument) for argument in func._schema.arguments)
 
 
-#: Tensors and blocks that one launch of torch's multi-tensor kernels takes, by how many lists go in, and the elements of
-#: a block (ATen/native/cuda/MultiTensorApply.cuh); inputs of one launch that concatenates (Shape.cu).
+#: Tensors, by how many lists go in, and blocks that one launch of torch's multi-tensor kernels takes, and the elements
+#: of a block (ATen/native/cuda/MultiTensorApply.cuh); inputs of one launch that concatenates (Shape.cu).
 MOST_TENSORS, MOST_BLOCKS, BLOCK, CONCATENATED = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65_536, 128
 
 

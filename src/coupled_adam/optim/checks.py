@@ -73,7 +73,8 @@ def check_param(param: Tensor, name: str, optimizer: str, *, coupled: bool) -> N
 def check_state(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
     """Raise RuntimeError if the group's i-th parameter is not what group and state were made for."""
     param: Tensor = group["params"][i]
-    if group["capturable"] and param.device.type not in CAPTURE_DEVICES:
+    # While it compiles a step, torch sets the flag by itself.
+    if group["capturable"] and param.device.type not in CAPTURE_DEVICES and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"capturable=True keeps the step count on the device, but {parameter_name(group, i)} is on {param.device}: "
             f"move the model to one of {CAPTURE_DEVICES}, or leave capturable False"

@@ -75,15 +75,16 @@ class Work:
 def advance(items: Sequence[Work]) -> None:
     """Count a step of parameters that lie alike; one that may be halted is counted on the device, which knows."""
     halt, steps = items[0].halt, [item.state["step"] for item in items]
-    taken: Number = 1 if halt is None else 1 - halt
-    if len(steps) > 1 and steps[0].device.type != "cpu":
-        torch._foreach_add_(steps, taken if halt is None else [taken] * len(steps))
-        return
-    for item, step in zip(items, steps, strict=True):
-        if halt is None or halt.device == step.device:
-            step += taken
-        else:
-            item.state["step"] = step.to(halt.device, non_blocking=True) + taken
+    if halt is None and (len(steps) == 1 or steps[0].device.type == "cpu"):
+        for step in steps:
+            step += 1
+    elif halt is None:
+        torch._foreach_add_(steps, 1)
+    elif halt.device == steps[0].device:
+        torch._foreach_add_(steps, [1 - halt] * len(steps))
+    else:  # the first time: from now on the counts stay there
+        for item, step in zip(items, steps, strict=True):
+            item.state["step"] = step.to(halt.device, non_blocking=True) + (1 - halt)
 
 
 @dataclass(frozen=True)
