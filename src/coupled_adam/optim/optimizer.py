@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from coupled_adam.optim import clipping, dispatch, reductions, update
+from coupled_adam.optim import clipping, dispatch, reductions, triton_launch
 from coupled_adam.optim.checks import check_grad, check_group, check_state, check_still_matrices, parameter_name
 from coupled_adam.optim.equations import Number
-from coupled_adam.optim.exchange import Known, ParamGroup, Work, clipped, exchange, shared_over
-from coupled_adam.optim.reductions import local
+from coupled_adam.optim.exchange import Known, ParamGroup, Work, advance, clipped, exchange, shared_over
 from coupled_adam.optim.state import new_state, prepare, restore
 
 
@@ -25,6 +24,9 @@ class AdamFamily(Optimizer):
 
     grad_norm: Tensor | None = None
     """Global norm of the gradients of the last step, before clipping; None unless ``max_grad_norm`` is set."""
+
+    #: ``torch.amp.GradScaler`` then hands over its scale and whether it has found an infinity, and reads neither.
+    _step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group. Its missing keys take the defaults of the constructor; it is checked like the others."""
@@ -63,17 +65,41 @@ class AdamFamily(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_capture()
         self._create_missing_state()
+        unscale, halt = self._amp_scaling()
+        if isinstance(halt, bool):
+            if halt:
+                return loss
+            halt = None
         bound: float | None = self.param_groups[0]["max_grad_norm"] if self.param_groups else None
-        known = exchange(self._collect(), held=None if bound is None else self._held())
-        clip: Number = 1.0
+        work = self._collect()
+        for item in work:
+            item.halt = None if halt is None else halt.to(item.grad.device)
+        rescaled = bound is not None or not dispatch.is_one(unscale)
+        known = exchange(work, held=None if bound is None else self._held(), rescaled=rescaled)
+        clip = unscale
         if bound is not None and known.norm is not None:
-            self.grad_norm = known.norm
-            clip = clipping.coefficient(known.norm, bound)
+            self.grad_norm = known.norm if dispatch.is_one(unscale) else known.norm * unscale
+            clip = clipping.coefficient(self.grad_norm, bound)
+            clip = clip if dispatch.is_one(unscale) else clip * unscale
+        if rescaled:
             known = clipped(known, clip)
         _move(self.param_groups, known, clip)
         self._publish(known.work)
         return loss
+
+    def _amp_scaling(self) -> tuple[Number, Tensor | bool | None]:
+        """Return what to multiply gradients by, and whether GradScaler has found an infinity among them.
+
+        Both are numbers where reading them is free; the latter else 0 or 1 on the device, or None without a scaler.
+        """
+        scale: Tensor | None = getattr(self, "grad_scale", None)  # None if the gradients are unscaled already
+        found: Tensor | None = getattr(self, "found_inf", None)
+        unscale: Number = 1.0 if scale is None else 1.0 / (float(scale) if scale.device.type == "cpu" else scale)
+        if found is None or found.device.type == "cpu":
+            return unscale, None if found is None else bool(found)
+        return unscale, (found != 0).to(torch.float32).reshape(())
 
     def _target(self, param: Tensor) -> Tensor:
         """Return the tensor that the step updates for a parameter: itself, or its master weights."""
@@ -118,6 +144,13 @@ class AdamFamily(Optimizer):
                     self.state[param] = self._new_state(param, group)
                 if "u" in self.state[param]:
                     self._warn_of_strong_decay(param, group, i)
+
+    def _check_capture(self) -> None:
+        """Raise RuntimeError if a graph is being captured that would count no steps."""
+        if torch.compiler.is_compiling() or all(group["capturable"] for group in self.param_groups):
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph can capture this step if the optimizer is built with capturable=True")
 
     def _new_state(self, param: Tensor, group: ParamGroup) -> dict[str, Any]:
         return new_state(param, group)
@@ -174,28 +207,57 @@ def _move(groups: Sequence[ParamGroup], known: Known, clip: Number) -> None:
     """Move all parameters: group by group those that torch's AdamW takes, in one call, and then the others."""
     for group in groups:
         torchs: list[Work] = []
-        ours: list[Work] = []
+        together: dict[Any, list[Work]] = {}
+        alone: list[Work] = []
         for item in [item for item in known.work if item.group is group]:
-            by_torch = dispatch.takes_torchs_adamw(local(item.param), local(item.grad), group, clip)
-            (torchs if by_torch else ours).append(item)
+            tensors = item.tensors
+            if dispatch.takes_torchs_adamw(*tensors, group, clip, item.halt):
+                torchs.append(item)
+            elif not (item.coupled or item.spectral) and dispatch.moves_together(*tensors, group["direction"]):
+                together.setdefault(_likeness(item), []).append(item)
+            else:
+                alone.append(item)
         if torchs:
-            params, grads = [local(i.param) for i in torchs], [local(i.grad) for i in torchs]
-            m, v, steps = ([local(i.state[key]) for i in torchs] for key in ("exp_avg", "exp_avg_sq", "step"))
-            dispatch.adamw_(params, grads, m, v, steps, group, clip)
-        for item in ours:
+            params, grads, exp_avgs, exp_avg_sqs = _columns(torchs)
+            steps = [item.state["step"] for item in torchs]
+            dispatch.adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, group, clip, torchs[0].halt)
+        for items in together.values():
+            _move_together(items, clip)
+        for item in alone:
             _move_one(item, known, clip)
 
 
+def _columns(items: Sequence[Work]) -> list[list[Tensor]]:
+    """List parameters, gradients, first and second moments of this process."""
+    return [list(column) for column in zip(*(item.tensors for item in items), strict=True)]
+
+
+def _likeness(item: Work) -> tuple[Any, ...]:
+    """Return what parameters of a group must have in common to be moved by one launch, and should to be moved fast."""
+    step: Tensor = item.state["step"]
+    even = item.tensors[0].numel() % triton_launch.EVEN == 0
+    return (*((x.dtype, x.device) for x in item.tensors), step.item() if step.device.type == "cpu" else None, even)
+
+
+def _move_together(items: Sequence[Work], clip: Number) -> None:
+    step = items[0].steps + 1
+    if isinstance(step, Tensor):
+        step = torch.stack([item.state["step"] for item in items]).to(step.dtype) + 1
+    params, grads, exp_avgs, exp_avg_sqs = _columns(items)
+    c, direction = items[0].coefficients(step, clip), items[0].group["direction"]
+    triton_launch.move_many_(params, exp_avgs, exp_avg_sqs, grads, c, direction, step, items[0].halt)
+    advance(items)
+
+
 def _move_one(item: Work, known: Known, clip: Number) -> None:
-    param, grad = local(item.param), local(item.grad)
-    exp_avg, exp_avg_sq = local(item.state["exp_avg"]), local(item.state["exp_avg_sq"])
+    param, grad, exp_avg, exp_avg_sq = item.tensors
     square = known.mean_square(item, clip) if item.coupled else None
     spectral = known.triple(item) if item.spectral else None
-    item.state["step"] += 1
-    step, direction = item.steps, item.group["direction"]
+    step, direction = item.steps + 1, item.group["direction"]
     c = item.coefficients(step, clip)
     if square is None:
-        dispatch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral)
+        dispatch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral, item.halt)
     else:
-        root = update.root_of_rows_(exp_avg_sq, square, c)
-        dispatch.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral)
+        root = dispatch.root_of_rows_(exp_avg_sq, square, c, item.halt)
+        dispatch.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral, item.halt)
+    advance([item])

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from coupled_adam.optim.adams import Adams
 from coupled_adam.optim.checks import check_grad, parameter_name
+from coupled_adam.optim.equations import Number
 from coupled_adam.optim.exchange import ParamGroup, Work, shared_over
 from coupled_adam.optim.reductions import placed_like
 from coupled_adam.optim.state import new_state
@@ -50,9 +51,6 @@ class Adams_ZeRO(Adams):
 
     Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054, stage 1 and 2; the interface is that of ``adams-torch``.
     """
-
-    #: Makes GradScaler call ``step`` in every case, which then can say that it does not go together.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -147,12 +145,15 @@ class Adams_ZeRO(Adams):
         master = self._master(param)
         return {**new_state(master, group), "master": master}
 
-    def _collect(self) -> list[Work]:
+    def _amp_scaling(self) -> tuple[Number, Tensor | bool | None]:
         if getattr(self, "found_inf", None) is not None:  # GradScaler sets it, whether or not it has unscaled before
             raise RuntimeError(
                 "Adams_ZeRO does not work with GradScaler, which skips a step in the processes that find an infinity "
                 "and not in the others; train in bfloat16, which needs no scaling, or use FSDP2 with Adams"
             )
+        return super()._amp_scaling()
+
+    def _collect(self) -> list[Work]:
         candidates = []
         for group in self.param_groups:
             for i, param in enumerate(group["params"]):
