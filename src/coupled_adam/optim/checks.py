@@ -88,17 +88,19 @@ def check_state(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
     made_for: torch.Size = state["exp_avg"].shape
     row = torch.Size((1, *made_for[1:])) if coupled else made_for
     master: torch.Size = state["master"].shape if "master" in state else made_for
-    if shape != made_for or master != made_for or state["exp_avg_sq"].shape != row:
+    fits = shape == master == made_for and state["exp_avg_sq"].shape == row
+    if not fits or ("u" in state and state["u"].shape != made_for[:-1]):
         raise RuntimeError(
             f"{parameter_name(group, i)} has shape {tuple(shape)}, but its optimizer state is for {tuple(made_for)}: "
             "it was resized after the first step. Build a new optimizer after resizing, as by resize_token_embeddings"
         )
 
 
-def check_still_matrices(group: dict[str, Any]) -> None:
-    """Raise RuntimeError if no parameter of a group that had matrices for spectral decay is a matrix any more."""
-    if group["params"] and not any(param.ndim >= 2 for param in group["params"]):
-        raise RuntimeError(_flattened(group, 0, "no singular value to decay"))
+def check_still_matrices(group: dict[str, Any], matrices: int) -> None:
+    """Raise RuntimeError if some of the ``matrices`` that a group had for spectral decay are flat by now."""
+    flat = [i for i, param in enumerate(group["params"]) if param.ndim < 2]
+    if flat and len(group["params"]) - len(flat) < matrices:
+        raise RuntimeError(_flattened(group, flat[0], "no singular value to decay"))
 
 
 def _flattened(group: dict[str, Any], i: int, consequence: str) -> str:

@@ -161,7 +161,7 @@ def move_rows_(
     halt: Tensor | None = None,
 ) -> None:
     """As ``coupled_adam.optim.update.move_rows_``, in one pass and without temporary tensors of that size."""
-    check_shapes(param, exp_avg, grad, rows=root)
+    check_shapes(param, exp_avg, grad, rows=root, spectral=spectral)
     if param.numel() > 0 and has_kernel(direction) and kernels_apply(param, grad, root, moment=exp_avg):
         kernel = _kernels().rows_kernel(DIRECTION[direction].numbers)
         moment, seed = _moment(exp_avg, step)
@@ -195,7 +195,7 @@ def move_elements_(
     halt: Tensor | None = None,
 ) -> None:
     """As ``coupled_adam.optim.update.move_elements_``, in one pass and without temporary tensors of that size."""
-    check_shapes(param, exp_avg, exp_avg_sq, grad)
+    check_shapes(param, exp_avg, exp_avg_sq, grad, spectral=spectral)
     if param.numel() > 0 and has_kernel(direction) and kernels_apply(param, grad, exp_avg_sq, moment=exp_avg):
         kernel = _kernels().elements_kernel(DIRECTION[direction].numbers)
         moment, seed = _moment(exp_avg.view(-1), step)
@@ -230,13 +230,17 @@ def _halted(grad: Tensor, c: Coefficients, halt: Tensor | None) -> tuple[Tensor,
     return (grad, c) if halt is None else (torch.where(halt > 0, 0, grad), c.halted(halt))
 
 
-def check_shapes(first: Tensor, *others: Tensor, rows: Tensor | None = None) -> None:
-    """Raise RuntimeError unless all have one shape, and ``rows`` is (1, H) beside a matrix (R, H)."""
+def check_shapes(first: Tensor, *others: Tensor, rows: Tensor | None = None, spectral: RankOne | None = None) -> None:
+    """Raise RuntimeError unless all have one shape, ``rows`` is (1, H) beside a matrix, and ``spectral`` fits it."""
     fit = all(x.shape == first.shape for x in others)
     if rows is not None:
         fit = fit and first.ndim == 2 and rows.shape == (1, first.shape[1])
+    if spectral is not None:
+        fit = fit and spectral.column.shape == first.shape[:-1]
+        fit = fit and spectral.row.shape == (*first.shape[:-2], first.shape[-1])
     if not fit:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (first, *others, *([] if rows is None else [rows])))
+        tensors = (first, *others, *([] if rows is None else [rows]), *(spectral or ()))
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
         raise RuntimeError(f"parameter, gradient and state do not fit together: they have the shapes {shapes}")
 
 

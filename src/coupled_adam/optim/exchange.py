@@ -23,6 +23,8 @@ class Work:
     grad: Tensor
     state: dict[str, Any]
     group: ParamGroup
+    number: int
+    """Of the group."""
     shared_over: ProcessGroups
     """The process groups over which the reductions of this parameter communicate."""
     present: bool = True
@@ -70,6 +72,11 @@ class Work:
             coupling_factor=group["coupling_factor"],
             grad_factor=-clip if group["maximize"] else clip,
         )
+
+
+def halt_beside(param: Tensor, halt: Tensor | bool) -> Tensor | None:
+    """Return what ``Work.halt`` is for a parameter, if ``halt`` is known on some device; None if nothing halts."""
+    return halt.to(local(param).device) if isinstance(halt, Tensor) else None
 
 
 def advance(items: Sequence[Work]) -> None:
