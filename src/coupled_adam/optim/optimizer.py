@@ -80,9 +80,13 @@ class AdamFamily(Optimizer):
         known = exchange(work, held=None if bound is None else self._held(), rescaled=rescaled)
         clip = unscale
         if bound is not None and known.norm is not None:
-            self.grad_norm = known.norm if dispatch.is_one(unscale) else known.norm * unscale
-            clip = clipping.coefficient(self.grad_norm, bound)
-            clip = clip if dispatch.is_one(unscale) else clip * unscale
+            self.grad_norm = known.norm
+            if dispatch.is_one(unscale):
+                clip = clipping.coefficient(known.norm, bound)
+            else:
+                unscale = dispatch.beside(unscale, known.norm)
+                self.grad_norm = known.norm * unscale
+                clip = clipping.coefficient(self.grad_norm, bound) * unscale
         if rescaled:
             known = clipped(known, clip)
         _move(self.param_groups, known, clip)
@@ -96,7 +100,9 @@ class AdamFamily(Optimizer):
         """
         scale: Tensor | None = getattr(self, "grad_scale", None)  # None if the gradients are unscaled already
         found: Tensor | None = getattr(self, "found_inf", None)
-        unscale: Number = 1.0 if scale is None else 1.0 / (float(scale) if scale.device.type == "cpu" else scale)
+        unscale: Number = 1.0
+        if scale is not None:
+            unscale = 1.0 / (float(scale) if scale.device.type == "cpu" else scale.reshape(()))
         if found is None or found.device.type == "cpu":
             return unscale, None if found is None else bool(found)
         return unscale, (found != 0).to(torch.float32).reshape(())
