@@ -89,7 +89,7 @@ def sum_rows(
         else:
             factor = _number(grad_factor)
             m = first_moment(_read(exp_avg + first * columns, at, here), g, factor, first_rate)
-            part += squared(g, m, factor, coupling_factor)
+            part += squared(g, m, factor, _number(coupling_factor))
     tl.store(total + tl.program_id(0).to(tl.int64) * columns + j, tl.sum(part, 0), mask=j < columns)
 
 
@@ -151,11 +151,11 @@ def move_matrix(
     _write_moment(exp_avg + start, at, here, m, start + at, seed)
     if root is None:
         v = _read(exp_avg_sq + start, at, here)
-        v = second_moment(v, squared(g, m, _number(grad_factor), coupling_factor), second_rate)
+        v = second_moment(v, squared(g, m, _number(grad_factor), _number(coupling_factor)), second_rate)
         tl.store(exp_avg_sq + start + at, v, mask=here)
-        way = toward(_number(first_scale) * m, _number(root_scale) * tl.sqrt_rn(v), eps)
+        way = toward(_number(first_scale) * m, _number(root_scale) * tl.sqrt_rn(v), _number(eps))
     else:
-        way = toward(_number(first_scale) * m, _read(root, j, j < columns)[None, :], eps)
+        way = toward(_number(first_scale) * m, _read(root, j, j < columns)[None, :], _number(eps))
     if column is None:
         theta = moved(theta, theta, _number(decay), _number(lr), way)
     else:
@@ -228,7 +228,9 @@ def move_many(
         if seed is not None:
             seed += which
     _write_moment(exp_avg, 0, here, m, at, seed)
-    v = second_moment(_read(exp_avg_sq, 0, here), squared(g, m, _number(grad_factor), coupling_factor), second_rate)
+    v = second_moment(
+        _read(exp_avg_sq, 0, here), squared(g, m, _number(grad_factor), _number(coupling_factor)), second_rate
+    )
     tl.store(exp_avg_sq, v, mask=here)
-    way = toward(_number(first_scale) * m, _number(root_scale) * tl.sqrt_rn(v), eps)
+    way = toward(_number(first_scale) * m, _number(root_scale) * tl.sqrt_rn(v), _number(eps))
     tl.store(param, moved(theta, theta, _number(decay), _number(lr), way), mask=here)
