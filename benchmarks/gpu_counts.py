@@ -211,13 +211,13 @@ def kernel_bytes(name: str, arguments: Any) -> tuple[list[Tensor], list[Tensor]]
     given = dict(zip(function.arg_names, arguments, strict=False))
     if name == "move_many":
         real = [size > 1 << 32 for size in given["sizes"]]  # the others fill up
-        for key in ("params", "exp_avgs", "exp_avg_sqs", "grads"):
+        for key in ("parameters", "exp_avgs", "exp_avg_sqs", "grads"):
             given[key] = [x for x, there in zip(given[key], real, strict=True) if there]
     writes = {
         "sum_rows": ["total"],
         "root_of_rows": ["exp_avg_sq", "root"],
         "move_matrix": ["param", "exp_avg", "exp_avg_sq"],
-        "move_many": ["params", "exp_avgs", "exp_avg_sqs"],
+        "move_many": ["parameters", "exp_avgs", "exp_avg_sqs"],
     }[name]
     only = {"total", "root"} if name in ("sum_rows", "root_of_rows") else set()
     return fakes([x for key, x in given.items() if key not in only]), fakes([given[key] for key in writes])

@@ -27,6 +27,7 @@ from coupled_adam.optim.directions import DIRECTION
 TARGETS = ("sm_80", "sm_90", "sm_100")
 WIDTHS = (768, 1024, 4096)
 MATRICES = ("param", "exp_avg", "exp_avg_sq", "grad")
+MANY = ("parameters", "exp_avgs", "exp_avg_sqs", "grads")
 ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -64,7 +65,7 @@ def variants() -> Iterator[Variant]:
     halted = elementwise | spectral | {"halt": "*fp32"}
     yield Variant("matrix, atan2, spectral decay", "move_matrix", moves | elementwise | spectral, {"toward": "atan2"})
     yield Variant("the same under GradScaler", "move_matrix", moves | halted, {"toward": "atan2"})
-    many = dict.fromkeys(("params", "exp_avgs", "exp_avg_sqs", "grads"), "*fp32") | {"sizes": "i64"} | numbers | clipped
+    many = dict.fromkeys(MANY, "*fp32") | {"sizes": "i64"} | numbers | clipped
     scales = {"first_scale": "*fp64", "root_scale": "*fp64", "halt": "*fp32"}
     for direction in DIRECTION:
         yield Variant(f"many tensors, {direction}", "move_many", many, {"toward": direction, "SCALES": False})
@@ -93,7 +94,7 @@ def source(variant: Variant, columns: int) -> ASTSource:
         kind = variant.types.get(name)
         if kind is None:
             signature[name], fixed[(i,)] = "constexpr", constants.get(name)
-        elif variant.kernel == "move_many" and name in ("params", "exp_avgs", "exp_avg_sqs", "grads", "sizes"):
+        elif variant.kernel == "move_many" and name in (*MANY, "sizes"):
             signature[name] = (kind,) * triton_kernels.MANY
             attributes |= {(i, k): divisible for k in range(triton_kernels.MANY)}
         else:
@@ -132,9 +133,12 @@ def compiled(variant: Variant, columns: int, target: str) -> Figures:
 def _bits(variant: Variant, accesses: list[int], threads: int) -> int:
     """Return the width such that accesses of it or of more cover all that a thread reads and writes of the matrices."""
     size = {"*fp32": 32, "*bf16": 16}
-    matrices = {name.removesuffix("s"): size[kind] for name, kind in variant.types.items() if kind in size}
-    read = sum(matrices.get(name, 0) for name in MATRICES)
-    written = 0 if variant.kernel == "sum_rows" else read - matrices["grad"]
+    param, exp_avg, exp_avg_sq, grad = (
+        size.get(variant.types.get(one) or variant.types.get(many, ""), 0)
+        for one, many in zip(MATRICES, MANY, strict=True)
+    )
+    read = param + exp_avg + exp_avg_sq + grad
+    written = 0 if variant.kernel == "sum_rows" else read - grad
     needed = elements(variant) // threads * (read + written)
     return next(bits for bits in (128, 64, 32, 16, 0) if sum(x for x in accesses if x >= bits) >= needed)
 

@@ -79,8 +79,6 @@ def test_matrices(
     monkeypatch.setattr(triton_launch, "ROWS", 16)  # several blocks of them
     numbers = itertools.product([0.0, 0.1], [(1.0, False), (0.37, True), (-1.0, True)], [True, False])
     for i, (factor, (grad_factor, device), shared) in enumerate(numbers):
-        if not (shared or spectral):
-            continue
         param, grad, exp_avg, noise = tensors(shape, 4, seed=i)
         exp_avg = exp_avg.bfloat16() if narrow else exp_avg
         exp_avg_sq = noise.square().mean(0, keepdim=True) if shared else noise.square()

@@ -32,6 +32,10 @@ def program(path: str) -> ModuleType:
 
 gpu = program("benchmarks/gpu_counts.py")
 
+with_triton = pytest.mark.skipif(
+    not dispatch.triton_launch.HAS_TRITON, reason="the extra `triton` has no wheel for this system"
+)
+
 #: A coupled matrix, matrices and vectors.
 SHAPES = [(50, 24), (24, 24), (24, 8), (24,), (3,), ()]
 KINDS: dict[str, Callable] = {
@@ -135,6 +139,7 @@ def test_blocks_are_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls) == expected
 
 
+@with_triton
 def test_launches_of_a_coupled_matrix() -> None:
     counts = gpu.counted(gpu.MATRIX, gpu.ours, clip=False)
     ours = [name for name in counts.names if name in ("sum_rows", "move_matrix")]
@@ -143,6 +148,7 @@ def test_launches_of_a_coupled_matrix() -> None:
     assert counts.peak < 0.01 * 4 * 50_304 * 768
 
 
+@with_triton
 def test_launches_of_a_clipped_gpt2() -> None:
     shapes = gpu.gpt2()
     assert len(shapes) == 148
@@ -170,6 +176,7 @@ def test_the_published_form_that_the_benchmark_times_takes_our_step(monkeypatch:
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+@with_triton
 def test_the_table_in_the_documentation_is_what_is_counted() -> None:
     text = (ROOT / "docs/gpu.md").read_text("utf-8")
     assert [line for line in gpu.rows() if line not in text] == []

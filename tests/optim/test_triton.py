@@ -1,4 +1,4 @@
-"""The GPU kernels without a GPU: run by Triton's interpreter, and compiled for a card."""
+"""The GPU kernels without a GPU: run by Triton's interpreter, compiled for a card, and launched all but the end."""
 
 import os
 import subprocess
@@ -7,11 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from test_gpu import program
+from torch.utils._pytree import tree_map_only
 
 pytest.importorskip("triton", reason="the extra `triton` has no wheel for this system")
 
-from coupled_adam.optim import directions, equations, rounding, triton_forms
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import MockTensor
+
+from coupled_adam.optim import directions, equations, rounding, triton_forms, triton_launch
 from coupled_adam.optim.triton_forms import NoForm, triton_form
 
 compiler = program("tools/compile_kernels.py")
@@ -35,6 +41,46 @@ def test_compiled_for_a_card_nothing_spills_and_memory_is_reached_in_the_widest_
 def test_rows_of_any_length_compile(columns: int) -> None:
     for label in ("column sums", "rows, ratio"):
         assert compiler.compiled(VARIANTS[label], columns, "sm_90").spilled == 0
+
+
+class Card:
+    """What Triton's launcher asks a driver, answered for a card that is not there."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.mark.long
+def test_what_is_launched_compiles_for_a_card_once_and_not_again_in_later_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = program("benchmarks/gpu_counts.py")
+    compiled: set[tuple[str, str]] = set()
+
+    def launch(name: str, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
+        """All of Triton's launch but the last stage."""
+        kernel = getattr(triton_launch.kernels(), name)
+        given = tree_map_only(torch.Tensor, lambda x: MockTensor(x.dtype, list(x.shape)), arguments)
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        compiled.add((name, kernel.warmup(*given, grid=grid, **constants, **options).hash))
+
+    monkeypatch.setattr(driver, "_active", Card())
+    for make, settings in ((gpu.ours, {"state_dtype": torch.bfloat16}), (gpu.adams, {"capturable": True})):
+        with gpu.Device(), gpu.counting():
+            triton_launch.launch = launch  # until the counting ends
+            step = make(gpu.parameters([(50, 24), (24, 8), (24,), (3,), ()]), True, **settings)
+            step()
+            first = len(compiled)
+            for _ in range(16):
+                step()
+        assert len(compiled) == first > 0
+    assert {name for name, _ in compiled} == {"sum_rows", "root_of_rows", "move_matrix", "move_many"}
 
 
 @pytest.mark.parametrize(

@@ -205,11 +205,7 @@ def move_elements_(
         period = param.shape[-2] if spectral is not None else 1
         _run(kernel, theta, moment, second, g, _float32(c), seed, column, row, period, threads=_threads(param))
         increment_version([param, exp_avg, exp_avg_sq])
-    elif (
-        spectral is not None
-        and exp_avg_sq.dtype == torch.float32
-        and triton_launch.apply(param, grad, moment=exp_avg, direction=direction)
-    ):
+    elif exp_avg_sq.dtype == torch.float32 and triton_launch.apply(param, grad, moment=exp_avg, direction=direction):
         triton_launch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral, halt)
     else:
         grad, c = _halted(grad, c, halt)

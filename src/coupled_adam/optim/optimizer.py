@@ -97,6 +97,7 @@ class AdamFamily(Optimizer):
         if dispatch.is_one(unscale):
             self.grad_norm = known.norm
             return clipping.coefficient(known.norm, bound)
+        unscale = dispatch.beside(unscale, known.norm)
         self.grad_norm = known.norm * unscale
         return clipping.coefficient(self.grad_norm, bound) * unscale
 
@@ -107,7 +108,9 @@ class AdamFamily(Optimizer):
         """
         scale: Tensor | None = getattr(self, "grad_scale", None)  # None if the gradients are unscaled already
         found: Tensor | None = getattr(self, "found_inf", None)
-        unscale: Number = 1.0 if scale is None else 1.0 / (float(scale) if scale.device.type == "cpu" else scale)
+        unscale: Number = 1.0
+        if scale is not None:
+            unscale = 1.0 / (float(scale) if scale.device.type == "cpu" else scale.reshape(()))
         if found is None or found.device.type == "cpu":
             return unscale, found is not None and bool(found)
         return unscale, (found != 0).to(torch.float32).reshape(())

@@ -89,7 +89,7 @@ def sum_rows(
         else:
             factor = _number(grad_factor)
             m = first_moment(_read(exp_avg + first * columns, at, here), g, factor, first_rate)
-            part += squared(g, m, factor, coupling_factor)
+            part += squared(g, m, factor, _number(coupling_factor))
     tl.store(total + tl.program_id(0).to(tl.int64) * columns + j, tl.sum(part, 0), mask=j < columns)
 
 
@@ -151,11 +151,11 @@ def move_matrix(
     _write_moment(exp_avg + start, at, here, m, start + at, seed)
     if root is None:
         v = _read(exp_avg_sq + start, at, here)
-        v = second_moment(v, squared(g, m, _number(grad_factor), coupling_factor), second_rate)
+        v = second_moment(v, squared(g, m, _number(grad_factor), _number(coupling_factor)), second_rate)
         tl.store(exp_avg_sq + start + at, v, mask=here)
-        way = toward(_number(first_scale) * m, _number(root_scale) * tl.sqrt_rn(v), eps)
+        way = toward(_number(first_scale) * m, _number(root_scale) * tl.sqrt_rn(v), _number(eps))
     else:
-        way = toward(_number(first_scale) * m, _read(root, j, j < columns)[None, :], eps)
+        way = toward(_number(first_scale) * m, _read(root, j, j < columns)[None, :], _number(eps))
     if column is None:
         theta = moved(theta, theta, _number(decay), _number(lr), way)
     else:
@@ -166,7 +166,7 @@ def move_matrix(
 
 @triton.jit(do_not_specialize=["seed"])
 def move_many(
-    params,
+    parameters,
     exp_avgs,
     exp_avg_sqs,
     grads,
@@ -191,7 +191,8 @@ def move_many(
     """Do what update.move_elements_ does, for MANY tensors at once, of which a program takes BLOCK elements of one.
 
     Args:
-        params, exp_avgs, exp_avg_sqs, grads: tuples of tensors, alike in dtype, at multiples of 16 bytes.
+        parameters, exp_avgs, exp_avg_sqs, grads: tuples of tensors, alike in dtype, at multiples of 16 bytes. (An
+            argument that is called ``params`` breaks Triton's launcher.)
         sizes: of size + 1 the upper half of 64 bits, the lower 0: a kernel is compiled anew for other types, and for
             numbers that 16 divides or not, and these are all alike.
         seed: an array of seeds if SCALES is set.
@@ -202,14 +203,14 @@ def move_many(
         if tl.load(halt) != 0:
             return
     block, size, which = tl.program_id(0), tl.to_tensor(0).to(tl.int64), 0
-    param, exp_avg, exp_avg_sq, grad = params[0], exp_avgs[0], exp_avg_sqs[0], grads[0]
+    param, exp_avg, exp_avg_sq, grad = parameters[0], exp_avgs[0], exp_avg_sqs[0], grads[0]
     begin = 0
     first = tl.to_tensor(0).to(tl.int64)
     for k in tl.static_range(MANY):
         n = (sizes[k] >> 32) - 1
         end = begin + ((n + BLOCK - 1) // BLOCK).to(tl.int32)
         if (block >= begin) & (block < end):
-            param, exp_avg, exp_avg_sq, grad = params[k], exp_avgs[k], exp_avg_sqs[k], grads[k]
+            param, exp_avg, exp_avg_sq, grad = parameters[k], exp_avgs[k], exp_avg_sqs[k], grads[k]
             size, which, first = n, k, (block - begin).to(tl.int64) * BLOCK
         begin = end
     at = first + tl.arange(0, BLOCK)
@@ -227,7 +228,9 @@ def move_many(
         if seed is not None:
             seed += which
     _write_moment(exp_avg, 0, here, m, at, seed)
-    v = second_moment(_read(exp_avg_sq, 0, here), squared(g, m, _number(grad_factor), coupling_factor), second_rate)
+    v = second_moment(
+        _read(exp_avg_sq, 0, here), squared(g, m, _number(grad_factor), _number(coupling_factor)), second_rate
+    )
     tl.store(exp_avg_sq, v, mask=here)
-    way = toward(_number(first_scale) * m, _number(root_scale) * tl.sqrt_rn(v), eps)
+    way = toward(_number(first_scale) * m, _number(root_scale) * tl.sqrt_rn(v), _number(eps))
     tl.store(param, moved(theta, theta, _number(decay), _number(lr), way), mask=here)

@@ -68,7 +68,7 @@ def apply(*tensors: Tensor, moment: Tensor | None = None, direction: str | None 
 
     Args:
         tensors: the parameter and the gradient, in any order.
-        many: whether for ``move_many_``, which wants them at multiples of 16 bytes.
+        many: whether for ``move_many_``, which takes any shape, but neither every address nor every size.
     """
     if not HAS_TRITON or is_compiling() or tensors[0].device.type not in DEVICES or tensors[0].numel() == 0:
         return False
@@ -77,8 +77,7 @@ def apply(*tensors: Tensor, moment: Tensor | None = None, direction: str | None 
         all(type(x) in PLAIN and x.is_contiguous() and x.device == tensors[0].device for x in alike)
         and all(x.dtype in FLOATS for x in tensors)
         and (moment is None or moment.dtype in MOMENTS)
-        and all(x.ndim == 0 or x.shape[-1] <= GRID * WIDTH for x in tensors)
-        and (not many or all(_address(x) % 16 == 0 for x in alike))
+        and (_fit_together(alike) if many else tensors[0].ndim >= 2 and tensors[0].shape[-1] <= GRID * WIDTH)
     )
     if not fit or kernels() is None:
         return False
@@ -86,6 +85,10 @@ def apply(*tensors: Tensor, moment: Tensor | None = None, direction: str | None 
         return True
     numbers = DIRECTION[direction].numbers
     return numbers is not None and form(numbers) is not None
+
+
+def _fit_together(tensors: Sequence[Tensor]) -> bool:
+    return all(_address(x) % 16 == 0 for x in tensors) and tensors[0].numel() < 2**31 - 1
 
 
 def sum_of_squares(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
@@ -142,11 +145,13 @@ def move_elements_(
     c: Coefficients,
     direction: str,
     step: Number,
-    spectral: RankOne,
+    spectral: RankOne | None,
     halt: Tensor | None,
 ) -> None:
-    """As ``coupled_adam.optim.update.move_elements_``, for a batch of matrices with spectral decay."""
+    """As ``coupled_adam.optim.update.move_elements_``, for a matrix or a batch of them."""
     _check(param, exp_avg, grad, exp_avg_sq)
+    if param.ndim < 2:
+        raise RuntimeError(f"a parameter of shape {tuple(param.shape)} has no rows; move_many_ takes it")
     _move_matrix_(param, exp_avg, exp_avg_sq, grad, None, c, direction, step, spectral, halt)
 
 
@@ -197,7 +202,8 @@ def move_many_(
     for param, exp_avg, exp_avg_sq, grad in zip(params, exp_avgs, exp_avg_sqs, grads, strict=True):
         _check(param, exp_avg, grad, exp_avg_sq)
     for tensors in (params, exp_avgs, exp_avg_sqs, grads):
-        if any(x.dtype != tensors[0].dtype or x.device != params[0].device or _address(x) % 16 for x in tensors):
+        alike = all(x.dtype == tensors[0].dtype and x.device == params[0].device for x in tensors)
+        if not alike or not all(_fit_together([x]) for x in tensors):
             raise RuntimeError("tensors that move together need one dtype, one device, and multiples of 16 bytes")
     many, toward = kernels().MANY, form(DIRECTION[direction].numbers)
     scales = isinstance(step, Tensor) and step.ndim == 1
