@@ -26,6 +26,9 @@ class AdamFamily(Optimizer):
     grad_norm: Tensor | None = None
     """Global norm of the gradients of the last step, before clipping; None unless ``max_grad_norm`` is set."""
 
+    #: How many matrices with spectral decay each group had when it was added.
+    _matrices: tuple[int, ...] = ()
+
     #: ``torch.amp.GradScaler`` then hands over its scale and whether it has found an infinity, and reads neither.
     _step_supports_amp_scaling = True
 
@@ -42,17 +45,13 @@ class AdamFamily(Optimizer):
         except (ValueError, TypeError):
             self.param_groups.pop()  # a caller who catches the error keeps a working optimizer
             raise
-        if group["decay"] == "spectral":
-            self._matrices[len(self.param_groups) - 1] = sum(param.ndim >= 2 for param in group["params"])
-
-    @property
-    def _matrices(self) -> dict[int, int]:
-        """How many matrices a group with spectral decay had when it was added, by its index."""
-        return self.__dict__.setdefault("_matrices_of_groups", {})  # type: ignore[no-any-return]
+        spectral = group["decay"] == "spectral"
+        matrices = sum(param.ndim >= 2 for param in group["params"]) if spectral else 0
+        self._matrices = (*self._matrices[: len(self.param_groups) - 1], matrices)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy and a pickle keep."""
-        return {**super().__getstate__(), "_matrices_of_groups": self._matrices}
+        return {**super().__getstate__(), "_matrices": self._matrices}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -149,7 +148,7 @@ class AdamFamily(Optimizer):
     def _create_missing_state(self) -> None:
         """Create state for every parameter, with a gradient or not: a distributed checkpoint must be complete."""
         for number, group in enumerate(self.param_groups):
-            check_still_matrices(group, self._matrices.get(number, 0))
+            check_still_matrices(group, self._matrices[number])
             for i, param in enumerate(group["params"]):
                 if not (param.requires_grad or param.grad is not None):
                     continue  # frozen; its state is made when it thaws
@@ -238,7 +237,8 @@ def _move_group(items: Sequence[Work], known: Known, clip: Number) -> None:
             alone.append(item)
     if torchs:
         steps = [item.state["step"] for item in torchs]
-        dispatch.adamw_(*_columns(torchs), steps, group, clip, halt)
+        params, grads, exp_avgs, exp_avg_sqs = _columns(torchs)
+        dispatch.adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, group, clip, halt)
     for alike in together.values():
         _move_together(alike, clip)
     for item in alone:
