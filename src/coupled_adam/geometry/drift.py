@@ -102,7 +102,7 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
     if not state or "exp_avg" not in state:
         raise ValueError("the parameter has no moments yet; drift looks at a step that was taken: call optimizer.step()")
     m, v = state["exp_avg"], state.get("max_exp_avg_sq", state["exp_avg_sq"])
-    coupled = group.get("second_moment") == "vocabulary"
+    coupled = "direction" in group and group["second_moment"] == "vocabulary"  # AdamW may have groups of param_groups
     if m.shape != param.shape or v.shape != (torch.Size([1, param.shape[1]]) if coupled else param.shape):
         raise ValueError(
             f"moments of shapes {tuple(m.shape)} and {tuple(v.shape)} are not those of a {tuple(param.shape)} matrix; "
@@ -225,10 +225,11 @@ def _group_of(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
             f"drift is that of an embedding matrix (vocabulary, hidden), not of shape {tuple(param.shape)}; FSDP1 and "
             "DeepSpeed ZeRO flatten parameters: use FSDP2"
         )
-    if not (isinstance(optimizer, Adam) or "second_moment" in group):
+    if "direction" in group:  # one of ours
+        if (group["direction"], group["decay"]) != ("ratio", "decoupled"):
+            raise ValueError(f"the step of {name} (atan2, or spectral decay) does not split by cause, as Adam's does")
+    elif not isinstance(optimizer, Adam):
         raise TypeError(f"drift does not know the step of {name}; it knows torch.optim.AdamW and Adam, and CoupledAdam")
-    if group.get("direction", "ratio") != "ratio" or group.get("decay", "decoupled") != "decoupled":
-        raise ValueError(f"the step of {name} (atan2, or spectral decay) does not split by cause; drift is that of Adam")
     if not group.get("decoupled_weight_decay", True) and group["weight_decay"]:
         raise ValueError(
             f"{name} adds weight_decay={group['weight_decay']} to the gradient, where its moments hide it; use "
