@@ -189,7 +189,7 @@ class DriftMonitor:
             raise ValueError(f"the saved drift is not that of a matrix of shape {tuple(self.param.shape)}")
         self._sum = None
         mean = self.total.mean
-        self._sum = Drift(*(torch.tensor(state[cause]).to(mean) for cause in CAUSES), mean)
+        self._sum = Drift(*(torch.tensor(state[cause], dtype=torch.float64).to(mean) for cause in CAUSES), mean)
         self._seen = self._step()
 
     def _step(self) -> Any:
