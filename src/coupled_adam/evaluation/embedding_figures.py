@@ -36,7 +36,7 @@ def figures_while_training(
 
 
 def figures_of(measured: geometry.Measurements) -> Figures:
-    """Return the numbers of a measurement by name, those that are followed while training among them."""
+    """Return the numbers of a measurement by name."""
     plain = measured.word_similarity.get("original", [])
     dots = [s.dot for s in plain if s.dot is not None]
     figures: Figures = {

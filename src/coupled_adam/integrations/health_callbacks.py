@@ -32,12 +32,13 @@ class HealthReport:
         self.every, self.isotropy_every, self.drift = every, isotropy_every, drift
         self.last = -1
         """The step of the last report."""
-        self._reports = 0
+        self._reports, self._sums = 0, dict[str, list[float]]()
         self._monitor: DriftMonitor | None = None
 
     def begin(self, model: nn.Module, optimizers: Iterable[Optimizer], state: dict[str, Any] | None = None) -> None:
         """Watch the optimizer of the output embedding; ``state`` is what ``state_dict`` returned before a resume."""
         self.end()
+        self._sums = {}
         if not self.drift:
             return
         weight = _output_embedding(model)
@@ -52,8 +53,9 @@ class HealthReport:
             _ = self._monitor.total  # all ranks are here
 
     def end(self) -> None:
-        """Watch no more."""
+        """Watch no more. The sums so far can still be saved."""
         if self._monitor is not None:
+            self._sums = self._monitor.state_dict()
             self._monitor.remove()
             self._monitor = None
 
@@ -72,7 +74,7 @@ class HealthReport:
 
     def state_dict(self) -> dict[str, list[float]]:
         """Return the sums of the drift as plain numbers; empty if there are none."""
-        return {} if self._monitor is None else self._monitor.state_dict()
+        return self._sums if self._monitor is None else self._monitor.state_dict()
 
 
 def _output_embedding(model: nn.Module) -> Tensor:
