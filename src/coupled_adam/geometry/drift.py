@@ -117,8 +117,10 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
     first, second = 1 - beta1**step, 1 - beta2**step  # corrections of the moments' bias
 
     def direction(m: Tensor, v: Tensor) -> Tensor:
-        """m/(√v̂ + ε), so that 1/(1 − β1^t) of it is Adam's direction."""
-        return m / (v.sqrt() / second**0.5).add_(eps)
+        """m/(√v + ε·√(1 − β2^t)): Adam's direction m̂/(√v̂ + ε) but for the factor of ``scale``."""
+        return m / v.sqrt().add_(eps * second**0.5)
+
+    scale = -lr * second**0.5 / first
 
     if coupled:
         sums = sum_over_rows(param, lambda e, m: [e, m], param, m)
@@ -127,8 +129,8 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
         sums = sum_over_rows(param, lambda e, m, v: [e, m, v, direction(m, v)], param, m, v)
         mean_v = sums[2] / rows
     mean = sums[0] / rows
-    together = -lr / first * direction(sums[1] / rows, mean_v)  # as if the rows had one second moment
-    apart = torch.zeros_like(mean) if coupled else -lr / first * sums[3] / rows - together
+    together = scale * direction(sums[1] / rows, mean_v)  # as if the rows had one second moment
+    apart = torch.zeros_like(mean) if coupled else scale * sums[3] / rows - together
     before = (mean - apart - together) / (1 - lr * weight_decay)  # μ before the step, which is what decayed
     return Drift(apart, together, -lr * weight_decay * before, mean)
 
