@@ -44,9 +44,8 @@ class Listener(TrainerCallback):
 
 def trainer(directory: Path, listener: Listener, tied: bool = True, **options: Any) -> Trainer:
     settings = {"max_steps": 8, "save_steps": 5, "logging_steps": 4, "learning_rate": 1e-2, "weight_decay": 0.1}
-    arguments = TrainingArguments(
-        output_dir=str(directory), per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True, **settings
-    )
+    settings |= {"per_device_train_batch_size": 4, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(output_dir=str(directory), **settings)
     made = Trainer(tiny_llama(tied), arguments, train_dataset=Tokens(), callbacks=[listener])
     made.add_callback(EmbeddingHealth(made, **{"every": 3, "isotropy_every": 2} | options))
     return made
@@ -54,9 +53,10 @@ def trainer(directory: Path, listener: Listener, tied: bool = True, **options: A
 
 def reports(listener: Listener) -> dict[int, dict[str, float]]:
     """What came through the log, by step, without the prefix."""
-    strip = "embedding/"
-    found = [(step, {k.removeprefix(strip): x for k, x in logs.items() if k.startswith(strip)}) for step, logs in listener.heard]
-    kept = [(step, figures) for step, figures in found if figures]
+    kept = []
+    for step, logs in listener.heard:
+        if figures := {k.removeprefix("embedding/"): x for k, x in logs.items() if k.startswith("embedding/")}:
+            kept.append((step, figures))
     assert len(kept) == len(dict(kept)), "no step is reported twice"
     return dict(kept)
 
@@ -138,15 +138,21 @@ def test_lightning_logs_the_same_and_resumes(tmp_path: Path) -> None:
 
     def fit(steps: int, start: str | None = None) -> tuple[Any, Log, Module]:
         log, module = Log(), Module()
+        quiet = ("enable_progress_bar", "enable_model_summary", "enable_checkpointing")
         made = lightning.Trainer(
-            max_steps=steps, logger=log, log_every_n_steps=2, callbacks=[Callback(every=2)], accelerator="cpu",
-            default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+            accelerator="cpu",
+            max_steps=steps,
             accumulate_grad_batches=2,
-        )  # fmt: skip
+            log_every_n_steps=2,
+            logger=log,
+            callbacks=[Callback(every=2)],
+            default_root_dir=tmp_path,
+            **dict.fromkeys(quiet, False),
+        )
         made.fit(module, torch.utils.data.DataLoader(Tokens(), batch_size=4), ckpt_path=start)
         return made, log, module
 
-    made, log, module = fit(6)
+    _, log, module = fit(6)
     lines = [line for line in log.lines if "embedding/norm_of_mean" in line]
     assert len(lines) == 3, "after 2, 4 and 6 steps"
     assert lines[-1]["embedding/norm_of_mean"] == pytest.approx(geometry.health(module)["norm_of_mean"], rel=1e-6)

@@ -49,7 +49,7 @@ class Drift:
         return {cause: getattr(self, cause).norm().item() for cause in CAUSES}
 
     def along_mean(self) -> dict[str, float]:
-        """Return Δ·μ/‖μ‖ of each cause's vector Δ: how far it moved the mean away from the origin (towards it if below 0).
+        """Return Δ·μ/‖μ‖ of each cause's vector Δ: how far it moved the mean away from the origin, or towards it (< 0).
 
         Lengths in units of the embedding, along μ as it is after the step; NaN for μ = 0. Summed over all steps of a
         run they add up to ‖μ‖ less what the initial mean has in that direction.
@@ -66,7 +66,8 @@ class Drift:
         return {cause: along / length if length else float("nan") for cause, along in self.along_mean().items()}
 
     def __add__(self, later: "Drift") -> "Drift":
-        return Drift(*(getattr(self, cause) + getattr(later, cause) for cause in CAUSES), later.mean)
+        second_moments, gradients, decay = (getattr(self, cause) + getattr(later, cause) for cause in CAUSES)
+        return Drift(second_moments, gradients, decay, later.mean)
 
 
 @torch.no_grad()
@@ -100,7 +101,7 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
     group = _group_of(optimizer, param)
     state = optimizer.state.get(param)
     if not state or "exp_avg" not in state:
-        raise ValueError("the parameter has no moments yet; drift looks at a step that was taken: call optimizer.step()")
+        raise ValueError("the parameter has no moments yet; drift looks at the last step: call optimizer.step()")
     m, v = state["exp_avg"], state.get("max_exp_avg_sq", state["exp_avg_sq"])
     coupled = "direction" in group and group["second_moment"] == "vocabulary"  # AdamW may have groups of param_groups
     if m.shape != param.shape or v.shape != (torch.Size([1, param.shape[1]]) if coupled else param.shape):
@@ -170,7 +171,8 @@ class DriftMonitor:
         """The sum over the steps so far. If the parameter is a DTensor, all ranks must ask for it before the first."""
         if self._sum is None:
             mean = sum_over_rows(self.param, lambda e: [e], self.param.detach())[0] / self.param.shape[0]
-            self._sum = Drift(*(torch.zeros_like(mean) for _ in CAUSES), mean)
+            zero = torch.zeros_like(mean)
+            self._sum = Drift(zero, zero, zero, mean)
         return self._sum
 
     def remove(self) -> None:
@@ -191,7 +193,8 @@ class DriftMonitor:
             raise ValueError(f"the saved drift is not that of a matrix of shape {tuple(self.param.shape)}")
         self._sum = None
         mean = self.total.mean
-        self._sum = Drift(*(torch.tensor(state[cause], dtype=torch.float64).to(mean) for cause in CAUSES), mean)
+        second_moments, gradients, decay = (torch.tensor(state[c], dtype=torch.float64).to(mean) for c in CAUSES)
+        self._sum = Drift(second_moments, gradients, decay, mean)
         self._seen = self._step()
 
     def _step(self) -> Any:
@@ -205,7 +208,7 @@ class DriftMonitor:
         moved = (step != self._seen).to(precision(self.param))
         self._seen = step
         last = drift(self.optimizer, self.param)
-        last = Drift(*(moved * getattr(last, cause) for cause in CAUSES), last.mean)
+        last = Drift(moved * last.second_moments, moved * last.gradients, moved * last.decay, last.mean)
         self._sum = last if self._sum is None else self._sum + last
 
 

@@ -1,4 +1,4 @@
-"""Sums over the rows of a matrix that may be spread over processes: blocks of what is held here, then one all-reduce."""
+"""Sums over the rows of a matrix that may be spread over processes: of what is held here, then in one all-reduce."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -19,12 +19,12 @@ def is_dtensor(x: Tensor) -> bool:
 
 def local(x: Tensor) -> Tensor:
     """Return what this process holds of ``x``: the shard of a DTensor, any other tensor itself."""
-    return x.to_local() if is_dtensor(x) else x  # type: ignore[attr-defined, no-any-return]
+    return x.to_local() if is_dtensor(x) else x  # type: ignore[attr-defined]
 
 
 def whole(x: Tensor) -> Tensor:
     """Gather ``x``; for vectors. All ranks must call it."""
-    return x.full_tensor() if is_dtensor(x) else x  # type: ignore[attr-defined, no-any-return]
+    return x.full_tensor() if is_dtensor(x) else x  # type: ignore[attr-defined]
 
 
 def spread_by_rows(matrix: Tensor) -> Tensor:
@@ -70,9 +70,7 @@ def complete(part: Tensor, matrix: Tensor, reduce: str = "sum") -> Tensor:
     return made.full_tensor()
 
 
-def sum_over_rows(
-    matrix: Tensor, functions: Callable[..., Sequence[Tensor]], *matrices: Tensor
-) -> Tensor:
+def sum_over_rows(matrix: Tensor, functions: Callable[..., Sequence[Tensor]], *matrices: Tensor) -> Tensor:
     """Sum what ``functions`` makes of blocks of ``matrices``, K times (R, H), over all rows: (K, H), in float64.
 
     The matrices are spread as ``matrix`` is. Sums over a block are in the precision of the matrix, at least float32.

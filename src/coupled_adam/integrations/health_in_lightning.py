@@ -10,13 +10,13 @@ except ImportError:
     raise ImportError("lightning not installed: pip install lightning") from None
 
 
-class EmbeddingHealth(Callback):
+class EmbeddingHealth(Callback):  # type: ignore[misc]
     """Logs health and drift of the model's embeddings every ``every`` steps, with any optimizer.
 
         lightning.Trainer(callbacks=[EmbeddingHealth()])
 
-    The figures of :func:`coupled_adam.geometry.health` and, as ``drift_…``, how far each cause has moved the mean of the
-    output embedding (:meth:`coupled_adam.geometry.Drift.along_mean`), go through ``pl_module.log_dict``, so to the
+    The figures of :func:`coupled_adam.geometry.health` and, as ``drift_…``, how far each cause has moved the mean of
+    the output embedding (:meth:`coupled_adam.geometry.Drift.along_mean`), go through ``pl_module.log_dict``, so to the
     loggers at steps that are multiples of ``log_every_n_steps`` too, and to ``trainer.callback_metrics``. The model is
     the LightningModule, or the outermost module in it that has ``get_output_embeddings()``. A resumed run goes on from
     the sums in its checkpoint.

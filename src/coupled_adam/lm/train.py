@@ -57,9 +57,9 @@ def train(
     """Train the run in ``run_dir``, or resume it, and return the trained model.
 
     Writes experiment.toml, environment.json, metrics.jsonl (one line a step; every ``evaluation.every`` steps also what
-    ``evaluate`` returns, which is told whether it is the last time, and why the mean embedding has moved) and checkpoints/. The lines of metrics.jsonl go to the
-    experiment's trackers too. A finished run is only loaded. The number of ranks does not change the global batch, nor
-    the run; all ranks call this and ``evaluate`` together.
+    ``evaluate`` returns, which is told whether it is the last time, and why the mean embedding has moved) and
+    checkpoints/. The lines of metrics.jsonl go to the experiment's trackers too. A finished run is only loaded. The
+    number of ranks does not change the global batch, nor the run; all ranks call this and ``evaluate`` together.
 
     Raises:
         InputError: ``run_dir`` is in use, or holds a run with other settings or another corpus; every checkpoint there
