@@ -20,8 +20,8 @@ class EmbeddingHealth(TrainerCallback):
 
     The figures of :func:`coupled_adam.geometry.health` and, as ``drift_…``, how far each cause has moved the mean of
     the output embedding (:meth:`coupled_adam.geometry.Drift.along_mean`), go through ``trainer.log`` to wherever the
-    Trainer reports: before the first step, every ``every`` steps, and after the last. A resumed run goes on from the sums in
-    its checkpoint; where there are none, they begin with the first step that is seen.
+    Trainer reports: before the first step, every ``every`` steps, and after the last. A resumed run goes on from the
+    sums in its checkpoint; where there are none, they begin with the first step that is seen.
 
     All ranks measure together; with FSDP2 the matrices are not gathered. FSDP1 and DeepSpeed ZeRO-3, which flatten
     parameters, are a ValueError at the start.
