@@ -94,8 +94,8 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
     >>> optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5)
     >>> weight.grad = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])  # sums to zero, as a softmax head's
     >>> optimizer.step()
-    >>> {cause: [round(x, 3) for x in getattr(drift(optimizer, weight), cause).tolist()] for cause in CAUSES}
-    {'second_moments': [0.033, 0.0], 'gradients': [0.0, 0.0], 'decay': [-0.05, -0.05]}
+    >>> {cause: round(length, 3) for cause, length in drift(optimizer, weight).norms().items()}
+    {'second_moments': 0.033, 'gradients': 0.0, 'decay': 0.071}
     """
     optimizer = _inner(optimizer)
     group = _group_of(optimizer, param)
