@@ -1,9 +1,11 @@
-"""Seconds of the embedding metrics at the size of GPT-2, and of isotropy against the textbook way to compute it.
+"""Seconds of the embedding metrics at the size of GPT-2, and of isotropy against the textbook way to compute it; and
+milliseconds of what can be followed at every step, against the optimizer's step of the same matrix.
 
-    python benchmarks/embedding_metrics.py [--vocabulary 50304] [--width 768] [--rounds 3]
+    python benchmarks/embedding_metrics.py [--vocabulary 50304] [--width 768] [--rounds 3] [--live]
 
 The textbook: numpy.linalg.eig of EᵀE, then Σ_i exp(e_i·c) for one eigenvector c after the other. Both alternate in one
-process, in both orders; what is printed are medians, and that both find the same isotropy.
+process, in both orders; what is printed are medians, and that both find the same isotropy. --live leaves that out, and
+takes turns between drift, health and the steps of fused AdamW and of Coupled Adam, in processor time of one thread.
 """
 
 import argparse
@@ -12,8 +14,10 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
+from torch.optim import AdamW, Optimizer
 
-from coupled_adam import geometry
+from coupled_adam import CoupledAdam, geometry
 
 
 def textbook_isotropy(embedding: np.ndarray) -> float:
@@ -25,11 +29,46 @@ def textbook_isotropy(embedding: np.ndarray) -> float:
     return float(z.min() / z.max())
 
 
-def timed(function: Callable[[], object]) -> tuple[float, object]:
+def timed(function: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> tuple[float, object]:
     """Seconds, and the result."""
-    began = time.perf_counter()
+    began = clock()
     result = function()
-    return time.perf_counter() - began, result
+    return clock() - began, result
+
+
+def live(vocabulary: int, width: int, rounds: int) -> None:
+    """Print what drift and health take, and which share of a step of the same matrix that is."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+    def stepped(make: Callable[[torch.nn.Parameter], Optimizer]) -> tuple[Optimizer, torch.nn.Parameter]:
+        weight = torch.nn.Parameter(0.02 * torch.randn(vocabulary, width))
+        weight.grad = torch.randn_like(weight)
+        return make(weight), weight
+
+    adamw, first = stepped(lambda weight: AdamW([weight], fused=True))
+    coupled, second = stepped(lambda weight: CoupledAdam([{"params": [weight], "second_moment": "vocabulary"}]))
+    jobs: dict[str, Callable[[], object]] = {
+        "step, fused AdamW": adamw.step,
+        "step, Coupled Adam": coupled.step,
+        "drift, AdamW": lambda: geometry.drift(adamw, first),
+        "drift, Coupled Adam": lambda: geometry.drift(coupled, second),
+        "health": lambda: geometry.health(first),
+        "health with isotropy": lambda: geometry.health(first, isotropy=True),
+    }
+    for job in jobs.values():
+        job()
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(rounds):
+        for name in list(jobs) if turn % 2 == 0 else reversed(jobs):
+            seconds[name].append(timed(jobs[name], time.thread_time)[0])
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"{vocabulary:,} × {width}, float32, one thread, median of {rounds}")
+    for name, median in medians.items():
+        fused, coupled_step = (median / medians[f"step, {step}"] for step in ("fused AdamW", "Coupled Adam"))
+        print(
+            f"{name:22}{1000 * median:9.2f} ms   ÷ step of fused AdamW {fused:.2f}, of Coupled Adam {coupled_step:.2f}"
+        )
 
 
 def main() -> None:
@@ -37,7 +76,11 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=50_304)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--live", action="store_true")
     arguments = parser.parse_args()
+    if arguments.live:
+        live(arguments.vocabulary, arguments.width, arguments.rounds)
+        return
     rng = np.random.default_rng(0)
     # Shifted, and with a falling spectrum, as AdamW leaves an embedding.
     embedding = rng.normal(size=(arguments.vocabulary, arguments.width)) * np.geomspace(0.3, 0.03, arguments.width)

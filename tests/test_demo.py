@@ -47,6 +47,15 @@ def test_the_table_shows_both_runs_beside_the_paper(finished: Path) -> None:
     assert coupled < 0.1 < adamw, "the effect shows after 20 steps already"
 
 
+def test_the_causes_of_the_drift_add_up(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    first, last = results["runs"]["adamw"]["curve"][0], results["runs"]["adamw"]["curve"][-1]
+    causes = {cause: last[f"drift_{cause}"] for cause in ("second_moments", "gradients", "decay")}
+    assert causes["second_moments"] > 0.9 * last["norm_of_mean"] and causes["decay"] == 0
+    assert abs(last["norm_of_mean"] - sum(causes.values())) <= first["norm_of_mean"], "the rest is where it began"
+    assert results["runs"]["coupled_adam"]["curve"][-1]["drift_second_moments"] == 0
+
+
 def test_the_two_runs_differ_in_nothing_but_the_embeddings_optimizer(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     first = [results["runs"][m]["curve"][0] for m in ("adamw", "coupled_adam")]
@@ -139,6 +148,8 @@ def test_the_report_opens_without_errors_and_asks_for_nothing_else(page: Page) -
 def test_the_charts_are_drawn(page: Page) -> None:
     for name in ("mean_shift", "isotropy", "loss"):
         assert page.locator(f"#chart-{name} .scatterlayer .trace .lines path").count() == 2
+    for i in range(2):
+        assert page.locator(f"#chart-drift-{i} .scatterlayer .trace .lines path").count() == 3
     dots = page.locator("#chart-embeddings .scatterlayer .trace").evaluate_all(
         "traces => traces.map(trace => trace.querySelectorAll('.point').length)"
     )

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from coupled_adam import Adams_ZeRO, CoupledAdam, param_groups
 
@@ -44,6 +44,7 @@ def names(tmp_path: Path) -> dict[str, Any]:
     model.embedding = model.get_input_embeddings()
     tokens = torch.randint(120, (2, 8))
     batch = {"input_ids": tokens, "labels": tokens}
+    trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True))
     other_parameters = [p for p in model.parameters() if p is not model.embedding.weight]
     return (
         locals()

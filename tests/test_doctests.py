@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pkgutil
+from importlib.util import find_spec
 
 import pytest
 
@@ -11,7 +12,7 @@ import coupled_adam
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(coupled_adam.__path__, "coupled_adam.")
-    if not module.name.endswith("__main__")
+    if not module.name.endswith("__main__") and (find_spec("lightning") or not module.name.endswith("_lightning"))
 )
 
 

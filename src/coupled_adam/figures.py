@@ -79,6 +79,19 @@ FIGURES: dict[str, Figure] = {
             published="mean_shift_ratio",
         ),
         Figure("norm_of_mean", "norm of the mean ‖μ‖", "distance of the mean embedding from the origin", "{:.3g}"),
+        Figure(
+            "drift_second_moments",
+            "drift: uneven second moments",
+            "how far steps that differ by token have moved the mean along μ; what coupling removes",
+            "{:+.3g}",
+        ),
+        Figure(
+            "drift_gradients",
+            "drift: gradients' sum",
+            "how far gradients that do not sum to zero over the vocabulary have moved the mean along μ",
+            "{:+.3g}",
+        ),
+        Figure("drift_decay", "drift: weight decay", "how far weight decay has moved the mean along μ", "{:+.3g}"),
         Figure("mean_of_norms", "mean of the norms", "mean length of an embedding", "{:.3g}"),
         Figure(
             "isotropy",
@@ -103,6 +116,13 @@ FIGURES: dict[str, Figure] = {
             "100·smallest/largest singular value; higher is better",
             "{:.2f}",
             "higher",
+        ),
+        Figure(
+            "principal_share",
+            "principal share",
+            "of the largest principal direction in the variance around the mean",
+            "{:.3f}",
+            "lower",
         ),
         Figure(
             "logit_bound_ratio",

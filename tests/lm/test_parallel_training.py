@@ -36,6 +36,11 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def drift(run_dir: Path) -> list[float]:
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    return [last["drift_second_moments"], last["drift_gradients"], last["drift_decay"]]
+
+
 @pytest.mark.parametrize(
     ("count", "settings"),
     [
@@ -53,6 +58,7 @@ def test_one_process_or_many_one_batch_or_parts(count, settings, processes, tiny
         torch.testing.assert_close(result["embedding"], whole["embedding"], rtol=0, atol=1e-6)
         assert result["loss"] == pytest.approx(whole["loss"], abs=1e-6)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+    assert drift(tmp_path / "run") == pytest.approx(drift(tmp_path / "whole"), abs=1e-6)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(processes, tiny, corpus, tmp_path) -> None:
@@ -65,6 +71,7 @@ def test_a_run_goes_on_with_another_number_of_processes(processes, tiny, corpus,
         for result in processes(then).run(runs.run, toml, corpus.directory, directory):
             torch.testing.assert_close(result["embedding"], whole["embedding"], rtol=0, atol=1e-6)
         assert losses(directory) == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+        assert drift(directory) == pytest.approx(drift(tmp_path / "whole"), abs=1e-6)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tiny) -> None:

@@ -30,7 +30,7 @@ TRAINED, EVALUATED = list(range(1, 13)), [0, 4, 8, 12]
 
 @pytest.fixture
 def tiny(tiny: Experiment) -> Experiment:
-    return tiny.with_values(train__steps=12, train__checkpoint_every=5, evaluation__every=4)
+    return tiny.with_values(train__steps=12, train__checkpoint_every=5, evaluation__every=4, evaluation__drift=False)
 
 
 @pytest.fixture

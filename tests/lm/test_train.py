@@ -162,11 +162,56 @@ def test_a_run_cut_at_any_step_ends_as_the_undisturbed_one(
     resumed = loop.train(experiment, corpus, tmp_path / "cut", no_figures)
 
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()[1:]]
-        for run in ("whole", "cut")
-    ]
-    assert losses[0] == losses[1]
+    lines = [MetricsLog(tmp_path / run / "metrics.jsonl").read() for run in ("whole", "cut")]
+    same = ("loss", "drift_second_moments", "drift_gradients", "drift_decay")
+    assert [[line.get(k) for k in same] for line in lines[0]] == [[line.get(k) for k in same] for line in lines[1]]
+
+
+def mean_of(model: LanguageModel) -> torch.Tensor:
+    return model.head.weight.detach().double().mean(0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("embedding", ["adamw", "coupled_adam"])
+def test_the_drift_is_summed_over_the_run(
+    tied: bool, embedding: str, tiny: Experiment, corpus: Corpus, tmp_path: Path
+) -> None:
+    experiment = tiny.with_values(optimizer__embedding__name=embedding, model__tied=tied)
+    model = loop.train(experiment, corpus, tmp_path / "run", no_figures)
+    lines = [line for line in MetricsLog(tmp_path / "run" / "metrics.jsonl").read() if "drift_decay" in line]
+    assert [line["step"] for line in lines] == [0, 8, 16, 24]
+    assert [lines[0][f"drift_{cause}"] for cause in ("second_moments", "gradients", "decay")] == [0, 0, 0]
+    start = mean_of(build_model(experiment.model, corpus.vocab_size, 16, seed=3))
+    end = mean_of(model)
+    causes = {cause: lines[-1][f"drift_{cause}"] for cause in ("second_moments", "gradients", "decay")}
+    assert sum(causes.values()) == pytest.approx(((end - start) @ end / end.norm()).item(), abs=1e-7)
+    assert causes["decay"] == 0 and (causes["second_moments"] == 0) == (embedding == "coupled_adam")
+    assert (abs(causes["gradients"]) < 1e-7) == (not tied), "an untied head's gradients sum to zero"
+
+
+def test_the_drift_is_no_figure_where_steps_are_not_known(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
+    def drawn(run: str) -> list[int]:
+        return [line["step"] for line in MetricsLog(tmp_path / run / "metrics.jsonl").read() if "drift_decay" in line]
+
+    for name in ("sgd", "adams"):
+        loop.train(tiny.with_values(optimizer__embedding__name=name), corpus, tmp_path / name, no_figures)
+        assert drawn(name) == []
+    loop.train(tiny.with_values(evaluation__drift=False), corpus, tmp_path / "off", no_figures)
+    assert drawn("off") == []
+
+    def interrupt(model: LanguageModel, last: bool) -> loop.Figures:
+        if MetricsLog(tmp_path / "old" / "metrics.jsonl").read()[-1:] and not drawn("old")[1:]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with pytest.raises(loop.Interrupted):
+        loop.train(tiny, corpus, tmp_path / "old", interrupt)
+    state = latest_checkpoint(tmp_path / "old" / "checkpoints") / "state.json"
+    state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "drift"}))
+    file = tmp_path / "old" / "experiment.toml"
+    file.write_text(file.read_text().replace("drift = true\n", ""))
+    loop.train(tiny, corpus, tmp_path / "old", no_figures)
+    assert drawn("old") == [0, 8], "a checkpoint from before there were sums"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

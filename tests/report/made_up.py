@@ -31,7 +31,13 @@ def write_run(
     figures = {"isotropy": 0.5, "mean_shift_ratio": 0.5, "word_similarity": 10.0, "mean_of_norms": 1.0} | (
         figures or {}
     )
-    lines = [{"step": s, "validation_loss": loss + 8 / (s + 1), **figures} for s in range(0, 9, 2)]
+    uneven = 0.1 if experiment.optimizer.embedding.name == "adamw" else 0.0
+    lines = [
+        {"step": s, "validation_loss": loss + 8 / (s + 1), **figures}
+        | {"drift_second_moments": uneven * s, "drift_gradients": 0.01 * s, "drift_decay": 0.0}
+        | {"norm_of_mean": (uneven + 0.01) * s + 0.02}
+        for s in range(0, 9, 2)
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     validation = {
         "inputs": {"weights": "w"},

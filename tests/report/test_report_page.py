@@ -37,13 +37,13 @@ def test_it_opens_without_errors_and_asks_for_nothing_else(page: Page) -> None:
 def test_every_section_has_its_charts_and_every_chart_its_sentence(page: Page) -> None:
     headings = page.locator("h2").all_inner_texts()
     assert [h.split(":")[0] for h in headings] == [
-        "AdamW against Coupled Adam", "During training", "Model and data size", "Scaled Coupled Adam",
-        "SGD on the embedding", "The embeddings", "Word similarity", "All runs",
+        "AdamW against Coupled Adam", "During training", "Why the mean embedding moves", "Model and data size",
+        "Scaled Coupled Adam", "SGD on the embedding", "The embeddings", "Word similarity", "All runs",
     ]  # fmt: skip
     drawn = page.locator(".js-plotly-plot").evaluate_all(
         "charts => charts.map(c => c.querySelectorAll('.scatterlayer .trace').length)"
     )
-    assert len(drawn) == 3 + 2 + 3 + 3 + 5
+    assert len(drawn) == 3 + 2 + 2 + 3 + 3 + 5
     assert min(drawn) >= 1 and drawn[0] == 4, "two seeds of two optimizers"
     captions = page.locator(".charts > div > p, .wide > p").all_inner_texts()
     assert len(captions) == len(drawn) and all(caption.endswith(".") for caption in captions)
@@ -81,6 +81,23 @@ def test_sizes_sort_by_size(page: Page) -> None:
 def test_hovering_over_a_dot_shows_its_token(page: Page) -> None:
     text = hovered(page, ".wide .js-plotly-plot")
     assert "'<t" in text and "times" in text
+
+
+def test_the_drift_is_drawn_by_cause(page: Page) -> None:
+    section = page.locator("section", has_text="Why the mean embedding moves")
+    charts = section.locator(".js-plotly-plot")
+    assert charts.locator(".gtitle").all_text_contents() == ["Drift with AdamW", "Drift with Coupled Adam"]
+    legend = charts.first.locator(".legendtext").all_text_contents()
+    assert legend == ["uneven second moments", "gradients' sum", "‖μ‖, all together"], "nothing decayed"
+    ranges = [chart.locator(".ytick text").all_text_contents() for chart in charts.all()]
+    assert ranges[0] == ranges[1], "one scale"
+    charts.first.scroll_into_view_if_needed()
+    box = charts.first.locator(".nsewdrag").first.bounding_box()
+    page.mouse.move(box["x"] + 0.99 * box["width"], box["y"] + box["height"] / 2, steps=4)
+    told = charts.first.locator(".hoverlayer .legend")
+    told.wait_for(timeout=5000)
+    text = str(told.text_content())
+    assert "step 8" in text and "moments : 0.8000" in text and "sum : 0.0800" in text and "together : 0.9000" in text
 
 
 def test_it_fits_a_narrow_screen_and_paper(page: Page) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from coupled_adam import geometry
-from coupled_adam.evaluation.embedding_figures import figures_while_training
+from coupled_adam.evaluation.embedding_figures import defined, figures_while_training
 from coupled_adam.evaluation.validation import held_out, validation_loss
 from coupled_adam.figures import Figures
 from coupled_adam.lm.config import Experiment
@@ -17,9 +17,9 @@ from coupled_adam.lm.train import Evaluate
 
 
 def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None) -> Evaluate:
-    """Make the function that ``coupled_adam.lm.train.train`` calls: validation loss and figures of the embedding.
+    """Make the function that ``coupled_adam.lm.train.train`` calls: validation loss, and figures of the embeddings.
 
-    All ranks call it; the figures of the embedding are computed, and returned, on rank 0 only.
+    All ranks call it; what depends on the tokens' frequency and meaning is computed, and returned, on rank 0 only.
     """
     world, settings = world or World(), experiment.evaluation
     benchmarks, token_of = geometry.published_benchmarks(), functools.cache(corpus.words.token_of)
@@ -28,6 +28,7 @@ def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None
     def evaluate(model: LanguageModel, last: bool) -> Figures:
         count = settings.final_batches if last and settings.final_batches else settings.batches
         figures: Figures = {"validation_loss": validation_loss(model, batches, count, world)}
+        figures |= defined(dict(geometry.health(model, isotropy=True)))
         embedding = output_embedding(model)
         if world.is_main_process:
             figures |= figures_while_training(embedding, corpus.unigram_counts, token_of, benchmarks)

@@ -18,19 +18,15 @@ def figures_while_training(
     token_of: Callable[[str], int | None],
     benchmarks: Sequence[geometry.Benchmark],
 ) -> Figures:
-    """Measure what is followed while a (V, H) matrix is trained; None where a figure is not defined.
+    """Measure what is followed while a (V, H) matrix is trained, beside its health; None where a figure is not defined.
 
     ``word_similarity_pairs`` is the number of pairs, over all benchmarks, that could be looked up.
     """
     e = as_matrix(embedding)
     correlation = geometry.norm_frequency_correlation(e, unigram_counts)
     similarities = [geometry.word_similarity(e, token_of, benchmark) for benchmark in benchmarks]
-    return _defined(
+    return defined(
         {
-            "isotropy": geometry.isotropy(e),
-            "norm_of_mean": geometry.norm_of_mean(e),
-            "mean_shift_ratio": geometry.mean_shift_ratio(e),
-            "inverse_condition": geometry.inverse_condition(e),
             "norm_frequency_pearson": correlation.pearson,
             "norm_frequency_spearman": correlation.spearman,
             "word_similarity": geometry.mean_similarity(similarities),
@@ -40,7 +36,7 @@ def figures_while_training(
 
 
 def figures_of(measured: geometry.Measurements) -> Figures:
-    """Return the numbers of a measurement by name, those of ``figures_while_training`` among them."""
+    """Return the numbers of a measurement by name."""
     plain = measured.word_similarity.get("original", [])
     dots = [s.dot for s in plain if s.dot is not None]
     figures: Figures = {
@@ -64,7 +60,7 @@ def figures_of(measured: geometry.Measurements) -> Figures:
     for name, correlation in (("norm", measured.norm_frequency), ("projection", measured.projection_frequency)):
         figures[f"{name}_frequency_pearson"] = correlation.pearson if correlation else None
         figures[f"{name}_frequency_spearman"] = correlation.spearman if correlation else None
-    return _defined(figures)
+    return defined(figures)
 
 
 def as_json(measured: geometry.Measurements) -> dict[str, Any]:
@@ -76,5 +72,6 @@ def as_json(measured: geometry.Measurements) -> dict[str, Any]:
     }
 
 
-def _defined(figures: Figures) -> Figures:
+def defined(figures: Figures) -> Figures:
+    """Put None where a figure is NaN."""
     return {name: None if value is None or math.isnan(value) else value for name, value in figures.items()}

@@ -1,4 +1,4 @@
-"""What an embedding matrix looks like. Works on any (V, H) array, and knows nothing of models or training."""
+"""What an embedding matrix looks like, and why its mean moves. Works on any (V, H) array, knows nothing of models."""
 
 try:
     import numpy as _numpy  # noqa: F401
@@ -6,12 +6,14 @@ try:
 except ImportError as error:
     raise ImportError(f"{error.name} not installed: pip install 'coupled-adam[geometry]'") from error
 
+from coupled_adam.geometry.drift import Drift, DriftMonitor, drift
 from coupled_adam.geometry.frequency import (
     Correlation,
     norm_frequency_correlation,
     projection_frequency_correlation,
     second_moment_frequency_fit,
 )
+from coupled_adam.geometry.health import health
 from coupled_adam.geometry.measurements import Measurements, measure
 from coupled_adam.geometry.metrics import (
     inverse_condition,
@@ -20,6 +22,7 @@ from coupled_adam.geometry.metrics import (
     mean_of_norms,
     mean_shift_ratio,
     norm_of_mean,
+    principal_share,
     singular_values,
 )
 from coupled_adam.geometry.plane import plane
@@ -35,8 +38,12 @@ from coupled_adam.geometry.word_similarity import (
 __all__ = [
     "Benchmark",
     "Correlation",
+    "Drift",
+    "DriftMonitor",
     "Measurements",
     "WordSimilarity",
+    "drift",
+    "health",
     "inverse_condition",
     "isotropy",
     "logit_bound_ratio",
@@ -47,6 +54,7 @@ __all__ = [
     "norm_frequency_correlation",
     "norm_of_mean",
     "plane",
+    "principal_share",
     "projection_frequency_correlation",
     "published_benchmarks",
     "read_benchmarks",

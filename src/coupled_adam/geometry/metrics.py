@@ -94,6 +94,23 @@ def inverse_condition_of(values: Float64) -> float:
     return float(100 * values[-1] / values[0]) if values[0] > 0 else float("nan")
 
 
+def principal_share(embedding: Matrix) -> float:
+    """The share of the largest principal direction in the variance around the mean: λ_1/Σλ of (E − μ)ᵀ(E − μ).
+
+    In [1/H, 1]: 1 where all embeddings lie on a line, 1/H for a round cloud; NaN where all are the same.
+    """
+    e = as_matrix(embedding)
+    mean = e.mean(0)
+    squares = e.T @ e
+    return principal_share_of(np.linalg.eigvalsh(squares - len(e) * np.outer(mean, mean)), float(np.trace(squares)))
+
+
+def principal_share_of(values: Float64, squares: float) -> float:
+    """The same from the eigenvalues, ascending, and Σ_i ‖e_i‖², of which they may be what rounding left."""
+    total = float(values.sum())
+    return float(values[-1]) / total if total > 1e-12 * squares else float("nan")
+
+
 def logit_bound_ratio(embedding: Matrix) -> float:
     """By which factor centering the output embedding bounds the logits along μ more tightly, in [0, 1] or above.
 

@@ -173,6 +173,8 @@ class Evaluation(Section):
     """Batches of ``train.batch_tokens`` of the validation text."""
     final_batches: PositiveInt | None = None
     """The same, for the evaluation after the last step. None: ``batches``."""
+    drift: bool = True
+    """Split the movement of the mean output embedding by cause, at every step of AdamW or Coupled Adam."""
 
 
 class Tracking(Section):

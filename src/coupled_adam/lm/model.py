@@ -115,6 +115,10 @@ class LanguageModel(nn.Module):
         """Return the head, under the name that transformers gives it."""
         return self.head
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embedding, likewise."""
+        return self.token_embedding
+
     def hidden(self, tokens: Tensor, tied: TiedGradient | None = None) -> Tensor:
         """(batch, sequence) token IDs -> (batch, sequence, hidden_size), the head's input; ``tied`` is for the loss."""
         weight, rope = self.token_embedding.weight, None

@@ -21,11 +21,13 @@ from coupled_adam import __version__
 from coupled_adam.errors import InputError
 from coupled_adam.figures import Figures
 from coupled_adam.files import make_directory, write_json, write_text
+from coupled_adam.geometry import DriftMonitor
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.checkpoint import intact_checkpoint, load_checkpoint, save_checkpoint, step_of
 from coupled_adam.lm.config import Experiment, load_experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.estimate import flops_per_token, peak_flops, speed
+from coupled_adam.lm.mean_drift import drift_figures, watch_drift
 from coupled_adam.lm.metrics_jsonl import MetricsLog
 from coupled_adam.lm.model import LanguageModel, build_model, parameter_count
 from coupled_adam.lm.optimizers import Optimizers, build_optimizers
@@ -56,9 +58,9 @@ def train(
     """Train the run in ``run_dir``, or resume it, and return the trained model.
 
     Writes experiment.toml, environment.json, metrics.jsonl (one line a step; every ``evaluation.every`` steps also what
-    ``evaluate`` returns; it is told whether it is the last time) and checkpoints/. The lines of metrics.jsonl go to the
-    experiment's trackers too. A finished run is only loaded. The number of ranks does not change the global batch, nor
-    the run; all ranks call this and ``evaluate`` together.
+    ``evaluate`` returns, which is told whether it is the last time, and why the mean embedding has moved) and
+    checkpoints/. The lines of metrics.jsonl go to the experiment's trackers too. A finished run is only loaded. The
+    number of ranks does not change the global batch, nor the run; all ranks call this and ``evaluate`` together.
 
     Raises:
         InputError: ``run_dir`` is in use, or holds a run with other settings or another corpus; every checkpoint there
@@ -90,6 +92,7 @@ class Prepared:
     """What to call instead of ``model``, so that gradients are averaged over the ranks."""
     optimizers: Optimizers
     batches: Batches
+    drift: DriftMonitor | None
     start: int
     """Steps that are done."""
 
@@ -104,15 +107,17 @@ def _prepared(experiment: Experiment, corpus: Corpus, run_dir: Path, world: Worl
     wrapped = parallelize(model, experiment.parallel, world)
     optimizers = build_optimizers(model, experiment)
     batches = Batches(corpus.shards("train"), sequence_length, experiment.batch_size, seed, corpus.vocab_size)
-    start = 0
+    start, state = 0, None
     if checkpoint := intact_checkpoint(run_dir / "checkpoints", world):
         finished = step_of(checkpoint) == experiment.train.steps
-        start = load_checkpoint(checkpoint, model, [] if finished else optimizers.all, world)["step"]
-    return Prepared(experiment, corpus, model, wrapped, optimizers, batches, start)
+        state = load_checkpoint(checkpoint, model, [] if finished else optimizers.all, world)
+        start = state["step"]
+    drift = watch_drift(experiment, model, optimizers, state)
+    return Prepared(experiment, corpus, model, wrapped, optimizers, batches, drift, start)
 
 
 def _train(prepared: Prepared, run_dir: Path, evaluate: Evaluate, world: World, micro: int) -> LanguageModel:
-    experiment, model, optimizers = prepared.experiment, prepared.model, prepared.optimizers
+    experiment, model, optimizers, drift = prepared.experiment, prepared.model, prepared.optimizers, prepared.drift
     config, every, start = experiment.train, experiment.evaluation.every, prepared.start
     flops, peak = flops_per_token(experiment, parameter_count(model)), peak_flops(experiment, world)
     done = start
@@ -122,7 +127,7 @@ def _train(prepared: Prepared, run_dir: Path, evaluate: Evaluate, world: World, 
         progress_bar(experiment.run.name, start, config.steps, world.is_main_process) as show,
     ):
         if start == 0:
-            write({"step": 0, "tokens": 0, **evaluate(model, False)})
+            write({"step": 0, "tokens": 0, **evaluate(model, False), **drift_figures(drift)})
         for step in range(start, config.steps):
             began = time.perf_counter()
             optimizers.zero_grad()
@@ -135,17 +140,18 @@ def _train(prepared: Prepared, run_dir: Path, evaluate: Evaluate, world: World, 
             line: dict[str, Any] = {"step": done, "tokens": done * config.batch_tokens, "loss": loss, "lr": lr}
             line |= {"grad_norm": norm, "tokens_per_second": round(rate), "flops_per_second": round(rate * flops)}
             if done % every == 0 or last:
-                line |= evaluate(model, last)
+                line |= evaluate(model, last) | drift_figures(drift)
             write(line)
             show(done, f"loss {loss:.3f}, {rate:,.0f} tokens/s, {speed(rate * flops, peak)}")
             stopping = world.sum(torch.tensor(stop.number)).item() > 0  # whichever rank was asked
             if done % config.checkpoint_every == 0 or last or stopping:
+                kept = {} if drift is None else {"drift": drift.state_dict()}
                 save_checkpoint(
                     run_dir / "checkpoints",
                     done,
                     model,
                     optimizers.all,
-                    {"corpus": prepared.corpus.fingerprint},
+                    {"corpus": prepared.corpus.fingerprint, **kept},
                     world,
                     keep_last=config.keep_last,
                     keep_every=config.keep_every,

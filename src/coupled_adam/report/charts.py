@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from coupled_adam.evaluation.token_sample import TokenSample
+from coupled_adam.figures import FIGURES
 
 #: The colors of Okabe and Ito, which people with any color vision tell apart.
 COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
@@ -20,6 +21,18 @@ MAP_CAPTION = (
     "Every dot is a token (hover to read it), the red cross the origin. Across: the position along the mean embedding. "
     "Up: along the widest direction at right angles to it."
 )
+
+
+#: What the charts of the drift mean, by what people call the optimizer.
+DRIFT_CAPTIONS = {
+    "AdamW": (
+        "How far each cause has moved the mean embedding off the origin, summed over all steps, along the direction in "
+        "which it now lies. With the little that the initial mean has there they add up to ‖μ‖."
+    ),
+    "Coupled Adam": (
+        "The same: rows that share one second moment leave gradients that do not sum to zero as the only cause."
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,54 @@ def curves(
     figure.update_xaxes(title=x, type="log" if log_x else "linear")
     figure.update_yaxes(range=None if highest is None else [0, highest], type="log" if log_y else "linear")
     return _styled(figure, title, height=360)
+
+
+#: The name of the line that the causes of the drift add up to, but for the initial mean.
+TOTAL = "‖μ‖, all together"
+
+
+def drifts(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list[Chart]:
+    """Draw why the mean embedding moved, a chart for each name in ``runs``, all on one scale; none without figures.
+
+    Args:
+        runs: by name, the evaluations of some runs, as metrics.jsonl has them.
+    """
+    causes = [figure for figure in FIGURES.values() if figure.name.startswith("drift_")]
+    names = {figure.name: figure.label.removeprefix("drift: ") for figure in causes} | {"norm_of_mean": TOTAL}
+    series = {
+        name: [
+            (label, [(line["step"], line[key]) for line in curve if line.get(key) is not None])
+            for key, label in names.items()
+            for curve in evaluations
+            if any(line.get("drift_gradients") is not None for line in curve)
+        ]
+        for name, evaluations in runs.items()
+    }
+    drawn = [value for lines in series.values() for _, points in lines for _, value in points]
+    if not drawn:
+        return []
+    still = {label for label in names.values() if not any(_moves(label, lines) for lines in series.values())}
+    made = []
+    for name, lines in series.items():
+        moving = [line for line in lines if line[0] not in still]
+        figure = curves(f"Drift with {name}", moving, markers=False).update_traces(hovertemplate="%{y:.4f}")
+        figure.for_each_trace(lambda trace: trace.update(_filled(trace)))
+        figure.update_layout(hovermode="x unified", yaxis={"range": _range(drawn)})
+        figure.update_xaxes(unifiedhovertitle={"text": "step %{x}"})
+        made.append(Chart(figure, DRIFT_CAPTIONS.get(name, f"The same with {name}.")))
+    return made
+
+
+def _moves(label: str, lines: Iterable[tuple[str, Points]]) -> bool:
+    return any(value != 0 for other, points in lines if other == label for _, value in points)
+
+
+def _filled(trace: Any) -> dict[str, Any]:
+    """A cause is filled down to zero in its color; their sum is a dotted line in the color of the text."""
+    if trace.name == TOTAL:
+        return {"line": {"color": "#1c2430", "dash": "dot", "width": 2}}
+    red, green, blue = (int(trace.line.color[i : i + 2], 16) for i in (1, 3, 5))
+    return {"fill": "tozeroy", "fillcolor": f"rgba({red}, {green}, {blue}, 0.12)"}
 
 
 def token_scatter(title: str, samples: Mapping[str, TokenSample], value: str, *, log_y: bool = False) -> go.Figure:

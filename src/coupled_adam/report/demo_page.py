@@ -48,6 +48,7 @@ def write_demo_page(path: Path, runs: Sequence[Evaluated], source: str) -> None:
     samples = {run.method: sample for run in runs if (sample := run.token_sample)}
     experiment, form = runs[0].experiment, FIGURES["word_similarity"].form
     shift, loss = ([run.figures[name] for run in runs] for name in ("mean_shift_ratio", "validation_loss"))
+    drifts = charts.drifts({run.method: [run.curve] for run in runs})
     write_page(
         path,
         __name__,
@@ -56,6 +57,7 @@ def write_demo_page(path: Path, runs: Sequence[Evaluated], source: str) -> None:
             "isotropy": charts.curves("Isotropy", series("isotropy"), highest=1.02),
             "loss": charts.curves("Validation loss (nats per token)", series("validation_loss")),
             "embeddings": charts.token_maps(samples),
+            **{f"drift-{i}": chart.figure for i, chart in enumerate(drifts)},
         },
         headline=(
             f"After {experiment.train.steps:,} steps the norm of the mean embedding is {shift[0]:.3f} of the mean norm "
@@ -70,6 +72,7 @@ def write_demo_page(path: Path, runs: Sequence[Evaluated], source: str) -> None:
         published_tokens=PUBLISHED_TOKENS,
         names=[run.method for run in runs],
         rows=demo_rows(runs),
+        drifts=[chart.caption for chart in drifts],
         map_caption=charts.MAP_CAPTION,
         mapped=f"{len(next(iter(samples.values())).text):,}",
         benchmarks=[

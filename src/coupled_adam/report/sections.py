@@ -18,6 +18,7 @@ def sections(found: Sequence[SeedGroup], pairs: Sequence[Comparison]) -> list[tu
     made: list[tuple[str, list[Chart]]] = []
     if pairs:
         made.append((f"During training: {largest(pairs).setting}", _curves(largest(pairs))))
+        made.append((f"Why the mean embedding moves: {largest(pairs).setting}", _drifts(largest(pairs))))
     if len(pairs) > 1:
         made.append(("Model and data size", _sizes(pairs)))
     made += [(f"Scaled Coupled Adam: {line[0].setting}", _scaled(line)) for line in sweep(found, "coupling_scale")]
@@ -47,6 +48,10 @@ def _curves(pair: Comparison) -> list[Chart]:
             "How far all embeddings together have moved off the origin, relative to their length.",
         ),
     ]
+
+
+def _drifts(pair: Comparison) -> list[Chart]:
+    return charts.drifts({g.first.method: [run.curve for run in g.runs] for g in (pair.adamw, pair.coupled)})
 
 
 def _sizes(pairs: Sequence[Comparison]) -> list[Chart]:

@@ -1,0 +1,243 @@
+"""Why the mean embedding moves: the steps of an Adam-like optimizer, split by cause.
+
+With m̂ and v̂ the corrected moments of an embedding matrix (V, H), all means over its rows, a step moves the mean μ by
+
+    −η·[mean(m̂/(√v̂ + ε)) − mean(m̂)/(√mean(v̂) + ε)]    because the rows have second moments of their own
+    −η·mean(m̂)/(√mean(v̂) + ε)                          because the gradients do not sum to zero
+    −η·λ·μ                                             because of weight decay
+
+The first term is what Coupled Adam removes. The second is zero for an untied softmax head, whose gradients sum to zero
+over the vocabulary; a tied input embedding, a z-loss and soft-capped logits make it something else.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+from coupled_adam.geometry.shards import precision, sum_over_rows, whole
+
+#: The causes, in the order of the equation above; the names of :class:`Drift`'s vectors.
+CAUSES = ("second_moments", "gradients", "decay")
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the mean of an embedding matrix moved, by cause: vectors (H,), float64, which add up to the movement.
+
+    ``first + second`` is the drift of both, the second being the later: vectors add, and the mean is the second's.
+    """
+
+    second_moments: Tensor
+    """Through rows that have second moments of their own: what coupling removes. Zero with Coupled Adam."""
+    gradients: Tensor
+    """Through gradients that do not sum to zero over the vocabulary. Zero for an untied softmax head without extras."""
+    decay: Tensor
+    """Through weight decay."""
+    mean: Tensor
+    """μ after the (last) step."""
+
+    @property
+    def total(self) -> Tensor:
+        """How far the mean moved, (H,)."""
+        return self.second_moments + self.gradients + self.decay
+
+    def norms(self) -> dict[str, float]:
+        """Return the length of each cause's vector."""
+        return {cause: getattr(self, cause).norm().item() for cause in CAUSES}
+
+    def along_mean(self) -> dict[str, float]:
+        """Return Δ·μ/‖μ‖ of each cause's vector Δ: how far it moved the mean away from the origin, or towards it (< 0).
+
+        Lengths in units of the embedding, along μ as it is after the step; NaN for μ = 0. Summed over all steps of a
+        run they add up to ‖μ‖ less what the initial mean has in that direction.
+        """
+        direction = self.mean / self.mean.norm()
+        return {cause: (getattr(self, cause) @ direction).item() for cause in CAUSES}
+
+    def shares(self) -> dict[str, float]:
+        """Return Δ·μ/‖μ‖² of each cause's vector Δ: ``along_mean`` as a share of ‖μ‖.
+
+        Summed over all steps of a run the shares, and that of the initial mean, add up to 1.
+        """
+        length = self.mean.norm().item()
+        return {cause: along / length if length else float("nan") for cause, along in self.along_mean().items()}
+
+    def __add__(self, later: "Drift") -> "Drift":
+        second_moments, gradients, decay = (getattr(self, cause) + getattr(later, cause) for cause in CAUSES)
+        return Drift(second_moments, gradients, decay, later.mean)
+
+
+@torch.no_grad()
+def drift(optimizer: Optimizer, param: Tensor) -> Drift:
+    """Split the movement of the mean of ``param`` in the optimizer's last step by cause, from the state alone.
+
+    Call it after ``optimizer.step()`` and before the learning rate changes: the group's learning rate and weight decay
+    are taken as those of the step. The three vectors add up to the movement, to the rounding of the parameter; with a
+    first moment in bfloat16, which the state holds rounded, to that rounding. Clipping and ``maximize`` are in the
+    moments already. ``DriftMonitor`` sums over steps, and knows when a step left the parameter alone.
+
+    Args:
+        optimizer: ``torch.optim.AdamW`` or ``Adam`` in any implementation, with ``amsgrad`` or without;
+            ``coupled_adam.CoupledAdam``. One inside Accelerate's wrapper is found.
+        param: an embedding matrix (V, H) of one of its groups. If it is a DTensor, all ranks must call this; four
+            vectors (H,) are summed.
+
+    Raises:
+        TypeError: the optimizer is of another kind.
+        ValueError: ``param`` is no matrix of the optimizer or has not been stepped; its step or decay does not split:
+            atan2 (Adams), spectral decay, L2 regularization inside Adam's gradient.
+
+    >>> weight = torch.nn.Parameter(torch.ones(3, 2))
+    >>> optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5)
+    >>> weight.grad = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])  # sums to zero, as a softmax head's
+    >>> optimizer.step()
+    >>> {cause: round(length, 3) for cause, length in drift(optimizer, weight).norms().items()}
+    {'second_moments': 0.033, 'gradients': 0.0, 'decay': 0.071}
+    """
+    optimizer = _inner(optimizer)
+    group = _group_of(optimizer, param)
+    state = optimizer.state.get(param)
+    if not state or "exp_avg" not in state:
+        raise ValueError("the parameter has no moments yet; drift looks at the last step: call optimizer.step()")
+    m, v = state["exp_avg"], state.get("max_exp_avg_sq", state["exp_avg_sq"])
+    coupled = "direction" in group and group["second_moment"] == "vocabulary"  # AdamW may have groups of param_groups
+    if m.shape != param.shape or v.shape != (torch.Size([1, param.shape[1]]) if coupled else param.shape):
+        raise ValueError(
+            f"moments of shapes {tuple(m.shape)} and {tuple(v.shape)} are not those of a {tuple(param.shape)} matrix; "
+            "pass the parameter that the optimizer holds"
+        )
+
+    def number(x: Any) -> Any:
+        return x.detach().reshape(()).to(precision(x)) if isinstance(x, Tensor) else float(x)
+
+    lr, weight_decay, eps, rows = number(group["lr"]), number(group["weight_decay"]), group["eps"], param.shape[0]
+    (beta1, beta2), step = map(number, group["betas"]), number(state["step"])
+    first, second = 1 - beta1**step, 1 - beta2**step  # corrections of the moments' bias
+
+    def direction(m: Tensor, v: Tensor) -> Tensor:
+        """m/(√v + ε·√(1 − β2^t)): Adam's direction m̂/(√v̂ + ε) but for the factor of ``scale``."""
+        return m / v.sqrt().add_(eps * second**0.5)
+
+    scale = -lr * second**0.5 / first
+
+    if coupled:
+        sums = sum_over_rows(param, lambda e, m: [e, m], param, m)
+        mean_v = group["coupling_scale"] * whole(v)[0].to(sums.dtype)
+    else:
+        sums = sum_over_rows(param, lambda e, m, v: [e, m, v, direction(m, v)], param, m, v)
+        mean_v = sums[2] / rows
+    mean = sums[0] / rows
+    together = scale * direction(sums[1] / rows, mean_v)  # as if the rows had one second moment
+    apart = torch.zeros_like(mean) if coupled else scale * sums[3] / rows - together
+    before = (mean - apart - together) / (1 - lr * weight_decay)  # μ before the step, which is what decayed
+    return Drift(apart, together, -lr * weight_decay * before, mean)
+
+
+class DriftMonitor:
+    """Sums the drift of a parameter over all steps that its optimizer takes from now on, in any training loop.
+
+    It looks at the state after every ``optimizer.step()``, before a scheduler can change the learning rate. A step in
+    which the parameter had no gradient, or that a ``GradScaler`` skips, adds nothing. No number is read from the device
+    until a sum is asked for.
+
+    Args:
+        optimizer, param: as of :func:`drift`.
+
+    Raises:
+        TypeError, ValueError: as :func:`drift`.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    >>> optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0)
+    >>> monitor = DriftMonitor(optimizer, weight)
+    >>> for _ in range(3):
+    ...     weight.square().sum().backward()
+    ...     optimizer.step()
+    >>> [round(x, 3) for x in (monitor.total.mean - monitor.total.total).tolist()]  # where the mean was before
+    [0.5, 0.5]
+    """
+
+    def __init__(self, optimizer: Optimizer, param: Tensor) -> None:
+        self.optimizer, self.param = _inner(optimizer), param
+        _group_of(self.optimizer, param)
+        self._sum: Drift | None = None
+        self._seen: Any = self._step()
+        self._handle = self.optimizer.register_step_post_hook(self._after_step)
+
+    @property
+    def total(self) -> Drift:
+        """The sum over the steps so far. If the parameter is a DTensor, all ranks must ask for it before the first."""
+        if self._sum is None:
+            mean = sum_over_rows(self.param, lambda e: [e], self.param.detach())[0] / self.param.shape[0]
+            zero = torch.zeros_like(mean)
+            self._sum = Drift(zero, zero, zero, mean)
+        return self._sum
+
+    def remove(self) -> None:
+        """Look no more."""
+        self._handle.remove()
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return the sums as plain numbers, for a checkpoint."""
+        return {cause: getattr(self.total, cause).tolist() for cause in CAUSES}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Go on from sums of ``state_dict``, once parameter and optimizer are loaded. All ranks must call it.
+
+        Raises:
+            ValueError: the sums are not those of a matrix with as many columns.
+        """
+        if any(len(state.get(cause, ())) != self.param.shape[1] for cause in CAUSES):
+            raise ValueError(f"the saved drift is not that of a matrix of shape {tuple(self.param.shape)}")
+        self._sum = None
+        mean = self.total.mean
+        second_moments, gradients, decay = (torch.tensor(state[c], dtype=torch.float64).to(mean) for c in CAUSES)
+        self._sum = Drift(second_moments, gradients, decay, mean)
+        self._seen = self._step()
+
+    def _step(self) -> Any:
+        step = self.optimizer.state.get(self.param, {}).get("step", 0)
+        return step.clone() if isinstance(step, Tensor) else step
+
+    def _after_step(self, *_: Any) -> None:
+        step = self._step()
+        if isinstance(step, int):
+            return  # no step has reached the parameter yet
+        moved = (step != self._seen).to(precision(self.param))
+        self._seen = step
+        last = drift(self.optimizer, self.param)
+        last = Drift(moved * last.second_moments, moved * last.gradients, moved * last.decay, last.mean)
+        self._sum = last if self._sum is None else self._sum + last
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """Take off the wrappers that Accelerate and Lightning put around an optimizer."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _group_of(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
+    """Find the group of ``param``, and check that its steps split."""
+    name = type(optimizer).__name__
+    group = next((g for g in optimizer.param_groups if any(p is param for p in g["params"])), None)
+    if group is None:
+        raise ValueError(f"a {tuple(param.shape)} parameter is in no group of this {name}; pass the one that it holds")
+    if param.ndim != 2:
+        raise ValueError(
+            f"drift is that of an embedding matrix (vocabulary, hidden), not of shape {tuple(param.shape)}; FSDP1 and "
+            "DeepSpeed ZeRO flatten parameters: use FSDP2"
+        )
+    if "direction" in group:  # one of ours
+        if (group["direction"], group["decay"]) != ("ratio", "decoupled"):
+            raise ValueError(f"the step of {name} (atan2, or spectral decay) does not split by cause, as Adam's does")
+    elif not isinstance(optimizer, Adam):
+        raise TypeError(f"drift does not know the step of {name}; it knows torch.optim.AdamW and Adam, and CoupledAdam")
+    if not group.get("decoupled_weight_decay", True) and group["weight_decay"]:
+        raise ValueError(
+            f"{name} adds weight_decay={group['weight_decay']} to the gradient, where its moments hide it; use "
+            "torch.optim.AdamW, or weight_decay=0"
+        )
+    return group

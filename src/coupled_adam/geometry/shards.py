@@ -1,0 +1,85 @@
+"""Sums over the rows of a matrix that may be spread over processes: of what is held here, then in one all-reduce."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+#: Elements of which something of their size is held at a time: on a CPU they should stay in its cache.
+ELEMENTS_ON_CPU, ELEMENTS = 2**18, 2**24
+
+
+def is_dtensor(x: Tensor) -> bool:
+    """Return whether ``x`` is spread over a mesh of processes."""
+    return torch.distributed.is_available() and isinstance(x, DTensor)
+
+
+def local(x: Tensor) -> Tensor:
+    """Return what this process holds of ``x``: the shard of a DTensor, any other tensor itself."""
+    return x.to_local() if is_dtensor(x) else x  # type: ignore[attr-defined]
+
+
+def whole(x: Tensor) -> Tensor:
+    """Gather ``x``; for vectors. All ranks must call it."""
+    return x.full_tensor() if is_dtensor(x) else x  # type: ignore[attr-defined]
+
+
+def spread_by_rows(matrix: Tensor) -> Tensor:
+    """Return the matrix with whole rows on every process; one that is cut by columns is sent once, all to all."""
+    if not is_dtensor(matrix) or all(getattr(p, "dim", 0) == 0 for p in matrix.placements):  # type: ignore[attr-defined]
+        return matrix
+    placements = [Shard(0) if p.is_shard() else p for p in matrix.placements]  # type: ignore[attr-defined]
+    return matrix.redistribute(placements=placements)  # type: ignore[attr-defined, no-any-return]
+
+
+def precision(x: Tensor) -> torch.dtype:
+    """Return float64, or float32 on a device that has none."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def blocks(*matrices: Tensor) -> Iterator[list[Tensor]]:
+    """Yield the same rows of each of the matrices, (R, H) on this process, a part at a time; at least one, if empty."""
+    first = matrices[0]
+    elements = ELEMENTS_ON_CPU if first.device.type == "cpu" else ELEMENTS
+    rows = max(elements // max(first.shape[1], 1), 1)
+    for start in range(0, max(len(first), 1), rows):
+        yield [x[start : start + rows] for x in matrices]
+
+
+def complete(part: Tensor, matrix: Tensor, reduce: str = "sum") -> Tensor:
+    """Reduce ``part``, (K, H) of the rows that this process holds of ``matrix``, over the processes with other rows.
+
+    Where the matrix is cut by columns, so is ``part``, and the columns are gathered. All ranks must call it.
+    """
+    if not is_dtensor(matrix):
+        return part
+    kinds = {0: Partial(reduce), 1: Shard(1), None: Replicate()}
+    placements = [kinds[getattr(p, "dim", None)] for p in matrix.placements]  # type: ignore[attr-defined]
+    columns = matrix.shape[1] if Shard(1) in placements else part.shape[1]
+    made = DTensor.from_local(
+        part,
+        matrix.device_mesh,  # type: ignore[attr-defined]
+        placements,
+        run_check=False,
+        shape=torch.Size([len(part), columns]),
+        stride=(columns, 1),
+    )
+    return made.full_tensor()
+
+
+def sum_over_rows(matrix: Tensor, functions: Callable[..., Sequence[Tensor]], *matrices: Tensor) -> Tensor:
+    """Sum what ``functions`` makes of blocks of ``matrices``, K times (R, H), over all rows: (K, H), in float64.
+
+    The matrices are spread as ``matrix`` is. Sums over a block are in the precision of the matrix, at least float32.
+    """
+    total: Tensor | None = None
+    for rows in blocks(*map(local, matrices)):
+        dtypes = [torch.promote_types(x.dtype, torch.float32) for x in rows]
+        made = functions(*(x.to(dtype) for x, dtype in zip(rows, dtypes, strict=True)))
+        sums = torch.stack([x.sum(0).to(precision(matrix)) for x in made])
+        total = sums if total is None else total.add_(sums)
+    assert total is not None
+    return complete(total, matrix)

@@ -1,0 +1,95 @@
+"""What the callbacks ``EmbeddingHealth`` of all trainers share: when to measure, and what."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from coupled_adam.geometry import DriftMonitor, health
+from coupled_adam.progress import warn
+
+#: What stands before the name of every figure.
+PREFIX = "embedding/"
+
+
+class HealthReport:
+    """Measures the embeddings of a model every so many steps; all ranks must use it alike.
+
+    Args:
+        every: steps between two reports.
+        isotropy_every: reports of which one has the isotropy, which takes twice as long as all the others; 0 for none.
+        drift: whether to sum at every step why the mean of the output embedding moves. If the optimizer's steps do not
+            split by cause, one warning says so, and the other figures are reported.
+
+    Raises:
+        ValueError: a number of steps out of range.
+    """
+
+    def __init__(self, every: int = 100, isotropy_every: int = 10, drift: bool = True) -> None:
+        if every < 1 or isotropy_every < 0:
+            raise ValueError(f"every={every} must be at least 1 and isotropy_every={isotropy_every} at least 0")
+        self.every, self.isotropy_every, self.drift = every, isotropy_every, drift
+        self.last = -1
+        """The step of the last report."""
+        self._reports, self._sums = 0, dict[str, list[float]]()
+        self._monitor: DriftMonitor | None = None
+
+    def begin(self, model: nn.Module, optimizers: Iterable[Optimizer], state: dict[str, Any] | None = None) -> None:
+        """Watch the optimizer of the output embedding; ``state`` is what ``state_dict`` returned before a resume."""
+        self.end()
+        self._sums = {}
+        if not self.drift:
+            return
+        weight = _output_embedding(model)
+        try:
+            self._monitor = DriftMonitor(_holder(optimizers, weight), weight)
+        except (TypeError, ValueError) as error:
+            warn(f"the drift of the mean embedding is not reported: {error}")
+            return
+        if state:
+            self._monitor.load_state_dict(state)
+        else:
+            _ = self._monitor.total  # all ranks are here
+
+    def end(self) -> None:
+        """Watch no more. The sums so far can still be saved."""
+        if self._monitor is not None:
+            self._sums = self._monitor.state_dict()
+            self._monitor.remove()
+            self._monitor = None
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to report after ``step`` steps; once for each."""
+        return step % self.every == 0 and step != self.last
+
+    def figures(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Measure, and return the figures with their prefix. All ranks must call it."""
+        self.last = step
+        measured = health(model, isotropy=bool(self.isotropy_every) and self._reports % self.isotropy_every == 0)
+        self._reports += 1
+        if self._monitor is not None:
+            measured |= {f"drift_{cause}": along for cause, along in self._monitor.total.along_mean().items()}
+        return {PREFIX + name: figure for name, figure in measured.items()}
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return the sums of the drift as plain numbers; empty if there are none."""
+        return self._sums if self._monitor is None else self._monitor.state_dict()
+
+
+def _output_embedding(model: nn.Module) -> Tensor:
+    getter = next((g for m in model.modules() if callable(g := getattr(m, "get_output_embeddings", None))), None)
+    weight = getattr(getter() if getter else None, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            f"{type(model).__name__} does not say what its output embedding is (get_output_embeddings() is missing or "
+            "returns None); EmbeddingHealth is for language models that do"
+        )
+    return weight
+
+
+def _holder(optimizers: Iterable[Optimizer], weight: Tensor) -> Optimizer:
+    for optimizer in optimizers:
+        if any(param is weight for group in optimizer.param_groups for param in group["params"]):
+            return optimizer
+    raise ValueError("the output embedding is in no optimizer (frozen?)")

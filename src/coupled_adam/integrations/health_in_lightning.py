@@ -1,0 +1,54 @@
+"""Embedding health in the ``Trainer`` of Lightning."""
+
+from typing import Any
+
+from coupled_adam.integrations.health_callbacks import HealthReport
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:
+    raise ImportError("lightning not installed: pip install lightning") from None
+
+
+class EmbeddingHealth(Callback):  # type: ignore[misc]
+    """Logs health and drift of the model's embeddings every ``every`` steps, with any optimizer.
+
+        lightning.Trainer(callbacks=[EmbeddingHealth()])
+
+    The figures of :func:`coupled_adam.geometry.health` and, as ``drift_…``, how far each cause has moved the mean of
+    the output embedding (:meth:`coupled_adam.geometry.Drift.along_mean`), go through ``pl_module.log_dict``, so to the
+    loggers at steps that are multiples of ``log_every_n_steps`` too, and to ``trainer.callback_metrics``. The model is
+    the LightningModule, or the outermost module in it that has ``get_output_embeddings()``. A resumed run goes on from
+    the sums in its checkpoint.
+
+    All ranks measure together; with ModelParallelStrategy (FSDP2) the matrices are not gathered. FSDPStrategy, which
+    flattens parameters, is a ValueError at the start.
+
+    Args:
+        every, isotropy_every, drift: as of :class:`coupled_adam.integrations.health_callbacks.HealthReport`.
+
+    Raises:
+        ValueError: a number of steps out of range.
+        ImportError: lightning is not installed.
+    """
+
+    def __init__(self, every: int = 100, isotropy_every: int = 10, drift: bool = True) -> None:
+        self.report = HealthReport(every, isotropy_every, drift)
+        self._saved: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.report.begin(pl_module, trainer.optimizers, self._saved)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.report.is_due(trainer.global_step):  # which stays what it is while batches accumulate
+            figures = self.report.figures(pl_module, trainer.global_step)
+            pl_module.log_dict(figures, on_step=True, on_epoch=False, rank_zero_only=True)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.report.end()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.report.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict  # before the optimizers are loaded
