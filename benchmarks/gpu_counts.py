@@ -44,6 +44,9 @@ def gpt2() -> Shapes:
 
 # ---------------------------------------------------------------------------------------------------- what is counted
 
+#: A torch for CUDA asks the driver even for fake tensors. A torch for CPUs does not, nor one with a card.
+USABLE = torch.cuda.is_available() or not torch.version.cuda
+
 
 @dataclass
 class Counts:
@@ -301,6 +304,9 @@ def rows() -> Iterator[str]:
 
 
 def main() -> None:
+    if not USABLE:
+        print(f"nothing was counted: torch {torch.__version__} asks for the driver of a card; use a torch for CPUs")
+        return
     print(f"torch {torch.__version__}; float32\n")
     for line in rows():
         print(line, flush=True)

@@ -32,6 +32,7 @@ def program(path: str) -> ModuleType:
 
 gpu = program("benchmarks/gpu_counts.py")
 
+on_fake_device = pytest.mark.skipif(not gpu.USABLE, reason="this torch asks for the driver of a card")
 with_triton = pytest.mark.skipif(
     not dispatch.triton_launch.HAS_TRITON, reason="the extra `triton` has no wheel for this system"
 )
@@ -54,6 +55,7 @@ def quietly() -> Iterator[None]:
         yield
 
 
+@on_fake_device
 @pytest.mark.parametrize("triton", [True, False])
 @pytest.mark.parametrize("capturable", [True, False])
 @pytest.mark.parametrize("clip", [True, False])
@@ -65,6 +67,7 @@ def test_no_step_reads_a_number_from_the_device_or_copies_one_to_it(
     assert counts.launches > 0 and counts.copies == []
 
 
+@on_fake_device
 def test_the_fake_device_would_show_it() -> None:
     with gpu.Device(), gpu.counting() as counts:
         x = torch.ones(3, device="cuda")
@@ -75,6 +78,7 @@ def test_the_fake_device_would_show_it() -> None:
     assert len(counts.copies) == 2
 
 
+@on_fake_device
 @pytest.mark.parametrize("clip", [True, False])
 def test_a_learning_rate_on_the_device_is_not_read(clip: bool) -> None:
     for make in (gpu.ours, gpu.adams):
@@ -100,6 +104,7 @@ class Scaled:
         self.optimizer.step()
 
 
+@on_fake_device
 @pytest.mark.parametrize("triton", [True, False])
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,6 +121,7 @@ def test_a_scaled_step_does_not_wait_and_counts_on_the_device(kind: str, clip: b
     assert all(state["step"].device.type == "cuda" for state in states)
 
 
+@on_fake_device
 @pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
 def test_a_coupled_step_without_triton_is_twenty_operations_and_two_temporaries(device: str) -> None:
     for clip, most in ((False, 20), (True, 28)):
@@ -139,6 +145,7 @@ def test_blocks_are_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls) == expected
 
 
+@on_fake_device
 @with_triton
 def test_launches_of_a_coupled_matrix() -> None:
     counts = gpu.counted(gpu.MATRIX, gpu.ours, clip=False)
@@ -148,6 +155,7 @@ def test_launches_of_a_coupled_matrix() -> None:
     assert counts.peak < 0.01 * 4 * 50_304 * 768
 
 
+@on_fake_device
 @with_triton
 def test_launches_of_a_clipped_gpt2() -> None:
     shapes = gpu.gpt2()
@@ -176,6 +184,7 @@ def test_the_published_form_that_the_benchmark_times_takes_our_step(monkeypatch:
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+@on_fake_device
 @with_triton
 def test_the_table_in_the_documentation_is_what_is_counted() -> None:
     text = (ROOT / "docs/gpu.md").read_text("utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gpu import program
+from test_gpu import on_fake_device, program
 from torch.utils._pytree import tree_map_only
 
 pytest.importorskip("triton", reason="the extra `triton` has no wheel for this system")
@@ -56,6 +56,7 @@ class Card:
         return 0
 
 
+@on_fake_device
 @pytest.mark.long
 def test_what_is_launched_compiles_for_a_card_once_and_not_again_in_later_steps(
     monkeypatch: pytest.MonkeyPatch,
