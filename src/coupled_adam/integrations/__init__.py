@@ -1,0 +1,1 @@
+"""Coupled Adam in other people's trainers: a module a trainer, which imports that trainer alone."""
