@@ -1,6 +1,8 @@
 """What two processes run under FSDP2: a tiny Llama by Accelerate or by Lightning, on the batches of one process."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -51,6 +53,16 @@ def in_one_process() -> dict[str, Tensor]:
     return whole(model)
 
 
+@contextlib.contextmanager
+def launched() -> Iterator[None]:
+    """The environment that torchrun makes, around processes that have their process group already."""
+    rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
+    ours = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0", "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    ours |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "test"}
+    with mock.patch.dict(os.environ, ours):
+        yield
+
+
 def by_accelerate(folder: str) -> dict[str, Any]:
     """Accelerate's FSDP2, saved and loaded by it half way. It offers FSDP to accelerators only, so we insist."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -62,7 +74,9 @@ def by_accelerate(folder: str) -> dict[str, Any]:
         model = llama()
         optimizer = optimizer_of(model)
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         )
         accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
         PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
@@ -77,17 +91,71 @@ def by_accelerate(folder: str) -> dict[str, Any]:
             accelerator.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
 
-    rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    with mock.patch.dict(os.environ, launched):
+    with launched():
         accelerator, model, optimizer = prepared()
         train(accelerator, model, optimizer, range(3))
         accelerator.save_state(folder)
         train(accelerator, model, optimizer, range(3, STEPS))
         uninterrupted = whole(model)
         head = optimizer.param_groups[0]["params"][0]
-        found = {"sharded": isinstance(head, DTensor), "row": tuple(optimizer.state[head]["exp_avg_sq"].shape)}
+        found = {"sharded": len(head.to_local()) < VOCABULARY, "row": tuple(optimizer.state[head]["exp_avg_sq"].shape)}
         accelerator, model, optimizer = prepared()
         accelerator.load_state(folder)
         train(accelerator, model, optimizer, range(3, STEPS))
         return found | {"uninterrupted": uninterrupted, "resumed": whole(model)}
+
+
+def by_lightning(folder: str) -> dict[str, Any]:
+    """Lightning's ModelParallelStrategy, with the plan that FSDP2 shards by; saved and loaded by it half way."""
+    import lightning
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+    from torch.utils.data import DataLoader
+
+    from coupled_adam import CoupledAdam, param_groups
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = llama()
+
+        def configure_model(self) -> None:
+            mesh = self.device_mesh["data_parallel"]
+            for layer in self.model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+
+        def training_step(self, tokens: Tensor, index: int) -> Tensor:
+            return self.model(input_ids=tokens, labels=tokens).loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return CoupledAdam(param_groups(self.model, weight_decay=0.1), lr=1e-2, max_grad_norm=0.5)
+
+    def train(epochs: int, start: str | None = None) -> tuple[Any, Any]:
+        module = Module()
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=dist.get_world_size(),
+            strategy=ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1),
+            max_epochs=epochs,
+            default_root_dir=folder,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+            logger=False,
+        )
+        batches = [batch(step, dist.get_rank(), dist.get_world_size()) for step in range(STEPS // 2)]
+        trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=start)
+        return trainer, module
+
+    with launched():
+        trainer, _ = train(1)
+        trainer.save_checkpoint(f"{folder}/half.ckpt")
+        trainer, resumed = train(2, f"{folder}/half.ckpt")
+        head = trainer.optimizers[0].param_groups[0]["params"][0]
+        found = {
+            "sharded": len(head.to_local()) < VOCABULARY,
+            "row": tuple(trainer.optimizers[0].state[head]["exp_avg_sq"].shape),
+        }
+        return found | {"resumed": whole(resumed.model), "uninterrupted": whole(train(2)[1].model)}

@@ -47,7 +47,9 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **given | options)
 
 
-def trainer(folder: Path, model: nn.Module | None = None, ours: dict[str, Any] | None = None, **options: Any) -> Trainer:
+def trainer(
+    folder: Path, model: nn.Module | None = None, ours: dict[str, Any] | None = None, **options: Any
+) -> Trainer:
     """A Trainer with Coupled Adam, or with its own AdamW if ``ours`` is None."""
     args = arguments(folder, **options)
     chosen = None if ours is None else trainer_optimizer(args, **ours)
@@ -115,7 +117,9 @@ def test_it_trains_as_written_out_by_hand_with_the_arguments_of_the_trainer(tmp_
     micro = [rows[i : i + 2] for i in range(0, 8 * accumulated, 2)]
     step_by_hand(model, trained.args, [micro[i : i + accumulated] for i in range(0, len(micro), accumulated)])
     for name, p in trained.model.named_parameters():
-        torch.testing.assert_close(p, model.get_parameter(name), rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            p, model.get_parameter(name), rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,6 +1,6 @@
 """The Trainer of transformers, and through it TRL and PEFT.
 
-    Trainer(model, args, …, optimizer_cls_and_kwargs=trainer_optimizer(args))
+Trainer(model, args, …, optimizer_cls_and_kwargs=trainer_optimizer(args))
 """
 
 import inspect
@@ -62,7 +62,13 @@ def trainer_optimizer(
             UserWarning,
             stacklevel=2,
         )
-    return OptimizerFactory, {"optimizer": optimizer, "coupled": coupled, "trainer_clips": args.max_grad_norm, **ours, **options}
+    return OptimizerFactory, {
+        "optimizer": optimizer,
+        "coupled": coupled,
+        "trainer_clips": args.max_grad_norm,
+        **ours,
+        **options,
+    }
 
 
 class OptimizerFactory:
