@@ -30,7 +30,7 @@ def trainer_optimizer(
     """Make what ``Trainer(optimizer_cls_and_kwargs=…)`` takes, from the Trainer's own arguments.
 
     The learning rate, the betas, ε and the weight decay are those of ``args``, and the Trainer clips
-    (``args.max_grad_norm``). A trainer without that argument takes it afterwards, also where FSDP refuses ``optimizers``:
+    (``args.max_grad_norm``). A trainer that does not take the argument, as some of TRL, takes it afterwards:
 
         trainer.optimizer_cls_and_kwargs = trainer_optimizer(trainer.args)
 
@@ -92,8 +92,8 @@ class OptimizerFactory:
         """Build the optimizer of this model's parameters, and log once what it does with them."""
         if coupled is None and (frozen := _frozen_head(model)):
             warnings.warn(
-                f"nothing is coupled, so this is AdamW: the output embedding ({frozen}) is frozen, as with LoRA. To train "
-                'and couple it, name it in LoraConfig(modules_to_save=["lm_head"]); to silence this, pass coupled=[]',
+                f"nothing is coupled, so this is AdamW: the output embedding ({frozen}) is frozen, as with LoRA. To "
+                'train and couple it, LoraConfig(modules_to_save=["lm_head"]); to silence this, coupled=[]',
                 UserWarning,
                 stacklevel=2,
             )
@@ -104,7 +104,8 @@ class OptimizerFactory:
                 warnings.filterwarnings("ignore", "nothing is coupled")  # as asked for, or said above
             built = optimizer(groups, weight_decay=weight_decay, **options)
         built.register_load_state_dict_pre_hook(_NamesOf(model, from_adamw))
-        announce(built, "the Trainer", trainer_clips)
+        bound = f"to a global norm of {trainer_clips:g}" if trainer_clips else "none"
+        announce(built, f"the Trainer: {bound}")
         return built
 
 
@@ -138,8 +139,8 @@ def name_checkpoint(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, A
     sizes, found = ([len(group) for group in names], [len(group["params"]) for group in saved])
     if sizes != found:
         raise ValueError(
-            f"no checkpoint of the Trainer's AdamW for this {type(model).__name__}: it has groups of {found} parameters, "
-            f"the Trainer makes groups of {sizes} of this model"
+            f"no checkpoint of the Trainer's AdamW for this {type(model).__name__}: it has groups of {found} "
+            f"parameters, the Trainer makes groups of {sizes} of this model"
         )
     params = dict(model.named_parameters())
     for group, members in zip(saved, names, strict=True):
@@ -174,8 +175,8 @@ class _NamesOf:
             return None
         if len(groups) != len(optimizer.param_groups) and not self.from_adamw:
             raise ValueError(
-                "this is a checkpoint of the Trainer's own AdamW, and the schedule beside it is one of two param groups: "
-                "call coupled_adam.integrations.transformers.resume_from_adamw(trainer) before trainer.train(…)"
+                "this is a checkpoint of the Trainer's own AdamW, with a schedule of two param groups: call "
+                "coupled_adam.integrations.transformers.resume_from_adamw(trainer) before trainer.train(…)"
             )
         return name_checkpoint(self.model, state_dict)
 
@@ -187,20 +188,22 @@ def resume_from_adamw(trainer: Trainer) -> None:
         resume_from_adamw(trainer)
         trainer.train(resume_from_checkpoint=True)
 
-    The moments are kept, the second one of a coupled matrix is averaged over the vocabulary, and the learning rate goes on
-    where the schedule stood.
+    The moments are kept, the second one of a coupled matrix is averaged over the vocabulary, and the learning rate goes
+    on where the schedule stood.
 
     Raises:
         ValueError: the trainer's optimizer is not that of ``trainer_optimizer``.
     """
-    factory, kwargs = trainer.optimizer_cls_and_kwargs or (None, {})
+    chosen: Any = trainer.optimizer_cls_and_kwargs or (None, {})
+    factory, kwargs = chosen
     if factory is not OptimizerFactory:
         raise ValueError("set trainer.optimizer_cls_and_kwargs = trainer_optimizer(trainer.args) first")
-    trainer.optimizer_cls_and_kwargs = (OptimizerFactory, {**kwargs, "from_adamw": True})  # type: ignore[assignment]
+    chosen = (OptimizerFactory, {**kwargs, "from_adamw": True})
+    trainer.optimizer_cls_and_kwargs = chosen
     trainer.add_callback(_ScheduleOfAllGroups())
 
 
-class _ScheduleOfAllGroups(TrainerCallback):  # type: ignore[misc]
+class _ScheduleOfAllGroups(TrainerCallback):
     """Gives a schedule that was saved with two param groups the number that there are now."""
 
     def on_train_begin(

@@ -138,11 +138,8 @@ def _row_bytes(member: Member) -> int:
     return int(local(param).shape[-1] * state_dtype(param).itemsize)
 
 
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+def _size(count: int) -> str:
+    if count < 1000:
+        return f"{count} bytes"
+    power = min((len(str(count)) - 1) // 3, 4)
+    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"

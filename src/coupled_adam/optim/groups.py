@@ -66,7 +66,7 @@ def output_embedding(model: nn.Module) -> nn.Module:
     # DistributedDataParallel and its like hold the model as `module` and hide its methods.
     while not hasattr(inner, "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
         inner = inner.module  # type: ignore[assignment]
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None  # type: ignore[operator]
+    head: nn.Module | None = getattr(inner, "get_output_embeddings", lambda: None)()
     if head is None:
         raise ValueError(
             f"{type(inner).__name__} does not say what its output embedding is (get_output_embeddings() is missing or "

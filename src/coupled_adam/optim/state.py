@@ -53,8 +53,8 @@ def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     if group["decay"] == "spectral" and takes_spectral_decay(param):
         if vocabulary_group(param) is not None:
             raise ValueError(
-                f"a parameter of shape {tuple(param.shape)} is a vocabulary shard (vocabulary_group), of which spectral "
-                "decay does not know all rows; couple it, or set param.use_spectral_decay = False"
+                f"a parameter of shape {tuple(param.shape)} is a vocabulary shard (vocabulary_group), and spectral "
+                "decay does not know its other rows; couple it, or set param.use_spectral_decay = False"
             )
         state["u"] = _first_u(param)
     return state
