@@ -43,7 +43,7 @@ def test_the_step_is_that_of_the_groups_written_out() -> None:
             nn.functional.cross_entropy(each(tokens), tokens).backward()
             optimizer.step()
     for name, p in reference.named_parameters():
-        assert torch.equal(ours.get_parameter(name), p), name
+        torch.testing.assert_close(ours.get_parameter(name), p, rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_which_of_two_is_said() -> None:
