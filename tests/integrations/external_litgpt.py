@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningCLI
 from litgpt import GPT, Config
 from litgpt.utils import instantiate_torch_optimizer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from coupled_adam.integrations.bare_parameters import VocabularyCoupledAdam
 
@@ -50,8 +51,9 @@ class Module(lightning.LightningModule):
     def training_step(self, tokens: Tensor, index: int) -> Tensor:
         return nn.functional.cross_entropy(self.model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
-    def train_dataloader(self) -> list[Tensor]:
-        return [torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(step)) for step in range(4)]
+    def train_dataloader(self) -> DataLoader:
+        batches = [torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(step)) for step in range(4)]
+        return DataLoader(batches, batch_size=None)
 
 
 def test_lightning_cli(tmp_path: Path) -> None:

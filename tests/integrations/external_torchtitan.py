@@ -63,7 +63,7 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
     for name, x in expected.items():
-        torch.testing.assert_close(found[name], x, rtol=10 * tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(found[name], x, rtol=10 * tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_it_trains_as_written_out() -> None:
