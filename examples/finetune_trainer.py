@@ -5,8 +5,8 @@
     python examples/finetune_trainer.py --optimizer adamw            # the Trainer's own, to compare with
     python examples/finetune_trainer.py --model path/to/model --text my.txt
 
-A model is a directory of transformers or a .gguf file; the text is the Wikipedia sample of gensim, or --text. The model is
-trained on its beginning and evaluated on its end. Nothing is asked of the network.
+A model is a directory of transformers or a .gguf file; the text is the Wikipedia sample of gensim, or --text. The model
+is trained on its beginning and evaluated on its end. Nothing is asked of the network.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""The change that Coupled Adam is to nanoGPT: its ``configure_optimizers``, before and after, on a model of its shape.
+"""The change that Coupled Adam is to nanoGPT: ``configure_optimizers``, before and after, on a model of its shape.
 
-    python examples/nanogpt.py     # trains both for some steps on this file, and prints how far the mean embedding moved
+    python examples/nanogpt.py     # trains both on this file, and prints how far the mean embedding moved
 
-In nanoGPT's model.py replace ``configure_optimizers`` by the function ``coupled`` below; train.py stays as it is: it sets
-the learning rate of every group, unscales, clips, and steps.
+In nanoGPT's model.py replace ``configure_optimizers`` by the function ``coupled`` below; train.py stays as it is: it
+sets the learning rate of every group, unscales, clips, and steps.
 """
 
 import math
@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from coupled_adam import CoupledAdam, describe, param_groups
 
 
-def before(model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+def before(
+    model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
     """As nanoGPT does it: matrices are decayed, the embedding among them, vectors are not."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -50,7 +50,12 @@ def names(tmp_path: Path) -> dict[str, Any]:
     other_parameters = [p for p in model.parameters() if p is not model.embedding.weight]
     return (
         locals()
-        | {"batches": [batch], "dataloader": DataLoader([batch], batch_size=None), "Adams_ZeRO": Adams_ZeRO, "CoupledAdam": CoupledAdam}
+        | {
+            "batches": [batch],
+            "dataloader": DataLoader([batch], batch_size=None),
+            "Adams_ZeRO": Adams_ZeRO,
+            "CoupledAdam": CoupledAdam,
+        }
         | {
             "param_groups": param_groups,
             "fully_shard": fully_shard,

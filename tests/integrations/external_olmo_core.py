@@ -1,4 +1,4 @@
-"""With OLMo-core itself: its Transformer, its configuration, its checkpoints, FSDP2. Run by tools/check_integrations."""
+"""With OLMo-core itself: its model, configuration, checkpoints, FSDP2. Run by tools/check_integrations."""
 
 import os
 import tempfile
@@ -49,7 +49,9 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
     for name, x in expected.items():
-        torch.testing.assert_close(found[name], x, rtol=10 * tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], x, rtol=10 * tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_its_registered_configuration_trains_as_written_out() -> None:

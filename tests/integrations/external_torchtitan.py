@@ -38,7 +38,7 @@ def llama() -> nn.Module:
     config.layers = config.layers[:1]
     model = config.build()
     model.init_states()
-    for name, module in [*model.named_modules()]:
+    for name, _ in [*model.named_modules()]:
         if name.endswith("inner_attention"):
             model.set_submodule(name, Attention())
     return model
@@ -63,7 +63,9 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
     for name, x in expected.items():
-        torch.testing.assert_close(found[name], x, rtol=10 * tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], x, rtol=10 * tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_it_trains_as_written_out() -> None:

@@ -1,4 +1,4 @@
-"""Trainers that hand over ``model.parameters()``: the matrix with the rows of the vocabulary is found, never guessed."""
+"""Trainers that hand over ``model.parameters()``: the matrix of the vocabulary is found, never guessed."""
 
 import pytest
 import torch

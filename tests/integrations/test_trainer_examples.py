@@ -55,7 +55,7 @@ def test_a_model_is_trained_on_and_its_embeddings_are_measured(folder, text_file
         (["--model", "no/model"], "--model no/model: no such directory or file"),
         (["--steps", "0"], "--steps 0: it must be 1 or more"),
         (["--model", "MODEL", "--text", "no.txt"], "no.txt: no such file"),
-        (["--model", "MODEL", "--steps", "100000"], "12,803,... are wanted; fewer --steps"),
+        (["--model", "MODEL", "--steps", "100000"], "12,800,512 are wanted; fewer --steps"),
         (["--model", "TEXT"], "--model .*text.txt"),
     ],
 )

@@ -5,11 +5,15 @@ TransformerTrainModuleConfig(optim=CoupledAdamConfig(lr=4e-4, weight_decay=0.1),
 
 from dataclasses import dataclass, field
 
-from olmo_core.optim import OptimConfig, OptimGroupOverride
 from torch import nn
 
+from coupled_adam.errors import require_trainer
 from coupled_adam.integrations.announce import announce
 from coupled_adam.optim import CoupledAdam
+
+require_trainer("olmo_core", "ai2-olmo-core")
+
+from olmo_core.optim import OptimConfig, OptimGroupOverride  # noqa: E402
 
 
 def coupled_head() -> list[OptimGroupOverride]:

@@ -9,10 +9,14 @@ from typing import Any
 
 from torch import nn
 from torch.optim.optimizer import Optimizer
-from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
+from coupled_adam.errors import require_trainer
 from coupled_adam.integrations.announce import announce
 from coupled_adam.optim import Adams, CoupledAdam
+
+require_trainer("torchtitan", "torchtitan")
+
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig  # noqa: E402
 
 OURS = {"CoupledAdam": CoupledAdam, "Adams": Adams}
 
