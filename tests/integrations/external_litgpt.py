@@ -57,11 +57,21 @@ class Module(lightning.LightningModule):
 
 
 def test_lightning_cli(tmp_path: Path) -> None:
-    settings = ["--optimizer", CLASS, "--optimizer.vocabulary_size", "64", "--optimizer.which", "first"]
+    settings = [
+        "--optimizer",
+        CLASS,
+        "--optimizer.vocabulary_size",
+        "64",
+        "--optimizer.which",
+        "first",
+        "--optimizer.lr",
+        "0.01",
+    ]
     quiet = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.accelerator", "cpu"]
     trainer = ["--trainer.max_epochs", "1", "--trainer.default_root_dir", str(tmp_path), *quiet]
     with mock.patch.object(sys, "argv", ["program", "fit", *trainer, *settings]):
         cli = LightningCLI(Module, save_config_callback=None)
     (optimizer,) = cli.trainer.optimizers
     head = cli.model.model.lm_head.weight
+    assert optimizer.defaults["lr"] == 0.01
     assert optimizer.param_groups[0]["params"] == [head] and optimizer.state[head]["step"] == 4

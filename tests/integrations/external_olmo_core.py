@@ -8,17 +8,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from external_loop import ROWS, STEPS, assert_close, train, whole
 from olmo_core.distributed.checkpoint import load_model_and_optim_state, save_model_and_optim_state
 from olmo_core.nn.transformer import TransformerConfig
 from olmo_core.optim import OptimConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from coupled_adam import CoupledAdam
 from coupled_adam.integrations.olmo_core import CoupledAdamConfig
 
-ROWS, STEPS = 97, 4
 EPS = 1e-5  # above the rounding of gradients that are zero but for it, which Adam would blow up to a step
 
 
@@ -28,30 +28,6 @@ def olmo() -> Any:
     model = config.build(init_device="cpu")
     model.init_weights(device=torch.device("cpu"))
     return model
-
-
-def train(model: Any, optimizer: Any, steps: range, rank: int = 0, ranks: int = 1) -> Any:
-    for step in steps:
-        tokens = torch.randint(ROWS, (4, 9), generator=torch.Generator().manual_seed(step))
-        tokens = tokens[rank * 4 // ranks : (rank + 1) * 4 // ranks]
-        optimizer.zero_grad()
-        logits = model(tokens[:, :-1]).float()
-        nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return model
-
-
-def whole(model: nn.Module) -> dict[str, Tensor]:
-    tensors = ((name, p.detach()) for name, p in model.named_parameters())
-    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).clone() for name, x in tensors}
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
-    for name, x in expected.items():
-        torch.testing.assert_close(
-            found[name], x, rtol=10 * tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 def test_its_registered_configuration_trains_as_written_out() -> None:

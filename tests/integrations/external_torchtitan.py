@@ -10,17 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from external_loop import STEPS, assert_close, train, whole
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torchtitan.models.llama3 import model_registry
 
 from coupled_adam import CoupledAdam
 from coupled_adam.integrations.torchtitan import CoupledOptimizers, coupled_adamw
-
-ROWS, STEPS = 2048, 4
 
 
 class Attention(nn.Module):
@@ -42,30 +40,6 @@ def llama() -> nn.Module:
         if name.endswith("inner_attention"):
             model.set_submodule(name, Attention())
     return model
-
-
-def train(model: nn.Module, optimizer: Any, steps: range, rank: int = 0, ranks: int = 1) -> nn.Module:
-    for step in steps:
-        tokens = torch.randint(ROWS, (4, 9), generator=torch.Generator().manual_seed(step))
-        tokens = tokens[rank * 4 // ranks : (rank + 1) * 4 // ranks]
-        optimizer.zero_grad()
-        logits = model(tokens[:, :-1]).float()
-        nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return model
-
-
-def whole(model: nn.Module) -> dict[str, Tensor]:
-    tensors = ((name, p.detach()) for name, p in model.named_parameters())
-    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).clone() for name, x in tensors}
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
-    for name, x in expected.items():
-        torch.testing.assert_close(
-            found[name], x, rtol=10 * tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 def test_it_trains_as_written_out() -> None:

@@ -122,8 +122,7 @@ def test_it_trains_as_written_out_by_hand_with_the_arguments_of_the_trainer(tmp_
         )
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("tied", "bf16"), [(False, False), (True, True)])
 def test_a_killed_run_resumes_as_if_nothing_had_been(tmp_path, tied, bf16) -> None:
     whole = trainer(tmp_path / "whole", llama(tied), ours={}, bf16=bf16)
     whole.train()

@@ -10,6 +10,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from coupled_adam.integrations.transformers import trainer_optimizer
 
+pytestmark = pytest.mark.long  # to import
+
 OPTIONS = {
     "max_steps": 3,
     "per_device_train_batch_size": 2,

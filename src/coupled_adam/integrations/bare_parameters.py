@@ -3,10 +3,9 @@
 There are no names and no model to ask, so the user says how many rows the embedding matrix has.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from coupled_adam.integrations.announce import announce
@@ -45,29 +44,14 @@ class VocabularyCoupledAdam(CoupledAdam):
         params: Iterable[Tensor] | Iterable[tuple[str, Tensor]],
         vocabulary_size: int,
         which: Which | None = None,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
         *,
-        coupling_scale: float = 1.0,
-        coupling_factor: float = 0.0,
-        max_grad_norm: float | None = None,
-        maximize: bool = False,
-        state_dtype: torch.dtype | None = None,
+        betas: Sequence[float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            _groups(list(params), vocabulary_size, which, weight_decay),
-            lr,
-            tuple(betas),  # type: ignore[arg-type]  # a list, where it comes from YAML
-            eps,
-            weight_decay,
-            coupling_scale=coupling_scale,
-            coupling_factor=coupling_factor,
-            max_grad_norm=max_grad_norm,
-            maximize=maximize,
-            state_dtype=state_dtype,
-        )
+        groups = _groups(list(params), vocabulary_size, which, weight_decay)
+        beta1, beta2 = betas  # a list, where it comes from YAML
+        super().__init__(groups, betas=(beta1, beta2), weight_decay=weight_decay, **options)
         announce(self, "the trainer: see its settings")
 
 
