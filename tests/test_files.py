@@ -1,5 +1,6 @@
 """Files are written whole or not at all."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,12 @@ def test_a_file_does_not_replace_a_directory_nor_lie_in_a_file(tmp_path: Path) -
     assert (tmp_path / "runs" / "work").read_text() == "a week's"
     with pytest.raises(InputError, match="work: not a directory"):
         write_text(tmp_path / "runs" / "work" / "report.html", "page")
+
+
+def test_a_full_disk_is_told_with_the_files_name(tmp_path: Path) -> None:
+    write_text(tmp_path / "page.html", "old")
+    full = pytest.raises(OSError, match=r"page\.html: the disk is full; what was there is intact\. Make space")
+    with full, written_whole(tmp_path / "page.html") as aside:
+        aside.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("page.html", "old")]

@@ -2,13 +2,12 @@
 
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from coupled_adam import experiments
+from coupled_adam import __version__, experiments
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.during_training import evaluator
 from coupled_adam.evaluation.stages import evaluate
@@ -75,7 +74,7 @@ def _results(experiment: Experiment, corpus: Corpus, runs: dict[str, Evaluated])
         experiments.published_result(PUBLISHED_MODEL, PUBLISHED_TOKENS, OPTIMIZER_LABELS[method]) for method in METHODS
     ]
     return {
-        "version": version("coupled-adam"),
+        "version": __version__,
         "corpus": {key: corpus.meta[key] for key in ("source", "fingerprint", "documents", "characters")}
         | {"tokens": {split: corpus.tokens(split) for split in ("train", "validation")}},
         "experiment": experiment.model_dump(),

@@ -1,6 +1,7 @@
 """Files are written whole or not at all, and damage to them is noticed."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     Raises:
         InputError: ``path`` lies in a file, or is a directory where a file was written.
+        OSError: the disk is full; the message names ``path``.
     """
     make_directory(path.parent)
     # The process ID: two processes that write the same file do not write into each other's.
@@ -33,6 +35,12 @@ def written_whole(path: Path) -> Iterator[Path]:
     try:
         yield aside
         move_into_place(aside, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                f"{path}: the disk is full; what was there is intact. Make space, then rerun the same command"
+            ) from None
+        raise
     finally:
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)

@@ -724,3 +724,11 @@ def test_an_archive_that_claims_more_than_it_holds_is_refused_before_memory_is_t
         archive.writestr("embedding.npy", header.getvalue() + bytes(1000))
     with pytest.raises(InputError, match=r"m\.npz: truncated: 'embedding' should be 40,000,000,000 bytes"):
         read_embeddings(str(tmp_path / "m.npz"))
+
+
+def test_an_array_of_negative_size_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "m.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (-4, 8)})
+        file.write(bytes(1000))
+    with pytest.raises(InputError, match=r"m\.npy: damaged: 'embedding' claims the shape \(-4, 8\)"):
+        read_embeddings(str(tmp_path / "m.npy"))

@@ -6,6 +6,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Muon
 
 from coupled_adam import Adams, CoupledAdam
+from coupled_adam.errors import InputError
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.model import build_model
 from coupled_adam.lm.optimizers import Optimizers, build_optimizers, state_bytes
@@ -66,3 +67,9 @@ def test_the_embedding_may_have_a_multiple_of_the_learning_rate(tiny) -> None:
     optimizers.step(1e-3)
     assert [group["lr"] for o in optimizers.all for group in o.param_groups] == pytest.approx([0.3, 1e-3, 1e-3])
     assert optimizers.all[0].param_groups[0]["momentum"] == 0.5
+
+
+def test_a_torch_without_muon_is_told_so(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(InputError, match=r"'muon' needs torch 2\.9 or newer, this is .*another core optimizer"):
+        built(tiny, core__name="muon")

@@ -5,6 +5,7 @@ import os
 import signal
 import struct
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -138,6 +139,7 @@ def test_wandb_offline_holds_one_run_however_often_it_is_resumed(
     run, experiment = tmp_path / "run", tracked(tiny, "wandb")
     with pytest.raises(loop.Interrupted):
         train(experiment, corpus, run, stop_at=4)
+    time.sleep(1.1)  # W&B names directories by the second
     train(experiment, corpus, run)
     started, losses, exits = [], {}, []
     for file in sorted(run.glob("wandb/offline-run-*/run-*.wandb")):

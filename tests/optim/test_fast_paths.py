@@ -98,63 +98,6 @@ def test_a_moment_in_bfloat16_falls_alike_in_every_implementation(shape: tuple[i
         assert torch.equal(plain[1], fast[1])
 
 
-@pytest.mark.parametrize("direction", sorted(DIRECTION))
-@pytest.mark.parametrize("coupled", [False, True])
-def test_torch_compile_agrees_with_the_plain_function(
-    coupled: bool, direction: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", False)
-    param, grad, exp_avg, noise = tensors((50, 20), 0, 4)
-    exp_avg_sq = noise.square().mean(0, keepdim=True) if coupled else noise.square()
-    plain = fast = (param, exp_avg, exp_avg_sq)
-    for step in range(1, 6):
-        given = (grad, coefficients(step=step, lr=0.1 / step, coupling_factor=0.1), direction, step)
-        monkeypatch.setattr(dispatch, "_compiled_pays", lambda param: False)
-        plain = stepped(dispatch, *plain, *given)
-        monkeypatch.setattr(dispatch, "_compiled_pays", lambda param: True)
-        fast = stepped(dispatch, *fast, *given)
-    for expected, found in zip(plain, fast, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_the_compiled_update_is_not_compiled_anew_for_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    dispatch._compiled.cache_clear()
-    torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", False)
-    monkeypatch.setattr(dispatch, "_compiled_pays", lambda param: True)
-    param, grad, exp_avg, noise = tensors((50, 20), 0, 4)
-    for step in range(1, 20):
-        c = coefficients(step=step, lr=1 / step)
-        dispatch.move_elements_(param, exp_avg, noise.square(), grad, c, "ratio", step)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
-
-
-def test_one_compiled_update_serves_many_shapes_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As on an accelerator, where torch gives up with too many variants of one function.
-    torch._dynamo.reset()
-    dispatch._compiled.cache_clear()
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile_(f, dynamic=dynamic, backend="eager"))
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", False)
-    monkeypatch.setattr(dispatch, "_compiled_pays", lambda param: True)
-    shapes = [(), (3,), (5, 4), (4, 3, 2), (2, 3, 4, 5), (7, 1), (30, 6)]
-    for options in ({}, {"state_dtype": torch.bfloat16}, {"coupling_factor": 0.1}, {"max_grad_norm": 0.1}):
-        for dtype in (torch.float32, torch.bfloat16):
-            ours, theirs = ([x.to(dtype).requires_grad_() for x in (tensors(s, 0, 1)[0] for s in shapes)] for _ in "ab")
-            for compiled, parameters in ((True, ours), (False, theirs)):
-                monkeypatch.setattr(dispatch, "_compiled_pays", lambda param, compiled=compiled: compiled)
-                optimizer = Adams(parameters, **options)
-                for step in range(3):
-                    for p in parameters:
-                        p.grad = tensors(p.shape, step, 1)[0].to(dtype)
-                    optimizer.step()
-            for a, b in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(a, b)
-    torch._dynamo.reset()
-    dispatch._compiled.cache_clear()
-
-
 @pytest.mark.parametrize("compiled_form", [True, False])
 @pytest.mark.parametrize("numba", [True, False])
 def test_a_new_direction_is_one_entry_and_takes_effect_on_every_path(

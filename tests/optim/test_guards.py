@@ -1,6 +1,8 @@
 """What would corrupt memory, hang, or go wrong in silence is an error that names the parameter and the remedy."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, param_groups
 from coupled_adam.optim import dispatch
 from coupled_adam.optim.equations import Coefficients
+from coupled_adam.optim.update import RankOne
 
 KINDS = {
     "coupled": lambda p: CoupledAdam([{"params": [("table", p)], "second_moment": "vocabulary"}]),
@@ -92,6 +95,31 @@ def test_no_wrong_shape_reaches_a_kernel_whoever_calls_it(
             dispatch.sum_of_squares(grad, exp_avg, c)
 
 
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize(("column", "row"), [((5,), (64,)), ((50,), (8,)), ((50, 1), (64,))])
+def test_no_vector_of_spectral_decay_is_read_beyond_its_end(
+    column: tuple[int, ...], row: tuple[int, ...], numba: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
+    c = Coefficients.of(step=1, lr=0.1, beta1=0.9, beta2=0.9, eps=0, weight_decay=0.1)
+    param, exp_avg, exp_avg_sq, grad = tensors(*[(50, 64)] * 4)
+    short = RankOne(column=torch.zeros(column), row=torch.zeros(row))
+    with pytest.raises(RuntimeError, match="do not fit together"):
+        dispatch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, "ratio", 1, short)
+    with pytest.raises(RuntimeError, match="do not fit together"):
+        dispatch.move_rows_(param, exp_avg, grad, torch.zeros(1, 64), c, "ratio", 1, short)
+
+
+def test_a_singular_vector_of_another_matrix_is_refused_by_name() -> None:
+    parameter = nn.Parameter(torch.randn(50, 64))
+    optimizer = Adams([("table", parameter)])
+    parameter.grad = torch.randn(50, 64)
+    optimizer.step()
+    optimizer.state[parameter]["u"] = torch.ones(7)
+    with pytest.raises(RuntimeError, match=r"'table' has shape \(50, 64\), but its optimizer state"):
+        optimizer.step()
+
+
 def test_a_coupled_parameter_that_was_flattened_is_refused_with_the_remedy() -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False))
     optimizer = CoupledAdam(param_groups(model, coupled=[model[1]]))
@@ -110,6 +138,13 @@ def test_adams_without_its_matrices_is_refused_with_the_remedy() -> None:
     optimizer.param_groups[0]["params"] = [flat]
     with pytest.raises(RuntimeError, match=r"'0.weight' was flattened .*no singular value to decay.*FSDP2"):
         optimizer.step()
+    partly = Adams(model.named_parameters())
+    partly.param_groups[0]["params"][2] = flat
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)), partly):
+        for param in copied.param_groups[0]["params"]:
+            param.grad = torch.ones_like(param)
+        with pytest.raises(RuntimeError, match=r"was flattened .*no singular value to decay.*FSDP2"):
+            copied.step()
     vectors = Adams([model[0].bias, model[1].bias])  # a group that never had a matrix
     model[0].bias.grad = torch.ones_like(model[0].bias)
     vectors.step()

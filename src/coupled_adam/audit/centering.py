@@ -80,7 +80,7 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
     mean = _mean(weights, embeddings.name)
     with written_whole(out) as aside:
         if source.is_dir():
-            _copy_folder(source, aside, {path.name for path in origin.files.values()})
+            _copy_directory(source, aside, {path.name for path in origin.files.values()})
         else:
             shutil.copyfile(source, aside)
         rounding = _overwrite(aside / file.name if source.is_dir() else aside, origin.head, weights, mean)
@@ -166,7 +166,7 @@ def _centered(weights: Tensor, mean: Tensor) -> Iterator[tuple[int, Tensor, floa
         yield start, rows, (rows.double() - exact).norm(dim=1).max().item()
 
 
-def _copy_folder(source: Path, target: Path, weights: set[str]) -> None:
+def _copy_directory(source: Path, target: Path, weights: set[str]) -> None:
     def left_out(directory: str, names: list[str]) -> list[str]:
         hidden = [name for name in names if name.startswith(".")]
         others = [name for name in names if name.endswith(OTHER_WEIGHTS)]

@@ -164,6 +164,8 @@ def arrays_in(path: Path) -> Tensors:
             raise InputError(
                 f"{path}: {name!r} holds Python objects, and loading these could run code; save the numbers alone"
             )
+        if any(length < 0 for length in shape):
+            raise InputError(f"{path}: damaged: {name!r} claims the shape {shape}")
         if (claimed := math.prod(shape) * dtype.itemsize) > holds:
             raise InputError(f"{path}: truncated: {name!r} should be {claimed:,} bytes, which the file does not hold")
 

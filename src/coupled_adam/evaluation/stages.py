@@ -9,13 +9,12 @@ import hashlib
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from coupled_adam import geometry
+from coupled_adam import __version__, geometry
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.downstream import PAPER_TASKS, downstream
 from coupled_adam.evaluation.embedding_figures import as_json
@@ -157,12 +156,12 @@ def is_papers_accuracy(downstream: Mapping[str, Any]) -> bool:
 def _known(run: Run, stage: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """Read the stage's file, if it was made from ``inputs`` by this version."""
     found = read_stage(run.directory, stage)
-    return found if found and found.get("inputs") == {**inputs, "version": version("coupled-adam")} else None
+    return found if found and found.get("inputs") == {**inputs, "version": __version__} else None
 
 
 def _written(run: Run, stage: str, inputs: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
     """Write the stage's file, and return what it holds."""
-    made = {"inputs": {**inputs, "version": version("coupled-adam")}, "step": run.step, **content}
+    made = {"inputs": {**inputs, "version": __version__}, "step": run.step, **content}
     write_json(run.directory / "evaluation" / f"{stage}.json", made)
     return made
 

@@ -39,7 +39,7 @@ from coupled_adam.progress import warn
 WRITE_FAILED = ("inline_container", "No space left", "File too large", "Disk quota exceeded")
 
 #: What to do about a damaged checkpoint.
-REMEDY = "train the run again with the same command: it resumes from the checkpoint before"
+REMEDY = "train the run again with the same command: it resumes from the checkpoint before, if there is one"
 
 
 def save_checkpoint(
@@ -127,8 +127,8 @@ def _full_disk_named(aside: Path, size: int) -> Iterator[None]:
         reason = f"{size / 2**20:,.1f} MiB needed, {free:,.1f} MiB free"
         reason = f"{error.strerror}: {reason}" if isinstance(error, OSError) and error.strerror else reason
         raise OSError(
-            f"{aside.parent}: a checkpoint could not be written ({reason}). The one before is intact: make space, then "
-            "rerun the same command to resume"
+            f"{aside.parent}: a checkpoint could not be written ({reason}). What was there before is intact: make "
+            "space, then rerun the same command to resume"
         ) from None
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
+from coupled_adam.errors import InputError
 from coupled_adam.lm.config import CoreOptimizer, EmbeddingOptimizer, Experiment
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.optim import Adams, CoupledAdam, param_groups
@@ -97,6 +98,13 @@ def _adams(
 
 def _muon(model: LanguageModel, groups: list[dict[str, object]], core: CoreOptimizer) -> list[Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for positions and vectors."""
+    try:
+        from torch.optim import Muon
+    except ImportError:
+        raise InputError(
+            f"optimizer.core.name 'muon' needs torch 2.9 or newer, this is {torch.__version__}: upgrade torch, or "
+            "choose another core optimizer"
+        ) from None
     inside = {id(p) for p in model.blocks.parameters() if p.ndim == 2}
 
     def part(within: bool) -> list[dict[str, object]]:

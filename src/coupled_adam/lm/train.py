@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from coupled_adam import __version__
 from coupled_adam.errors import InputError
 from coupled_adam.figures import Figures
 from coupled_adam.files import make_directory, write_json, write_text
@@ -247,10 +248,10 @@ def _claim(run_dir: Path, experiment: Experiment, corpus: Corpus, lock: FileLock
                 )
             check_corpus(run_dir, read_environment(run_dir), corpus)
             return
-        packages = {name: version(name) for name in ("coupled-adam", "torch", "numpy", "tokenizers")}
+        packages = {name: version(name) for name in ("torch", "numpy", "tokenizers")}
         environment = {
             "python": platform.python_version(),
-            "packages": packages,
+            "packages": {"coupled-adam": __version__, **packages},
             "threads": torch.get_num_threads(),
             "corpus": corpus.fingerprint,
             "corpus_directory": str(corpus.directory.resolve()),

@@ -37,8 +37,8 @@ class Adams(AdamFamily):
             diverges.
         scalar_vector_weight_decay: decoupled decay of the parameters that take no spectral decay.
 
-    ``coupling_scale``, ``coupling_factor``, ``max_grad_norm``, ``maximize`` and ``state_dtype`` are those of
-    ``coupled_adam.CoupledAdam``.
+    ``coupling_scale``, ``coupling_factor``, ``max_grad_norm``, ``maximize``, ``state_dtype`` and ``capturable`` are
+    those of ``coupled_adam.CoupledAdam``.
 
     Raises:
         ValueError, TypeError: as ``coupled_adam.CoupledAdam``.
@@ -71,6 +71,7 @@ class Adams(AdamFamily):
         max_grad_norm: float | None = None,
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -86,5 +87,6 @@ class Adams(AdamFamily):
             "max_grad_norm": max_grad_norm,
             "maximize": maximize,
             "state_dtype": state_dtype,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)

@@ -16,6 +16,9 @@ SECOND_MOMENT = ("elementwise", "vocabulary")
 #: What the decay takes off: θ itself, or the leading singular triple of a matrix.
 DECAY = ("decoupled", "spectral")
 
+#: Where the step and its count may lie together, for a graph of kernels to be captured.
+CAPTURE_DEVICES = ("cuda", "xpu")
+
 #: The keys of torch's own optimizers and schedulers that a group may carry beside ours, without effect here.
 FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "swa_lr", "name"})
 
@@ -37,8 +40,9 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any], optimizer: str)
         _check_number("max_grad_norm", group["max_grad_norm"])
         if group["max_grad_norm"] == 0:
             raise ValueError("Invalid max_grad_norm: 0; it must be positive, or None not to bound the norm")
-    if not isinstance(group["maximize"], bool):
-        raise TypeError(f"Invalid maximize: {group['maximize']!r}; it must be True or False")
+    for key in ("maximize", "capturable"):
+        if not isinstance(group[key], bool):
+            raise TypeError(f"Invalid {key}: {group[key]!r}; it must be True or False")
     if group["state_dtype"] not in (None, torch.bfloat16):
         raise ValueError(f"Invalid state_dtype: {group['state_dtype']}; choose torch.bfloat16, or None for float32")
     for key, known in (("second_moment", SECOND_MOMENT), ("direction", DIRECTION), ("decay", DECAY)):
@@ -67,8 +71,15 @@ def check_param(param: Tensor, name: str, optimizer: str, *, coupled: bool) -> N
 
 
 def check_state(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
-    """Raise RuntimeError if the group's i-th parameter no longer has the shape that group and state were made for."""
-    shape: torch.Size = group["params"][i].shape
+    """Raise RuntimeError if the group's i-th parameter is not what group and state were made for."""
+    param: Tensor = group["params"][i]
+    # While it compiles a step, torch sets the flag by itself.
+    if group["capturable"] and param.device.type not in CAPTURE_DEVICES and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"capturable=True keeps the step count on the device, but {parameter_name(group, i)} is on {param.device}: "
+            f"move the model to one of {CAPTURE_DEVICES}, or leave capturable False"
+        )
+    shape = param.shape
     coupled = group["second_moment"] == "vocabulary"
     if coupled and len(shape) != 2:
         raise RuntimeError(_flattened(group, i, "no rows to couple"))
@@ -77,17 +88,19 @@ def check_state(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
     made_for: torch.Size = state["exp_avg"].shape
     row = torch.Size((1, *made_for[1:])) if coupled else made_for
     master: torch.Size = state["master"].shape if "master" in state else made_for
-    if shape != made_for or master != made_for or state["exp_avg_sq"].shape != row:
+    fits = shape == master == made_for and state["exp_avg_sq"].shape == row
+    if not fits or ("u" in state and state["u"].shape != made_for[:-1]):
         raise RuntimeError(
             f"{parameter_name(group, i)} has shape {tuple(shape)}, but its optimizer state is for {tuple(made_for)}: "
             "it was resized after the first step. Build a new optimizer after resizing, as by resize_token_embeddings"
         )
 
 
-def check_still_matrices(group: dict[str, Any]) -> None:
-    """Raise RuntimeError if no parameter of a group that had matrices for spectral decay is a matrix any more."""
-    if group["params"] and not any(param.ndim >= 2 for param in group["params"]):
-        raise RuntimeError(_flattened(group, 0, "no singular value to decay"))
+def check_still_matrices(group: dict[str, Any], matrices: int) -> None:
+    """Raise RuntimeError if some of the ``matrices`` that a group had for spectral decay are flat by now."""
+    flat = [i for i, param in enumerate(group["params"]) if param.ndim < 2]
+    if flat and len(group["params"]) - len(flat) < matrices:
+        raise RuntimeError(_flattened(group, flat[0], "no singular value to decay"))
 
 
 def _flattened(group: dict[str, Any], i: int, consequence: str) -> str:

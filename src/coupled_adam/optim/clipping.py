@@ -33,13 +33,15 @@ def partial_norms(
     }
 
 
-def global_norm(norm: Tensor, square_sums: Sequence[Tensor]) -> Tensor:
+def global_norm(norm: Tensor | None, square_sums: Sequence[Tensor]) -> Tensor:
     """Combine the norm of gradients that no other rank shares with the complete sums of squares of the others."""
-    return _norm([norm], square_sums, device=(square_sums or [norm])[0].device)
+    if not square_sums:
+        return torch.zeros(()) if norm is None else norm
+    return _norm([] if norm is None else [norm], square_sums, device=square_sums[0].device)
 
 
 def coefficient(norm: Tensor, bound: float) -> Number:
-    """Return the factor, at most 1, that clips this norm to ``bound``; a number where reading it is free."""
+    """Return the factor, at most 1, that clips this norm to ``bound``; a float where reading it is free."""
     clip = (bound / (norm + 1e-6)).clamp(max=1.0)  # the 1e-6 is torch's
     # On an accelerator reading the number would wait for it.
     return float(clip) if clip.device.type == "cpu" and not torch.compiler.is_compiling() else clip
@@ -51,4 +53,5 @@ def _norm(tensors: Sequence[Tensor], square_sums: Sequence[Tensor], device: torc
         return get_total_norm(tensors).to(device)
     rest = [get_total_norm(tensors)] if tensors else []
     squares = [r.to(device, torch.promote_types(r.dtype, torch.float32)).square() for r in rest]
-    return torch.stack([*(s.to(device) for s in square_sums), *squares]).sum().sqrt()
+    terms = [*(s.to(device) for s in square_sums), *squares]
+    return (torch.stack(terms).sum() if len(terms) > 1 else terms[0]).sqrt()

@@ -46,6 +46,8 @@ class CoupledAdam(AdamFamily):
         maximize: maximize the objective.
         state_dtype: ``torch.bfloat16`` keeps the first moment in two bytes a number, stochastically rounded; None: in
             float32 (float64 for float64 parameters).
+        capturable: keep the step count on the GPU, so that a step can be captured in a CUDA graph, as in torch. A
+            learning rate that is to change between replays must be a tensor there.
 
     All of them but ``max_grad_norm`` may differ per param group. The second moment is float32 (float64) always.
     Gradients are never modified. Those of a coupled matrix may be sparse (``nn.Embedding(sparse=True)``); the step is
@@ -84,6 +86,7 @@ class CoupledAdam(AdamFamily):
         max_grad_norm: float | None = None,
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -98,6 +101,7 @@ class CoupledAdam(AdamFamily):
             "max_grad_norm": max_grad_norm,
             "maximize": maximize,
             "state_dtype": state_dtype,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
         if not any(g["second_moment"] == "vocabulary" or g["coupling_factor"] for g in self.param_groups):

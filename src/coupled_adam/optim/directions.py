@@ -17,7 +17,8 @@ class Direction(NamedTuple):
 
     tensors: Callable[[Tensor, Tensor, Any], Tensor]
     numbers: Callable[[Any, Any, Any], Any] | None = None
-    """The same for a single number, in Python that numba compiles. None: the plain functions take this direction."""
+    """The same for a single number, in Python that numba compiles; Triton too, if it is made of operators, conditional
+    expressions, ``abs``, ``min`` and ``max``. None: the plain functions take this direction."""
 
 
 def ratio(m_hat: Any, root: Any, eps: Any) -> Any:

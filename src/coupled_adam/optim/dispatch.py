@@ -1,7 +1,9 @@
 """Which implementation takes a step: torch's AdamW, a kernel of ours, or the plain functions of update.py.
 
 Results are those of the plain functions within rounding. No shape reaches a kernel unchecked: it writes to raw memory.
-Kernels of a further kind (Triton's, say) have their place beside numba's in the functions here.
+The kernels are numba's, for the CPU, and Triton's, for GPUs, which triton_launch.py prepares.
+
+Functions here that take ``halt`` change nothing where this number on the device is 1; see Coefficients.halted.
 """
 
 import functools
@@ -18,7 +20,8 @@ from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 from torch.optim.adamw import adamw
 
-from coupled_adam.optim import update
+from coupled_adam.optim import triton_launch, update
+from coupled_adam.optim.checks import CAPTURE_DEVICES
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.equations import Coefficients, Number
 from coupled_adam.optim.rounding import seed_of
@@ -26,13 +29,14 @@ from coupled_adam.optim.state import is_plain_adamw
 from coupled_adam.optim.update import RankOne
 
 HAS_NUMBA = find_spec("numba") is not None
-HAS_TRITON = find_spec("triton") is not None
 
 #: Where torch has a fused AdamW; elsewhere it chooses for itself.
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 #: Row length in which a kernel takes a tensor that has no rows of its own to respect.
 FLAT_ROW = 4096
-#: Elements of a block of rows in which the plain functions take a matrix: few beside the matrix, many to a call.
+#: Where the plain functions take a matrix in blocks of rows: elsewhere every call costs more than it saves.
+BLOCK_DEVICES = ("cpu",)
+#: Elements of a block: few beside the matrix, many to a call.
 BLOCK_ELEMENTS = 2**18
 #: Below this many elements a second thread costs more than it brings.
 ELEMENTS_PER_THREAD = 65536
@@ -41,13 +45,31 @@ ELEMENTS_PER_THREAD = 65536
 # ------------------------------------------------------------------------------------------------ torch's own AdamW
 
 
-def takes_torchs_adamw(param: Tensor, grad: Tensor, group: dict[str, Any], clip: Number) -> bool:
+def takes_torchs_adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    group: dict[str, Any],
+    clip: Number,
+    halt: Tensor | None = None,
+) -> bool:
     """Return whether torch's AdamW takes this step: where it computes the same, and as fast.
 
-    It takes clipped gradients as copies; a kernel of ours scales a large one as it reads it.
+    It takes clipped gradients as copies; a kernel of ours scales them as it reads them.
     """
-    large = param.numel() >= ELEMENTS_PER_THREAD
-    return is_plain_adamw(param, group) and not (not _is_one(clip) and large and kernels_apply(param, grad))
+    if not is_plain_adamw(param, group) or (halt is not None and not _fuses(param, grad, exp_avg, exp_avg_sq)):
+        return False
+    if is_one(clip) and halt is None:
+        return True
+    if triton_launch.apply(param, grad, moment=exp_avg, direction=group["direction"], many=True):
+        return False
+    return param.numel() < ELEMENTS_PER_THREAD or not kernels_apply(param, grad)
+
+
+def _fuses(*tensors: Tensor) -> bool:
+    """Return whether the fused kernel takes them; it walks memory, and mixes up elements where the layouts differ."""
+    return tensors[0].device.type in FUSED_DEVICES and len({x.stride() for x in tensors}) == 1
 
 
 def adamw_(
@@ -58,15 +80,16 @@ def adamw_(
     steps: Sequence[Tensor],
     group: dict[str, Any],
     clip: Number,
+    halt: Tensor | None = None,
 ) -> None:
     """Step local tensors of one group by torch's AdamW, with gradients times ``clip``."""
-    alike = True
     for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         check_shapes(*tensors)
-        # The fused kernel walks memory, and mixes up elements where the layouts differ.
-        alike = alike and len({x.stride() for x in tensors}) == 1
-    if not _is_one(clip):
-        grads = [grad * beside(clip, grad) for grad in grads]
+    if not is_one(clip):
+        if is_compiling() or len({grad.device for grad in grads}) > 1:
+            grads = [grad * beside(clip, grad) for grad in grads]
+        else:
+            grads = torch._foreach_mul(list(grads), beside(clip, grads[0]))
     beta1, beta2 = group["betas"]
     adamw(
         list(params),
@@ -76,8 +99,9 @@ def adamw_(
         [],
         list(steps),
         foreach=is_compiling() or None,
-        capturable=is_compiling(),
-        fused=alike and not is_compiling() and all(param.device.type in FUSED_DEVICES for param in params),
+        capturable=is_compiling() or steps[0].device.type in CAPTURE_DEVICES,  # or it reads the step, and waits
+        fused=not is_compiling() and all(map(_fuses, params, grads, exp_avgs, exp_avg_sqs)),
+        found_inf=halt,  # the scale is in clip already: given it, the kernel would write the gradient back
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
@@ -88,7 +112,7 @@ def adamw_(
     )
 
 
-def _is_one(clip: Number) -> bool:
+def is_one(clip: Number) -> bool:
     """Return whether nothing is clipped; of a tensor that is not known."""
     return isinstance(clip, float) and clip == 1.0
 
@@ -109,10 +133,20 @@ def sum_of_squares(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
         total = torch.empty(threads, grad.shape[1], dtype=torch.float64)
         _run(_kernels().sum_of_squares_kernel, grad.detach().numpy(), total.numpy(), threads=threads)
         return (total.sum(0, keepdim=True) * float(c.grad_factor) ** 2).to(torch.float32)
+    if triton_launch.apply(grad, moment=exp_avg):
+        return triton_launch.sum_of_squares(grad, exp_avg, c)
     if not _in_blocks(grad):
         return update.sum_of_squares(grad, exp_avg, c)
     blocks = zip(*(torch.split(x, _block(grad)) for x in (grad, exp_avg)), strict=True)
     return torch.cat([update.sum_of_squares(g, m, c) for g, m in blocks]).sum(0, keepdim=True)
+
+
+def root_of_rows_(exp_avg_sq: Tensor, square: Tensor, c: Coefficients, halt: Tensor | None = None) -> Tensor:
+    """As ``coupled_adam.optim.update.root_of_rows_``."""
+    check_shapes(exp_avg_sq, square)
+    if exp_avg_sq.dtype == torch.float32 and triton_launch.apply(exp_avg_sq, square):
+        return triton_launch.root_of_rows_(exp_avg_sq, square, c, halt)
+    return update.root_of_rows_(exp_avg_sq, *_halted(square, c, halt))
 
 
 def move_rows_(
@@ -124,9 +158,10 @@ def move_rows_(
     direction: str,
     step: Number,
     spectral: RankOne | None = None,
+    halt: Tensor | None = None,
 ) -> None:
     """As ``coupled_adam.optim.update.move_rows_``, in one pass and without temporary tensors of that size."""
-    check_shapes(param, exp_avg, grad, rows=root)
+    check_shapes(param, exp_avg, grad, rows=root, spectral=spectral)
     if param.numel() > 0 and has_kernel(direction) and kernels_apply(param, grad, root, moment=exp_avg):
         kernel = _kernels().rows_kernel(DIRECTION[direction].numbers)
         moment, seed = _moment(exp_avg, step)
@@ -135,9 +170,10 @@ def move_rows_(
         _run(kernel, *arrays, _float32(c), seed, column, None if row is None else row[0], threads=_threads(param))
         # The kernels write past autograd, which must know, to refuse a backward pass through what has changed.
         increment_version([param, exp_avg])
-    elif _compiled_pays(param):
-        _compiled(update.move_rows_)(param, exp_avg, grad, root, c, direction, step, spectral)
+    elif root.dtype == torch.float32 and triton_launch.apply(param, grad, moment=exp_avg, direction=direction):
+        triton_launch.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral, halt)
     elif spectral is not None or not _in_blocks(param):
+        grad, c = _halted(grad, c, halt)
         update.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral)
     else:
         first = 0
@@ -156,9 +192,10 @@ def move_elements_(
     direction: str,
     step: Number,
     spectral: RankOne | None = None,
+    halt: Tensor | None = None,
 ) -> None:
     """As ``coupled_adam.optim.update.move_elements_``, in one pass and without temporary tensors of that size."""
-    check_shapes(param, exp_avg, exp_avg_sq, grad)
+    check_shapes(param, exp_avg, exp_avg_sq, grad, spectral=spectral)
     if param.numel() > 0 and has_kernel(direction) and kernels_apply(param, grad, exp_avg_sq, moment=exp_avg):
         kernel = _kernels().elements_kernel(DIRECTION[direction].numbers)
         moment, seed = _moment(exp_avg.view(-1), step)
@@ -168,53 +205,50 @@ def move_elements_(
         period = param.shape[-2] if spectral is not None else 1
         _run(kernel, theta, moment, second, g, _float32(c), seed, column, row, period, threads=_threads(param))
         increment_version([param, exp_avg, exp_avg_sq])
-    elif _compiled_pays(param):
-        _compiled(update.move_elements_)(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral)
+    elif exp_avg_sq.dtype == torch.float32 and triton_launch.apply(param, grad, moment=exp_avg, direction=direction):
+        triton_launch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral, halt)
     else:
+        grad, c = _halted(grad, c, halt)
         update.move_elements_(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral)
 
 
-def check_shapes(first: Tensor, *others: Tensor, rows: Tensor | None = None) -> None:
-    """Raise RuntimeError unless all have one shape, and ``rows`` is (1, H) beside a matrix (R, H)."""
+def moves_together(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, direction: str) -> bool:
+    """Return whether ``triton_launch.move_many_`` takes this parameter with others, if its decay is decoupled."""
+    return (
+        triton_launch.apply(param, grad, moment=exp_avg, direction=direction, many=True)
+        and triton_launch.apply(exp_avg_sq, many=True)
+        and exp_avg_sq.dtype == torch.float32
+    )
+
+
+def _halted(grad: Tensor, c: Coefficients, halt: Tensor | None) -> tuple[Tensor, Coefficients]:
+    """Return gradient and coefficients with which the plain functions change nothing where ``halt`` is 1."""
+    return (grad, c) if halt is None else (torch.where(halt > 0, 0, grad), c.halted(halt))
+
+
+def check_shapes(first: Tensor, *others: Tensor, rows: Tensor | None = None, spectral: RankOne | None = None) -> None:
+    """Raise RuntimeError unless all have one shape, ``rows`` is (1, H) beside a matrix, and ``spectral`` fits it."""
     fit = all(x.shape == first.shape for x in others)
     if rows is not None:
         fit = fit and first.ndim == 2 and rows.shape == (1, first.shape[1])
+    if spectral is not None:
+        fit = fit and spectral.column.shape == first.shape[:-1]
+        fit = fit and spectral.row.shape == (*first.shape[:-2], first.shape[-1])
     if not fit:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (first, *others, *([] if rows is None else [rows])))
+        tensors = (first, *others, *([] if rows is None else [rows]), *(spectral or ()))
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
         raise RuntimeError(f"parameter, gradient and state do not fit together: they have the shapes {shapes}")
 
 
 def _in_blocks(matrix: Tensor) -> bool:
     """Return whether the plain functions take the matrix in blocks of rows."""
-    return type(matrix) in (Tensor, torch.nn.Parameter) and len(matrix) > _block(matrix) and not is_compiling()
+    plain = type(matrix) in (Tensor, torch.nn.Parameter) and matrix.device.type in BLOCK_DEVICES
+    return plain and len(matrix) > _block(matrix) and not is_compiling()
 
 
 def _block(matrix: Tensor) -> int:
     """Return the rows of a block."""
     return max(BLOCK_ELEMENTS // max(matrix.shape[1], 1), 1)
-
-
-# -------------------------------------------------------------------------------------- torch.compile, on accelerators
-
-
-def _compiled_pays(param: Tensor) -> bool:
-    return param.is_cuda and HAS_TRITON and not is_compiling()
-
-
-@functools.cache
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile a plain function for any shape. Past torch's limit of variants it runs uncompiled."""
-    compiled = torch.compile(function, dynamic=True)
-
-    def call(*args: Any) -> None:
-        # A tensor on the CPU would draw the arithmetic of scalars there, and need a compiler for it.
-        compiled(*(_numbers(x) if isinstance(x, Coefficients) else x for x in args))
-
-    return call
-
-
-def _numbers(c: Coefficients) -> Coefficients:
-    return Coefficients(*(x.item() if isinstance(x, Tensor) and x.device.type == "cpu" else x for x in c))
 
 
 # --------------------------------------------------------------------------------------------------- numba, on the CPU

@@ -84,9 +84,23 @@ class Coefficients(NamedTuple):
             first_rate=1 - beta1,
             second_rate=1 - beta2,
             coupling_factor=coupling_factor,
-            first_scale=1 / (1 - beta1**step),
-            root_scale=(coupling_scale / (1 - beta2**step)) ** 0.5,
+            first_scale=(1 - beta1**step) ** -1,  # of tensors each operator is a launch, and a quotient two
+            root_scale=((1 - beta2**step) / coupling_scale) ** -0.5,
             eps=eps,
             lr=lr,
             decay=lr * weight_decay,
+        )
+
+    def halted(self, halt: Tensor) -> "Coefficients":
+        """Return coefficients with which nothing changes where ``halt`` is 1, and these where it is 0.
+
+        The gradient must be finite; ε is, so that no direction is 0/0.
+        """
+        live = 1 - halt
+        return self._replace(
+            first_rate=self.first_rate * live,
+            second_rate=self.second_rate * live,
+            eps=self.eps + halt,
+            lr=self.lr * live,
+            decay=self.decay * live,
         )

@@ -23,16 +23,22 @@ class Work:
     grad: Tensor
     state: dict[str, Any]
     group: ParamGroup
+    number: int
+    """Of the group."""
     shared_over: ProcessGroups
     """The process groups over which the reductions of this parameter communicate."""
     present: bool = True
     """Whether there is a gradient in this process; where only others have one, ``grad`` is 0."""
+    halt: Tensor | None = None
+    """1 on an accelerator where GradScaler has found an infinity, and nothing may change; else 0."""
 
     @property
     def steps(self) -> Number:
-        """The number of steps taken."""
+        """The number of steps taken; a tensor where reading it would wait."""
         step: Tensor = self.state["step"]
-        return step.double() if torch.compiler.is_compiling() else step.item()
+        if step.device.type == "cpu" and not torch.compiler.is_compiling():
+            return step.item()
+        return step.to(torch.float64 if step.device.type in ("cpu", "cuda") else torch.float32)  # others may have none
 
     @property
     def coupled(self) -> bool:
@@ -42,6 +48,11 @@ class Work:
     def spectral(self) -> bool:
         """Whether the step takes off the leading singular triple."""
         return is_spectral(self.state, self.group)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This process's part of the parameter, its gradient, and its first and second moment."""
+        return local(self.param), local(self.grad), local(self.state["exp_avg"]), local(self.state["exp_avg_sq"])
 
     def coefficients(self, step: Number, clip: Number) -> Coefficients:
         """Fold the hyperparameters at ``step``, for a gradient that is multiplied by ``clip``."""
@@ -61,6 +72,26 @@ class Work:
             coupling_factor=group["coupling_factor"],
             grad_factor=-clip if group["maximize"] else clip,
         )
+
+
+def halt_beside(param: Tensor, halt: Tensor | bool) -> Tensor | None:
+    """Return what ``Work.halt`` is for a parameter, if ``halt`` is known on some device; None if nothing halts."""
+    return halt.to(local(param).device) if isinstance(halt, Tensor) else None
+
+
+def advance(items: Sequence[Work]) -> None:
+    """Count a step of parameters that lie alike; one that may be halted is counted on the device, which knows."""
+    halt, steps = items[0].halt, [item.state["step"] for item in items]
+    if halt is None and (len(steps) == 1 or steps[0].device.type == "cpu"):
+        for step in steps:
+            step += 1
+    elif halt is None:
+        torch._foreach_add_(steps, 1)
+    elif halt.device == steps[0].device:
+        torch._foreach_add_(steps, [1 - halt] * len(steps))
+    else:  # the first time: from now on the counts stay there
+        for item, step in zip(items, steps, strict=True):
+            item.state["step"] = step.to(halt.device, non_blocking=True) + (1 - halt)
 
 
 @dataclass(frozen=True)
@@ -86,18 +117,22 @@ class Known:
         return _triple(item, *run_one(_power_iteration(item))) if found is None else found
 
 
-def exchange(work: list[Work], held: Sequence[Tensor] | None) -> Known:
+def exchange(work: list[Work], held: Sequence[Tensor] | None, *, rescaled: bool) -> Known:
     """Make the reductions that communicate, all at once, and the norm of the gradients.
+
+    Nothing here waits for an accelerator but a process that lacks a gradient which others may have: it reads whether
+    they do.
 
     Args:
         work: in the same order in every process.
         held: all parameters, with a gradient or not; None if no norm is wanted.
+        rescaled: whether the gradients are yet to be multiplied by a factor.
     """
     shared = [item for item in work if item.shared_over]
     spectral = [item for item in shared if item.spectral]
-    sums = _early_sums(work, clips=held is not None)
+    sums = _early_sums(work, norm=held is not None, rescaled=rescaled)
     norms = {} if held is None else clipping.partial_norms(held, {item.param: item.grad for item in work}, sums)
-    here = norms.pop((), torch.zeros(()))
+    here = norms.pop((), None)
     means, iterations, counts, squares = reductions.run(
         [reductions.vocabulary_mean(part, param) for param, part in sums.items()],
         [_power_iteration(item) for item in spectral],
@@ -114,13 +149,14 @@ def exchange(work: list[Work], held: Sequence[Tensor] | None) -> Known:
     )
 
 
-def _early_sums(work: list[Work], clips: bool) -> dict[Tensor, Tensor]:
+def _early_sums(work: list[Work], *, norm: bool, rescaled: bool) -> dict[Tensor, Tensor]:
     """Sum squares where this is needed before anything moves: to be exchanged, or for the norm that clips."""
-    if not clips:
-        return {item.param: _sum_of_squares(item, 1.0) for item in work if item.coupled and item.shared_over}
-    # With κ the mean square is one of clipped gradients, which are not known yet.
-    early = [item for item in work if item.coupled and item.group["coupling_factor"] == 0]
-    return {item.param: _sum_of_squares(item, 1.0) for item in early}
+    return {
+        item.param: _sum_of_squares(item, 1.0)
+        for item in work
+        # With κ the mean square is one of gradients times a factor that may not be known yet.
+        if item.coupled and (norm or item.shared_over) and not (rescaled and item.group["coupling_factor"] != 0)
+    }
 
 
 def clipped(known: Known, clip: Number) -> Known:
@@ -158,7 +194,8 @@ def _power_iteration(item: Work) -> Reduction[tuple[RankOne, Tensor]]:
 
 
 def _triple(item: Work, triple: RankOne, u: Tensor) -> RankOne:
-    local(item.state["u"]).copy_(u)
+    before = local(item.state["u"])
+    before.copy_(u if item.halt is None else torch.where(item.halt > 0, before, u))
     return triple
 
 

@@ -3,6 +3,7 @@
 The equations are in equations.py; update.py shows them at work on plain tensors.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from coupled_adam.optim import clipping, dispatch, reductions, update
+from coupled_adam.optim import clipping, dispatch, reductions, triton_launch
 from coupled_adam.optim.checks import check_grad, check_group, check_state, check_still_matrices, parameter_name
 from coupled_adam.optim.equations import Number
-from coupled_adam.optim.exchange import Known, ParamGroup, Work, clipped, exchange, shared_over
-from coupled_adam.optim.reductions import local
+from coupled_adam.optim.exchange import Known, ParamGroup, Work, advance, clipped, exchange, halt_beside, shared_over
 from coupled_adam.optim.state import new_state, prepare, restore
 
 
@@ -25,6 +25,9 @@ class AdamFamily(Optimizer):
 
     grad_norm: Tensor | None = None
     """Global norm of the gradients of the last step, before clipping; None unless ``max_grad_norm`` is set."""
+
+    #: ``torch.amp.GradScaler`` then hands over its scale and whether it has found an infinity, and reads neither.
+    _step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group. Its missing keys take the defaults of the constructor; it is checked like the others."""
@@ -39,8 +42,17 @@ class AdamFamily(Optimizer):
         except (ValueError, TypeError):
             self.param_groups.pop()  # a caller who catches the error keeps a working optimizer
             raise
-        if group["decay"] == "spectral" and any(param.ndim >= 2 for param in group["params"]):
-            self.__dict__.setdefault("_with_matrices", set()).add(len(self.param_groups) - 1)
+        if group["decay"] == "spectral":
+            self._matrices[len(self.param_groups) - 1] = sum(param.ndim >= 2 for param in group["params"])
+
+    @property
+    def _matrices(self) -> dict[int, int]:
+        """How many matrices a group with spectral decay had when it was added, by its index."""
+        return self.__dict__.setdefault("_matrices_of_groups", {})  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy and a pickle keep."""
+        return {**super().__getstate__(), "_matrices_of_groups": self._matrices}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -63,17 +75,45 @@ class AdamFamily(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_capture()
         self._create_missing_state()
+        unscale, halt = self._amp_scaling()
+        if halt is True:
+            return loss
         bound: float | None = self.param_groups[0]["max_grad_norm"] if self.param_groups else None
-        known = exchange(self._collect(), held=None if bound is None else self._held())
-        clip: Number = 1.0
-        if bound is not None and known.norm is not None:
-            self.grad_norm = known.norm
-            clip = clipping.coefficient(known.norm, bound)
-            known = clipped(known, clip)
-        _move(self.param_groups, known, clip)
+        rescaled = bound is not None or not dispatch.is_one(unscale)
+        known = exchange(self._collect(halt), held=None if bound is None else self._held(), rescaled=rescaled)
+        factor = self._clip(known, bound, unscale)
+        if rescaled:
+            known = clipped(known, factor)
+        _move(known, factor)
         self._publish(known.work)
         return loss
+
+    def _clip(self, known: Known, bound: float | None, unscale: Number) -> Number:
+        """Return what multiplies the gradients, GradScaler's part of it in ``unscale``; note their norm."""
+        if bound is None or known.norm is None:
+            return unscale
+        if dispatch.is_one(unscale):
+            self.grad_norm = known.norm
+            return clipping.coefficient(known.norm, bound)
+        unscale = dispatch.beside(unscale, known.norm)
+        self.grad_norm = known.norm * unscale
+        return clipping.coefficient(self.grad_norm, bound) * unscale
+
+    def _amp_scaling(self) -> tuple[Number, Tensor | bool]:
+        """Return what to multiply gradients by, and whether GradScaler has found an infinity among them.
+
+        Both are plain where reading them is free; the latter is else 0 or 1 on the device.
+        """
+        scale: Tensor | None = getattr(self, "grad_scale", None)  # None if the gradients are unscaled already
+        found: Tensor | None = getattr(self, "found_inf", None)
+        unscale: Number = 1.0
+        if scale is not None:
+            unscale = 1.0 / (float(scale) if scale.device.type == "cpu" else scale.reshape(()))
+        if found is None or found.device.type == "cpu":
+            return unscale, found is not None and bool(found)
+        return unscale, (found != 0).to(torch.float32).reshape(())
 
     def _target(self, param: Tensor) -> Tensor:
         """Return the tensor that the step updates for a parameter: itself, or its master weights."""
@@ -87,29 +127,29 @@ class AdamFamily(Optimizer):
         params = (param for group in self.param_groups for param in group["params"])
         return [self._target(param) for param in params if param.grad is not None or param.requires_grad]
 
-    def _collect(self) -> list[Work]:
+    def _collect(self, halt: Tensor | bool) -> list[Work]:
         """List the parameters that have a gradient here, or may have one on a rank that waits for this one's sums."""
         work = []
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 grad = param.grad
                 if grad is None and not param.requires_grad:
                     continue
                 state = self.state[param]
-                shared = shared_over(param, state, group)
+                shared, here = shared_over(param, state, group), halt_beside(param, halt)
                 if grad is not None:
                     check_grad(group, i)
                     grad = grad.coalesce().to_dense() if grad.is_sparse else reductions.placed_like(param, grad)
-                    work.append(Work(param, grad, state, group, shared))
+                    work.append(Work(param, grad, state, group, number, shared, halt=here))
                 elif shared:
-                    work.append(Work(param, torch.zeros_like(param), state, group, shared, present=False))
+                    zero = torch.zeros_like(param)
+                    work.append(Work(param, zero, state, group, number, shared, present=False, halt=here))
         return work
 
     def _create_missing_state(self) -> None:
         """Create state for every parameter, with a gradient or not: a distributed checkpoint must be complete."""
         for number, group in enumerate(self.param_groups):
-            if number in self.__dict__.get("_with_matrices", ()):
-                check_still_matrices(group)
+            check_still_matrices(group, self._matrices.get(number, 0))
             for i, param in enumerate(group["params"]):
                 if not (param.requires_grad or param.grad is not None):
                     continue  # frozen; its state is made when it thaws
@@ -118,6 +158,13 @@ class AdamFamily(Optimizer):
                     self.state[param] = self._new_state(param, group)
                 if "u" in self.state[param]:
                     self._warn_of_strong_decay(param, group, i)
+
+    def _check_capture(self) -> None:
+        """Raise RuntimeError if a graph is being captured that would count no steps."""
+        if torch.compiler.is_compiling() or all(group["capturable"] for group in self.param_groups):
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph can capture this step if the optimizer is built with capturable=True")
 
     def _new_state(self, param: Tensor, group: ParamGroup) -> dict[str, Any]:
         return new_state(param, group)
@@ -149,8 +196,8 @@ class AdamFamily(Optimizer):
         checkpoint's hyperparameters replace this optimizer's, but which groups are coupled does not change.
 
         Parameters are matched by name where both sides have names (``param_groups`` gives them), else by position,
-        which needs groups of the same sizes. Where the checkpoint has other groups (an AdamW of one group, say), the
-        hyperparameters stay this optimizer's.
+        which needs groups of the same sizes, in the same order. Where the checkpoint has other groups (an AdamW of one
+        group, say), the hyperparameters stay this optimizer's.
 
         Raises:
             ValueError: the groups or the shapes of the state do not fit; the message names the parameter.
@@ -170,32 +217,65 @@ class AdamFamily(Optimizer):
         restore(self, prepared, self._new_state)
 
 
-def _move(groups: Sequence[ParamGroup], known: Known, clip: Number) -> None:
+def _move(known: Known, clip: Number) -> None:
     """Move all parameters: group by group those that torch's AdamW takes, in one call, and then the others."""
-    for group in groups:
-        torchs: list[Work] = []
-        ours: list[Work] = []
-        for item in [item for item in known.work if item.group is group]:
-            by_torch = dispatch.takes_torchs_adamw(local(item.param), local(item.grad), group, clip)
-            (torchs if by_torch else ours).append(item)
-        if torchs:
-            params, grads = [local(i.param) for i in torchs], [local(i.grad) for i in torchs]
-            m, v, steps = ([local(i.state[key]) for i in torchs] for key in ("exp_avg", "exp_avg_sq", "step"))
-            dispatch.adamw_(params, grads, m, v, steps, group, clip)
-        for item in ours:
-            _move_one(item, known, clip)
+    for _, items in itertools.groupby(known.work, key=lambda item: item.number):
+        _move_group(list(items), known, clip)
+
+
+def _move_group(items: Sequence[Work], known: Known, clip: Number) -> None:
+    group, halt = items[0].group, items[0].halt
+    torchs: list[Work] = []
+    together: dict[Any, list[Work]] = {}
+    alone: list[Work] = []
+    for item in items:
+        tensors = item.tensors
+        if dispatch.takes_torchs_adamw(*tensors, group, clip, item.halt):
+            torchs.append(item)
+        elif not (item.coupled or item.spectral) and dispatch.moves_together(*tensors, group["direction"]):
+            together.setdefault(_likeness(item), []).append(item)
+        else:
+            alone.append(item)
+    if torchs:
+        steps = [item.state["step"] for item in torchs]
+        dispatch.adamw_(*_columns(torchs), steps, group, clip, halt)
+    for alike in together.values():
+        _move_together(alike, clip)
+    for item in alone:
+        _move_one(item, known, clip)
+
+
+def _columns(items: Sequence[Work]) -> list[list[Tensor]]:
+    """List parameters, gradients, first and second moments of this process."""
+    return [list(column) for column in zip(*(item.tensors for item in items), strict=True)]
+
+
+def _likeness(item: Work) -> tuple[Any, ...]:
+    """Return what parameters of a group must have in common to be moved by one launch, and should to be moved fast."""
+    step: Tensor = item.state["step"]
+    even = item.tensors[0].numel() % triton_launch.EVEN == 0
+    return (*((x.dtype, x.device) for x in item.tensors), step.item() if step.device.type == "cpu" else None, even)
+
+
+def _move_together(items: Sequence[Work], clip: Number) -> None:
+    step = items[0].steps + 1
+    if isinstance(step, Tensor):
+        step = torch.stack([item.state["step"] for item in items]).to(step.dtype) + 1
+    params, grads, exp_avgs, exp_avg_sqs = _columns(items)
+    c, direction = items[0].coefficients(step, clip), items[0].group["direction"]
+    triton_launch.move_many_(params, exp_avgs, exp_avg_sqs, grads, c, direction, step, items[0].halt)
+    advance(items)
 
 
 def _move_one(item: Work, known: Known, clip: Number) -> None:
-    param, grad = local(item.param), local(item.grad)
-    exp_avg, exp_avg_sq = local(item.state["exp_avg"]), local(item.state["exp_avg_sq"])
+    param, grad, exp_avg, exp_avg_sq = item.tensors
     square = known.mean_square(item, clip) if item.coupled else None
     spectral = known.triple(item) if item.spectral else None
-    item.state["step"] += 1
-    step, direction = item.steps, item.group["direction"]
+    step, direction = item.steps + 1, item.group["direction"]
     c = item.coefficients(step, clip)
     if square is None:
-        dispatch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral)
+        dispatch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral, item.halt)
     else:
-        root = update.root_of_rows_(exp_avg_sq, square, c)
-        dispatch.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral)
+        root = dispatch.root_of_rows_(exp_avg_sq, square, c, item.halt)
+        dispatch.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral, item.halt)
+    advance([item])

@@ -26,8 +26,17 @@ def seed_of(step: float | Tensor) -> int | Tensor:
 
 
 def dice_of(index: Any, seed: Any) -> Any:
-    """Numbers below 2^16 from 64-bit integers: the finalizer of MurmurHash3 (Appleby, public domain)."""
-    x = (index * 0x9E3779B1 + seed) & 0xFFFFFFFF
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-    return (x ^ (x >> 16)) & 0xFFFF
+    """Numbers below 2^16 from integers: the finalizer of MurmurHash3 (Appleby, public domain). Uses ``index`` up."""
+    x = index
+    x *= 0x9E3779B1
+    x += seed
+    x &= 0xFFFFFFFF  # 64-bit integers do as those of 32 bits
+    x ^= x >> 16
+    x *= 0x85EBCA6B
+    x &= 0xFFFFFFFF
+    x ^= x >> 13
+    x *= 0xC2B2AE35
+    x &= 0xFFFFFFFF
+    x ^= x >> 16
+    x &= 0xFFFF
+    return x

@@ -67,8 +67,11 @@ def _first_u(param: Tensor) -> Tensor:
 
 
 def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
-    """Return where the step count lies: beside the parameter for torch's fused kernels, else on the CPU."""
-    return param.device if is_plain_adamw(param, group) else torch.device("cpu")
+    """Return where the step count lies: on the CPU, where reading it is free, or beside the parameter.
+
+    There torch's fused kernels want it, and a captured graph. Scaled gradients take it there too (``Work.advance``).
+    """
+    return param.device if group["capturable"] or is_plain_adamw(param, group) else torch.device("cpu")
 
 
 def takes_spectral_decay(param: Tensor) -> bool:

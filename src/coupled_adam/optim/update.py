@@ -89,11 +89,13 @@ def move_elements_(
 def _keep_moment_(exp_avg: Tensor, m: Tensor, step: float | Tensor, first: int = 0) -> None:
     if exp_avg.dtype == torch.bfloat16:
         exp_avg.copy_(stochastically_rounded(m, step, first))
-    else:
-        exp_avg.copy_(m)  # itself, as a rule
+    elif m is not exp_avg:  # updated in place
+        exp_avg.copy_(m)
 
 
 def _move_(param: Tensor, direction: Tensor, c: Coefficients, spectral: RankOne | None) -> None:
     theta = param.to(direction.dtype)
     shrink = theta if spectral is None else spectral.column.unsqueeze(-1) * spectral.row.unsqueeze(-2)
-    param.copy_(moved(theta, shrink, c.decay, c.lr, direction))
+    theta = moved(theta, shrink, c.decay, c.lr, direction)
+    if theta is not param:  # moved in place
+        param.copy_(theta)

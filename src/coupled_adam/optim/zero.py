@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from coupled_adam.optim.adams import Adams
 from coupled_adam.optim.checks import check_grad, parameter_name
+from coupled_adam.optim.equations import Number
 from coupled_adam.optim.exchange import ParamGroup, Work, shared_over
 from coupled_adam.optim.reductions import placed_like
 from coupled_adam.optim.state import new_state
@@ -50,9 +51,6 @@ class Adams_ZeRO(Adams):
 
     Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054, stage 1 and 2; the interface is that of ``adams-torch``.
     """
-
-    #: Makes GradScaler call ``step`` in every case, which then can say that it does not go together.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -153,26 +151,29 @@ class Adams_ZeRO(Adams):
         master = self._master(param)
         return {**new_state(master, group), "master": master}
 
-    def _collect(self) -> list[Work]:
+    def _amp_scaling(self) -> tuple[Number, Tensor | bool]:
         if getattr(self, "found_inf", None) is not None:  # GradScaler sets it, whether or not it has unscaled before
             raise RuntimeError(
                 "Adams_ZeRO does not work with GradScaler, which skips a step in the processes that find an infinity "
                 "and not in the others; train in bfloat16, which needs no scaling, or use FSDP2 with Adams"
             )
+        return super()._amp_scaling()
+
+    def _collect(self, halt: Tensor | bool) -> list[Work]:
         candidates = []
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 if param.grad is not None:
                     check_grad(group, i)
                 if param.requires_grad or param.grad is not None:
-                    candidates.append((param, group))
-        anywhere = self._anywhere([param for param, _ in candidates])
+                    candidates.append((param, group, number))
+        anywhere = self._anywhere([param for param, *_ in candidates])
         work = []
-        for (param, group), present in zip(candidates, anywhere, strict=True):
+        for (param, group, number), present in zip(candidates, anywhere, strict=True):
             if present:
                 state = self.state[param]
                 shared = shared_over(state["master"], state, group)
-                work.append(Work(state["master"], self._mean_gradient(param), state, group, shared))
+                work.append(Work(state["master"], self._mean_gradient(param), state, group, number, shared))
         return work
 
     def _anywhere(self, params: Sequence[Tensor]) -> list[bool]:

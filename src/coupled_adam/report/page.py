@@ -1,7 +1,6 @@
 """A page that opens offline: its style, data and chart library are in the one file."""
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from coupled_adam import __version__
 from coupled_adam.files import write_text
 
 
@@ -35,7 +35,7 @@ def write_page(path: Path, page: str, charts: Mapping[str, go.Figure], **values:
         for name, figure in charts.items()
     }
     template = environment.get_template(f"{name}.html")
-    write_text(path, template.render(charts=drawn, plotly=get_plotlyjs(), version=version("coupled-adam"), **values))
+    write_text(path, template.render(charts=drawn, plotly=get_plotlyjs(), version=__version__, **values))
 
 
 def _reader(package: str) -> Callable[[str], str | None]:
