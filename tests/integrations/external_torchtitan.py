@@ -98,7 +98,7 @@ def test_fsdp2_on_two_processes_is_one_process() -> None:
     model = llama()
     start = whole(model)
     expected = whole(train(model, coupled_adamw(lr=1e-3).build(model_parts=[model]), range(STEPS)))
-    assert_close(found["float32"], expected)
+    assert_close(found["float32"], expected, 1e-5)
     moved, wanted = (x["lm_head.weight"] - start["lm_head.weight"] for x in (found["bf16"], expected))
     assert nn.functional.cosine_similarity(moved.flatten(), wanted.flatten(), dim=0) > 0.95
 
