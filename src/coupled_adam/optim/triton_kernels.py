@@ -29,8 +29,7 @@ EXPONENT = tl.constexpr(0x7F800000)
 @triton.jit
 def _value(x):
     """Return a number, whether it was given or lies in memory."""
-    x = tl.to_tensor(x)
-    if x.dtype.is_ptr():
+    if getattr(x, "dtype", tl.float32).is_ptr():  # the interpreter gives numbers as Python has them
         return tl.load(x)
     else:  # what follows a return is compiled too
         return x
@@ -38,7 +37,7 @@ def _value(x):
 
 @triton.jit
 def _number(x):
-    return _value(x).to(tl.float32)
+    return tl.cast(_value(x), tl.float32)
 
 
 @triton.jit
@@ -54,7 +53,7 @@ def _write_moment(pointer, at, mask, m, index, seed):
     else:
         bits = m.to(tl.uint32, bitcast=True)
         # 32 bits of index and seed are all that the hash keeps.
-        dice = dice_of(index.to(tl.uint32), _value(seed).to(tl.uint32))
+        dice = dice_of(index.to(tl.uint32), tl.cast(_value(seed), tl.uint32))
         dice = tl.where((bits & EXPONENT) == EXPONENT, 0, dice)  # NaN and infinity stay
         tl.store(pointer + at, ((bits + dice) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
 
@@ -202,10 +201,10 @@ def move_many(
     if halt is not None:
         if tl.load(halt) != 0:
             return
-    block, size, which = tl.program_id(0), tl.to_tensor(0).to(tl.int64), 0
+    block, size, which = tl.program_id(0), tl.cast(0, tl.int64), 0
     param, exp_avg, exp_avg_sq, grad = parameters[0], exp_avgs[0], exp_avg_sqs[0], grads[0]
     begin = 0
-    first = tl.to_tensor(0).to(tl.int64)
+    first = tl.cast(0, tl.int64)
     for k in tl.static_range(MANY):
         n = (sizes[k] >> 32) - 1
         end = begin + ((n + BLOCK - 1) // BLOCK).to(tl.int32)
