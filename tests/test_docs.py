@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from coupled_adam import Adams_ZeRO, CoupledAdam, param_groups
@@ -44,17 +45,19 @@ def names(tmp_path: Path) -> dict[str, Any]:
     model.embedding = model.get_input_embeddings()
     tokens = torch.randint(120, (2, 8))
     batch = {"input_ids": tokens, "labels": tokens}
-    trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True))
+    dataset = [{"input_ids": row, "labels": row} for row in tokens]
+    arguments = TrainingArguments(str(tmp_path / "trained"), report_to="none", use_cpu=True)
+    trainer = Trainer(model, arguments, train_dataset=dataset)
     other_parameters = [p for p in model.parameters() if p is not model.embedding.weight]
-    return (
-        locals()
-        | {"batches": [batch], "Adams_ZeRO": Adams_ZeRO, "CoupledAdam": CoupledAdam}
-        | {
-            "param_groups": param_groups,
-            "fully_shard": fully_shard,
-            "mesh": init_device_mesh("cpu", (1,)),
-        }
-    )
+    return locals() | {
+        "batches": [batch],
+        "dataloader": DataLoader([batch], batch_size=None),
+        "Adams_ZeRO": Adams_ZeRO,
+        "CoupledAdam": CoupledAdam,
+        "param_groups": param_groups,
+        "fully_shard": fully_shard,
+        "mesh": init_device_mesh("cpu", (1,)),
+    }
 
 
 def test_there_are_blocks() -> None:
@@ -64,6 +67,7 @@ def test_there_are_blocks() -> None:
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_block_runs(block: str, alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = names(tmp_path)
+    monkeypatch.chdir(tmp_path)  # what a block saves
     block = re.sub(r"^model = \.\.\..*\n", "", block, flags=re.MULTILINE)
     block = re.sub(r'"[\w./-]+\.gguf"', repr(str(tmp_path / "model")), block)
     exec(compile(block, "a block of the documentation", "exec"), given)

@@ -14,6 +14,12 @@ def require(extra: str, *modules: str) -> None:
         raise ImportError(f"{', '.join(missing)} not installed: pip install 'coupled-adam[{extra}]'")
 
 
+def require_trainer(module: str, package: str) -> None:
+    """Raise ImportError naming the package of somebody else's trainer, if that is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(f"{module} not installed: pip install {package}")
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
     """Return the first line of an error's message, or its type if it has none."""
     lines = str(error).strip().splitlines()

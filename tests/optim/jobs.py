@@ -318,3 +318,46 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
         name.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()
     }
+
+
+# ------------------------------------------------------------------ vocabulary shards that are plain tensors
+
+
+def vocabulary_shards(
+    optimizer: str, rows: list[int], alone: bool = False, start: dict[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """As :func:`made_up`, each process holding so many rows of the embedding as a plain tensor; or one all of them."""
+    rank = 0 if alone else dist.get_rank()
+    mine = slice(0, sum(rows)) if alone else slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+    params = {name: nn.Parameter(x[mine] if name == "embedding" else x) for name, x in values(sum(rows), 0).items()}
+    if not alone:
+        params["embedding"].vocabulary_group = dist.group.WORLD
+    opt = build(params, optimizer)
+    if start is not None:
+        key = start["param_groups"][0]["params"][0]
+        part = {k: x[mine] if x.ndim else x for k, x in start["state"][key].items()}
+        opt.load_state_dict({**start, "state": {**start["state"], key: part}})
+    for step in range(STEPS):
+        grads = values(sum(rows), step + 1)
+        for name, param in params.items():
+            param.grad = grads[name][mine].clone() if name == "embedding" else grads[name]
+        if step % 4 == 3 and alone:  # the first process has no gradient, and its rows count as 0
+            params["embedding"].grad[: rows[0]] = 0
+        elif step % 4 == 3 and rank == 0:
+            params["embedding"].grad = None
+        opt.step()
+    found = {name: p.detach() for name, p in params.items()} | {
+        "norm": opt.grad_norm if opt.grad_norm is not None else 0
+    }
+    return found | {f"embedding {k}": x for k, x in opt.state[params["embedding"]].items()}
+
+
+def adamw_checkpoint(vocabulary: int) -> dict[str, Any]:
+    """What an AdamW of one process has saved after a step with the groups of :func:`build`."""
+    params = {name: nn.Parameter(x) for name, x in values(vocabulary, 0).items()}
+    for param, grad in zip(params.values(), values(vocabulary, 99).values(), strict=True):
+        param.grad = grad
+    named = list(params.items())
+    opt = torch.optim.AdamW([{"params": named[:1]}, {"params": named[1:]}], lr=1e-2, weight_decay=0.1)
+    opt.step()
+    return opt.state_dict()

@@ -59,6 +59,19 @@ def test_a_gradient_that_only_some_processes_have(processes, optimizer) -> None:
     assert_same(results, expected)
 
 
+@pytest.mark.parametrize("rows", [[3, 4], [5, 1, 1], [2, 0, 5]], ids=str)
+def test_vocabulary_shards_that_are_plain_tensors_step_as_the_whole(processes, rows) -> None:
+    # From the checkpoint of an AdamW too, whose second moment is folded over all shards.
+    starts = [("coupled", None), ("clipped", None), ("clipped factor", None), ("clipped", jobs.adamw_checkpoint(7))]
+    for optimizer, start in starts:
+        expected = jobs.vocabulary_shards(optimizer, rows, alone=True, start=start)
+        results = processes(len(rows)).run(jobs.vocabulary_shards, optimizer, rows, start=start)
+        for name in ("embedding", "embedding exp_avg"):
+            joined = torch.cat([result.pop(name) for result in results])
+            torch.testing.assert_close(joined, expected.pop(name), rtol=1e-6, atol=1e-6, msg=f"{optimizer}: {name}")
+        assert_same(results, expected)
+
+
 @pytest.mark.parametrize(
     ("count", "optimizer", "layout", "expected"),
     [

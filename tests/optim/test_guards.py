@@ -7,9 +7,11 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, param_groups
@@ -170,6 +172,28 @@ def test_an_adamw_checkpoint_without_names_and_with_other_groups_is_refused() ->
     for fits in (unnamed, model.named_parameters()):  # the same layout, or names
         coupled.load_state_dict(adamw(fits).state_dict())
         assert coupled.state[model[1].weight]["exp_avg"][0, 0].item() == pytest.approx(0.5)
+
+
+@pytest.fixture
+def group_of_two(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.ProcessGroup]:
+    """A process group that says it has two members."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_vocabulary_group_that_cannot_be_honored_is_refused(group_of_two: dist.ProcessGroup) -> None:
+    parameter = nn.Parameter(torch.randn(5, 4))
+    parameter.grad = torch.randn(5, 4)
+    parameter.vocabulary_group = "tp"
+    with pytest.raises(TypeError, match=r"vocabulary_group.*shape \(5, 4\): str.*mesh.get_group"):
+        KINDS["coupled"](parameter).step()
+    parameter.vocabulary_group = group_of_two
+    with pytest.raises(ValueError, match=r"\(5, 4\) is a vocabulary shard.*use_spectral_decay = False"):
+        KINDS["adams"](parameter).step()
+    with pytest.raises(ValueError, match=r"'table' is a vocabulary shard.*give it to Adams or CoupledAdam"):
+        KINDS["zero"](parameter)
 
 
 def run(program: str, **environment: str) -> subprocess.CompletedProcess:

@@ -1,1 +1,1 @@
-"""What trainers of other people need of us; each framework is imported by the module that is named for it."""
+"""Coupled Adam in other people's trainers: a module a trainer, which imports that trainer alone."""

@@ -40,7 +40,7 @@ def param_groups(
         >>> optimizer = CoupledAdam(groups, lr=1e-3)
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    chosen = _output_embedding(model) if coupled is None else coupled
+    chosen = [output_embedding(model)] if coupled is None else coupled
     matrices = [_matrix(item, model) for item in chosen]
     is_coupled = {id(matrix) for matrix in matrices}
     groups: list[dict[str, Any]] = [
@@ -60,19 +60,20 @@ def param_groups(
     return [group for group in groups if group["params"]]
 
 
-def _output_embedding(model: nn.Module) -> list[Coupled]:
+def output_embedding(model: nn.Module) -> nn.Module:
+    """Return what ``get_output_embeddings()`` of the model returns, through wrappers. Raises ValueError without one."""
     inner = model
     # DistributedDataParallel and its like hold the model as `module` and hide its methods.
     while not hasattr(inner, "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
         inner = inner.module  # type: ignore[assignment]
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None  # type: ignore[operator]
+    head: nn.Module | None = getattr(inner, "get_output_embeddings", lambda: None)()
     if head is None:
         raise ValueError(
             f"{type(inner).__name__} does not say what its output embedding is (get_output_embeddings() is missing or "
             f"returns None); pass it as coupled=[module or parameter], or coupled=[] to couple nothing. "
             f"Candidates: {_candidates(model.named_parameters())}"
         )
-    return [head]
+    return head
 
 
 def _matrix(item: Coupled, model: nn.Module) -> Tensor:

@@ -74,14 +74,35 @@ def local(x: Tensor) -> Tensor:
 
 def holders(x: Tensor, dim: int | None = None) -> ProcessGroups:
     """Return the process groups that share ``x`` along ``dim``, or any dimension if None; empty for a whole tensor."""
-    if not (torch.distributed.is_available() and isinstance(x, DTensor)):
+    if not torch.distributed.is_available():
         return ()
+    group = vocabulary_group(x)
+    marked = (group,) if group is not None and (dim is None or dim % x.ndim == 0) else ()
+    if not isinstance(x, DTensor):
+        return marked
     mesh = x.device_mesh
-    return tuple(
+    cutting = (
         mesh.get_group(i)
         for i, cut in enumerate(_cuts(x))
         if cut is not None and mesh.size(i) > 1 and (dim is None or cut == dim % x.ndim)
     )
+    return (*cutting, *marked)
+
+
+def vocabulary_group(x: Tensor) -> Any:
+    """Return the process group whose members hold the other rows of ``x``, where ``x.vocabulary_group`` says so.
+
+    That is the mark of a vocabulary shard which is a tensor like any other: nothing else tells that it is one.
+    """
+    group = getattr(x, "vocabulary_group", None)
+    if group is None:
+        return None
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"Invalid vocabulary_group of a parameter of shape {tuple(x.shape)}: {type(group).__name__}; it must be a "
+            'process group, as torch.distributed.new_group() and mesh.get_group("tp") return it'
+        )
+    return group if torch.distributed.get_world_size(group) > 1 else None
 
 
 def _cuts(x: "DTensor") -> list[int | None]:
@@ -120,8 +141,13 @@ def reduced_like(param: Tensor, part: Tensor, dim: int) -> Tensor:
 
 def vocabulary_mean(part: Tensor, matrix: Tensor) -> Reduction[Tensor]:
     """Average over the rows of ``matrix`` (V, H); ``part``, (1, H), is the sum over those held here."""
-    total = yield Sum(part, holders(matrix, 0))
-    yield total / max(matrix.shape[0], 1)
+    over = holders(matrix, 0)
+    if vocabulary_group(matrix) is None:
+        total = yield Sum(part, over)
+        yield total / max(matrix.shape[0], 1)
+    else:  # no rank knows V
+        both = yield Sum(torch.cat([part, part.new_full((1, 1), len(local(matrix)))], 1), over)
+        yield both[:, :-1] / both[:, -1:].clamp(min=1)
 
 
 def complete(part: Tensor, over: ProcessGroups) -> Reduction[Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from coupled_adam.optim.checks import check_group, parameter_name
-from coupled_adam.optim.reductions import local, placed_like, reduced_like, run_one, vocabulary_mean
+from coupled_adam.optim.reductions import local, placed_like, reduced_like, run_one, vocabulary_group, vocabulary_mean
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -51,6 +51,11 @@ def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         "exp_avg_sq": torch.zeros_like(param, dtype=dtype) if row is None else row,
     }
     if group["decay"] == "spectral" and takes_spectral_decay(param):
+        if vocabulary_group(param) is not None:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} is a vocabulary shard (vocabulary_group), and spectral "
+                "decay does not know its other rows; couple it, or set param.use_spectral_decay = False"
+            )
         state["u"] = _first_u(param)
     return state
 
@@ -180,6 +185,8 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
 def _folded(square: Tensor, param: Tensor) -> Tensor:
     """Average a full second moment over the vocabulary."""
     part = local(square).to(state_dtype(param)).sum(0, keepdim=True)
+    if vocabulary_group(param) is not None:  # then the checkpoint has the same rows as this rank's shard
+        return reduced_like(param, run_one(vocabulary_mean(part, param)), 0)
     return reduced_like(square, run_one(vocabulary_mean(part, square)), 0)
 
 

@@ -95,6 +95,12 @@ class Adams_ZeRO(Adams):
                 raise ValueError(
                     f"{parameter_name(group, i)} is a DTensor, sharded already; give it to Adams, which takes those"
                 )
+            if hasattr(param, "vocabulary_group"):
+                self.param_groups.pop()
+                raise ValueError(
+                    f"{parameter_name(group, i)} is a vocabulary shard (vocabulary_group), but Adams_ZeRO takes every "
+                    "process's parameters to be the same; give it to Adams or CoupledAdam"
+                )
         self.broadcast_buffers(p.detach() for p in group["params"])
 
     def broadcast_buffers(self, buffers: Iterable[Tensor]) -> None:

@@ -1,0 +1,85 @@
+"""Trainers that hand an optimizer bare ``model.parameters()``: litgpt, torchtune, LightningCLI.
+
+There are no names and no model to ask, so the user says how many rows the embedding matrix has.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from coupled_adam.integrations.announce import announce
+from coupled_adam.optim import CoupledAdam
+
+Which = Literal["first", "last", "all"]
+
+
+class VocabularyCoupledAdam(CoupledAdam):
+    """``coupled_adam.CoupledAdam`` for bare parameters: couples the matrix with exactly as many rows as the vocabulary.
+
+    That matrix takes no weight decay; other matrices take ``weight_decay``, vectors and scalars none.
+
+    Args:
+        params: all parameters of the model, as ``model.parameters()`` gives them; no param groups.
+        vocabulary_size: rows of the output embedding, padded ones included (litgpt: ``padded_vocab_size``).
+        which: which of several such matrices is the output embedding, in the order of ``params``: the "first", the
+            "last", or "all" of them. An untied model has two; in the order in which a model registers its modules the
+            output embedding is the last as a rule, and the first in litgpt.
+
+    All other arguments are those of ``coupled_adam.CoupledAdam``.
+
+    Raises:
+        ValueError: no matrix has that many rows, or several have and ``which`` is not given; the message lists them.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 8), nn.Linear(8, 100, bias=False))
+        >>> optimizer = VocabularyCoupledAdam(model.parameters(), vocabulary_size=100, which="last", lr=1e-3)
+        >>> optimizer.param_groups[0]["params"][0] is model[2].weight
+        True
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        vocabulary_size: int,
+        which: Which | None = None,
+        *,
+        betas: Sequence[float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        groups = _groups(list(params), vocabulary_size, which, weight_decay)
+        beta1, beta2 = betas  # a list, where it comes from YAML
+        super().__init__(groups, betas=(beta1, beta2), weight_decay=weight_decay, **options)
+        announce(self, "the trainer: see its settings")
+
+
+def _groups(given: list[Any], rows: int, which: Which | None, weight_decay: float) -> list[dict[str, Any]]:
+    """Sort parameters into groups: the matrix with so many rows, other matrices, vectors."""
+    if any(isinstance(item, dict) for item in given):
+        raise ValueError("VocabularyCoupledAdam takes parameters, not param groups; give groups to CoupledAdam")
+    if which not in (None, "first", "last", "all"):
+        raise ValueError(f"Invalid which: {which!r}; choose 'first', 'last' or 'all'")
+    params: list[Tensor] = [item[1] if isinstance(item, tuple) else item for item in given]
+    found = [i for i, p in enumerate(params) if p.ndim == 2 and p.shape[0] == rows and p.requires_grad]
+    if not found:
+        shapes = sorted({tuple(p.shape) for p in params if p.ndim == 2}, key=lambda shape: -shape[0])
+        raise ValueError(
+            f"vocabulary_size={rows}: no trainable matrix has that many rows, the longest are {shapes[:5]}. Give the "
+            "rows of the output embedding, padding included; FSDP1 and DeepSpeed flatten it, FSDP2 does not"
+        )
+    if len(found) > 1 and which is None:
+        listed = ", ".join(f"parameter {i} {tuple(params[i].shape)}" for i in found)
+        raise ValueError(
+            f"vocabulary_size={rows}: several matrices have that many rows ({listed} of {len(params)}); say "
+            "which='last' or which='first' for the output embedding, or which='all'"
+        )
+    chosen = set({"first": found[:1], "last": found[-1:]}.get(which or "all", found))
+    rest = [i for i in range(len(params)) if i not in chosen]
+    groups: list[dict[str, Any]] = [
+        {"params": [given[i] for i in chosen], "weight_decay": 0.0, "second_moment": "vocabulary"},
+        {"params": [given[i] for i in rest if params[i].ndim >= 2], "weight_decay": weight_decay},
+        {"params": [given[i] for i in rest if params[i].ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

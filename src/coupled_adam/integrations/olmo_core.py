@@ -1,0 +1,51 @@
+"""OLMo-core: a registered configuration of the optimizer.
+
+TransformerTrainModuleConfig(optim=CoupledAdamConfig(lr=4e-4, weight_decay=0.1), max_grad_norm=1.0, …)
+"""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from coupled_adam.errors import require_trainer
+from coupled_adam.integrations.announce import announce
+from coupled_adam.optim import CoupledAdam
+
+require_trainer("olmo_core", "ai2-olmo-core")
+
+from olmo_core.optim import OptimConfig, OptimGroupOverride  # noqa: E402
+
+
+def coupled_head() -> list[OptimGroupOverride]:
+    """The group of OLMo-core's output embedding: coupled, without weight decay."""
+    coupled = {"second_moment": "vocabulary", "weight_decay": 0.0}
+    return [OptimGroupOverride(params=["lm_head.w_out.weight"], opts=coupled)]
+
+
+@OptimConfig.register("coupled_adam")
+@dataclass
+class CoupledAdamConfig(OptimConfig[CoupledAdam]):  # type: ignore[misc]
+    """Configuration of ``coupled_adam.CoupledAdam``, with its arguments.
+
+    ``group_overrides`` couples the output embedding, without weight decay; to change the groups, keep that of
+    ``coupled_head()`` among them. The train module clips (``max_grad_norm``).
+    """
+
+    group_overrides: list[OptimGroupOverride] | None = field(default_factory=coupled_head)
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    coupling_scale: float = 1.0
+    coupling_factor: float = 0.0
+
+    @classmethod
+    def optimizer(cls) -> type[CoupledAdam]:
+        """Return the class that ``build`` makes an optimizer of."""
+        return CoupledAdam
+
+    def build(self, model: nn.Module, strict: bool = True) -> CoupledAdam:
+        """Build the optimizer of this model, and log what it does with which parameter."""
+        built: CoupledAdam = super().build(model, strict)
+        announce(built, "OLMo-core: to max_grad_norm of the train module")
+        return built

@@ -1,0 +1,73 @@
+"""torchtitan: its container of optimizers with ours among them, and a configuration as ``default_adamw`` makes one.
+
+optimizer=coupled_adamw(lr=3e-4)  # in a Trainer.Config
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from coupled_adam.errors import require_trainer
+from coupled_adam.integrations.announce import announce
+from coupled_adam.optim import Adams, CoupledAdam
+
+require_trainer("torchtitan", "torchtitan")
+
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig  # noqa: E402
+
+OURS = {"CoupledAdam": CoupledAdam, "Adams": Adams}
+
+
+class CoupledOptimizers(OptimizersContainer):  # type: ignore[misc]
+    """``torchtitan``'s ``OptimizersContainer`` that knows the optimizer names "CoupledAdam" and "Adams" too.
+
+    What a param group of theirs may hold (``second_moment``, ``decay``, …) goes into ``optimizer_kwargs``.
+
+    Raises:
+        ValueError: ``implementation="fused_opt_states_bf16"``, which would not reach them.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):  # type: ignore[misc]
+        """As of ``OptimizersContainer``."""
+
+    def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
+        if config.implementation == "fused_opt_states_bf16":
+            raise ValueError(
+                'implementation="fused_opt_states_bf16" is for Adam and AdamW alone; put '
+                '"state_dtype": torch.bfloat16 into optimizer_kwargs, with implementation="fused"'
+            )
+        super().__init__(config, model_parts=model_parts)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, CoupledAdam | Adams):
+                announce(optimizer, "torchtitan: to training.max_norm")
+
+    @staticmethod
+    def _resolve_optimizer_factory(name: str) -> Callable[..., Optimizer]:
+        factory: Callable[..., Optimizer]
+        factory = OURS[name] if name in OURS else OptimizersContainer._resolve_optimizer_factory(name)
+        return factory
+
+
+def coupled_adamw(
+    lr: float = 8e-4, *, head: str = r"(^|\.)lm_head\.weight$", **kwargs: Any
+) -> "CoupledOptimizers.Config":
+    """Make the configuration of torchtitan's ``default_adamw``, but with a coupled output embedding without decay.
+
+    Args:
+        lr: of all parameters.
+        head: the pattern of the output embedding's name. That it matches nothing is an error of torchtitan's.
+        kwargs: more arguments of ``coupled_adam.CoupledAdam``, for all parameters. torchtitan clips by itself
+            (``training.max_norm``).
+    """
+    common = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, **kwargs}
+    coupled = {**common, "weight_decay": 0.0, "second_moment": "vocabulary"}
+    return CoupledOptimizers.Config(
+        param_groups=[
+            ParamGroupConfig(pattern=head, optimizer_name="CoupledAdam", optimizer_kwargs=coupled),
+            ParamGroupConfig(pattern=r".*", optimizer_name="CoupledAdam", optimizer_kwargs=common),
+        ]
+    )

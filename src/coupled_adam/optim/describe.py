@@ -1,0 +1,145 @@
+"""What an optimizer does with which parameter, in words."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from coupled_adam.optim.optimizer import AdamFamily
+from coupled_adam.optim.reductions import local, vocabulary_group
+from coupled_adam.optim.state import new_state, state_dtype, takes_spectral_decay
+from coupled_adam.optim.zero import Adams_ZeRO
+
+#: As many matrices without decay as a line names.
+SHOWN = 3
+
+#: A param group and the index of one of its parameters.
+Member = tuple[dict[str, Any], int]
+
+
+def describe(optimizer: Optimizer) -> str:
+    """Say what is coupled, what is decayed and how, how large the state is, and whether the optimizer clips.
+
+    Args:
+        optimizer: one of this package, or a trainer's wrapper that holds it as ``.optimizer``, as those of Accelerate
+            and Lightning do.
+
+    Returns:
+        Some lines of text. The state is that of this process, as it is or will be from the first step on.
+
+    Raises:
+        TypeError: an optimizer that is not of this package.
+
+    Examples:
+        >>> from torch import nn
+        >>> from coupled_adam import CoupledAdam, describe, param_groups
+        >>> model = nn.Sequential(nn.Embedding(100, 8), nn.LayerNorm(8), nn.Linear(8, 100, bias=False))
+        >>> print(describe(CoupledAdam(param_groups(model, coupled=[model[2]]), max_grad_norm=1.0)))
+        CoupledAdam
+          coupled over the vocabulary: 2.weight (100, 8), weight decay 0
+          weight decay 0.1: 1 matrix, 800 elements
+          weight decay 0: 2 vectors and scalars, 16 elements
+          state: 9.8 kB; uncoupled it would be 12.9 kB
+          clipping by this optimizer: to a global norm of 1; nobody else should clip
+    """
+    ours = optimizer
+    while not isinstance(ours, AdamFamily) and isinstance(getattr(ours, "optimizer", None), Optimizer):
+        ours = ours.optimizer  # type: ignore[attr-defined]
+    if not isinstance(ours, AdamFamily):
+        raise TypeError(f"{type(optimizer).__name__} is no optimizer of coupled_adam, nor a wrapper around one")
+    members = [(group, i) for group in ours.param_groups for i in range(len(group["params"]))]
+    lines = [*_coupled(members), *_others(members), _state(ours, members), _clipping(ours)]
+    return "\n  ".join([type(ours).__name__, *lines])
+
+
+def _coupled(members: list[Member]) -> Iterator[str]:
+    coupled = [member for member in members if _is_coupled(member)]
+    for member in coupled:
+        shard = ", a shard" if vocabulary_group(_param(member)) is not None else ""
+        yield f"coupled over the vocabulary: {_name(member)} {tuple(_param(member).shape)}{shard}, {_decay(member)}"
+    if not coupled:
+        yield "coupled over the vocabulary: nothing"
+
+
+def _others(members: list[Member]) -> Iterator[str]:
+    """Sum up the parameters that are not coupled, by their decay."""
+    kinds: dict[str, list[Member]] = {}
+    for member in members:
+        if not _is_coupled(member):
+            kinds.setdefault(_decay(member), []).append(member)
+    for decay, alike in kinds.items():
+        matrices = [member for member in alike if _param(member).ndim >= 2]
+        vectors = len(alike) - len(matrices)
+        counts = [f"{len(matrices)} {'matrix' if len(matrices) == 1 else 'matrices'}"] if matrices else []
+        if matrices and decay.endswith("decay 0"):  # as a rule matrices are decayed
+            counts[0] += f" ({', '.join(map(_name, matrices[:SHOWN]))}{', …' if len(matrices) > SHOWN else ''})"
+        counts += [f"{vectors} vectors and scalars"] if vectors else []
+        yield f"{decay}: {' and '.join(counts)}, {sum(_param(m).numel() for m in alike):,} elements"
+
+
+def _state(optimizer: AdamFamily, members: list[Member]) -> str:
+    trained = [member for member in members if _param(member).requires_grad]
+    states = [optimizer.state.get(_param(member)) for member in trained]
+    if not all(states) and isinstance(optimizer, Adams_ZeRO):
+        return "state: spread over the processes in the first step"
+    size = sum(_bytes(state or _to_be(member)) for state, member in zip(states, trained, strict=True))
+    text = f"state: {_size(size)}"
+    if not any(map(_is_coupled, trained)):
+        return text
+    rows = sum(_row_bytes(member) * (len(local(_param(member))) - 1) for member in trained if _is_coupled(member))
+    return f"{text}; uncoupled it would be {_size(size + rows)}"
+
+
+def _clipping(optimizer: AdamFamily) -> str:
+    bound = optimizer.param_groups[0]["max_grad_norm"]
+    if bound is None:
+        return "clipping by this optimizer: none"
+    return f"clipping by this optimizer: to a global norm of {bound:g}; nobody else should clip"
+
+
+def _param(member: Member) -> Tensor:
+    group, i = member
+    param: Tensor = group["params"][i]
+    return param
+
+
+def _name(member: Member) -> str:
+    group, i = member
+    return str(group["param_names"][i]) if group.get("param_names") else f"parameter {i}"
+
+
+def _is_coupled(member: Member) -> bool:
+    return bool(member[0]["second_moment"] == "vocabulary")
+
+
+def _decay(member: Member) -> str:
+    group = member[0]
+    if group["decay"] == "spectral" and not takes_spectral_decay(_param(member)):
+        return f"weight decay {group['scalar_vector_weight_decay']:g}"
+    return f"{'spectral' if group['decay'] == 'spectral' else 'weight'} decay {group['weight_decay']:g}"
+
+
+def _to_be(member: Member) -> dict[str, Any]:
+    """Return the state that the first step will make, without memory for it."""
+    part = torch.empty_like(local(_param(member)), device="meta")
+    part.use_spectral_decay = takes_spectral_decay(_param(member))  # type: ignore[attr-defined]
+    return new_state(part, member[0])
+
+
+def _bytes(state: dict[str, Any]) -> int:
+    return sum(local(x).nbytes for x in state.values())
+
+
+def _row_bytes(member: Member) -> int:
+    """Return the bytes of a row of a second moment."""
+    param = _param(member)
+    return int(local(param).shape[-1] * state_dtype(param).itemsize)
+
+
+def _size(count: int) -> str:
+    if count < 1000:
+        return f"{count} bytes"
+    power = min((len(str(count)) - 1) // 3, 4)
+    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"

@@ -1,0 +1,51 @@
+"""With axolotl itself: its plugin manager and its trainer. Run by tools/check_integrations."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.core.training_args import AxolotlTrainingArguments
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.dict import DictDefault
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=67, tie_word_embeddings=False, **sizes))
+
+
+def trainer(folder: Path, **settings: Any) -> AxolotlTrainer:
+    tokens = torch.randint(67, (32, 8), generator=torch.Generator().manual_seed(1))
+    given = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    args = AxolotlTrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to="none", weight_decay=0.1, gradient_accumulation_steps=2, **given
+    )
+    data = Dataset.from_dict({"input_ids": tokens.tolist(), "labels": tokens.tolist()})
+    made = AxolotlTrainer(model=llama(), args=args, train_dataset=data)
+    manager = PluginManager.get_instance()
+    manager.register("coupled_adam.integrations.axolotl.CoupledAdamPlugin")
+    manager.post_trainer_create(DictDefault(settings), made)  # as axolotl.train does it
+    return made
+
+
+def test_the_plugin_couples_and_resumes(tmp_path: Path) -> None:
+    whole = trainer(tmp_path)
+    whole.train()
+    head = whole.model.lm_head.weight
+    optimizer = whole.optimizer.optimizer
+    assert optimizer.param_groups[0]["params"] == [head] and optimizer.state[head]["exp_avg_sq"].shape == (1, 16)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 0.1, 0.0]
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, p in whole.model.named_parameters():
+        assert torch.equal(resumed.model.get_parameter(name), p), name
+
+
+def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="embedding_lr would have no effect"):
+        trainer(tmp_path, embedding_lr=1e-4)
