@@ -31,6 +31,11 @@ class Figure:
     """The attribute of a published result that holds the same figure."""
 
     @property
+    def title(self) -> str:
+        """Title of a chart."""
+        return self.label[0].upper() + self.label[1:]
+
+    @property
     def column(self) -> str:
         """Heading of a column."""
         return self.heading or self.label

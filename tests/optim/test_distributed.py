@@ -10,6 +10,7 @@ from pathlib import Path
 import jobs
 import pytest
 import torch
+from old_torch import averages_gradients, compiles_clipped_steps
 from torch import Tensor, nn
 
 from coupled_adam import Adams, Adams_ZeRO
@@ -123,6 +124,7 @@ def test_in_float64_nothing_but_the_order_of_sums_differs(processes) -> None:
     assert_same(processes(2).run(jobs.train, "clipped adams", "fsdp", torch.float64), expected, 1e-14)
 
 
+@compiles_clipped_steps
 def test_a_compiled_training_step(processes) -> None:
     # In float64, where only torch rounds: its AdamW keeps bias corrections in float32 while a compiler traces.
     expected = jobs.train("clipped", dtype=torch.float64, steps=10)
@@ -222,6 +224,7 @@ def losses(output: str) -> list[str]:
     return re.findall(r"loss ([\d.]+)", output)
 
 
+@averages_gradients
 def test_two_agents_of_torchrun_and_a_resume_in_one_process_do_what_one_process_does(tmp_path) -> None:
     arguments = [str(EXAMPLE), "--batch", "4", "--width", "16", "--checkpoint", str(tmp_path / "checkpoints")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

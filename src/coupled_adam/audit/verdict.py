@@ -7,6 +7,7 @@ from typing import Literal
 
 from coupled_adam import experiments, geometry
 from coupled_adam.geometry import Measurements
+from coupled_adam.lm.config import OPTIMIZER_LABELS
 
 Level = Literal["good", "fair", "poor"]
 
@@ -61,7 +62,7 @@ def findings(measured: Measurements) -> list[Finding]:
 def _published(figure: str) -> str:
     """Format the range of a figure in the paper, with either optimizer."""
     ranges = []
-    for method in ("AdamW", "Coupled Adam"):
+    for method in (OPTIMIZER_LABELS["adamw"], OPTIMIZER_LABELS["coupled_adam"]):
         values = [
             v for row in experiments.published() if row.method == method and (v := getattr(row, figure)) is not None
         ]

@@ -18,11 +18,14 @@ from coupled_adam.errors import InputError
 from coupled_adam.evaluation.stages import is_papers_accuracy, read_stage
 from coupled_adam.evaluation.token_sample import TokenSample
 from coupled_adam.figures import MISSING, Figure
-from coupled_adam.lm.config import Experiment, load_experiment
+from coupled_adam.lm.config import OPTIMIZER_LABELS, Experiment, load_experiment
 from coupled_adam.lm.estimate import estimate
 from coupled_adam.lm.metrics_jsonl import MetricsLog
 
 Value = float | None
+
+#: The two methods that the reports compare, as ``Evaluated.method`` calls them.
+ADAMW, COUPLED = OPTIMIZER_LABELS["adamw"], OPTIMIZER_LABELS["coupled_adam"]
 
 
 @dataclass(frozen=True)
@@ -268,9 +271,9 @@ def comparisons(found: Sequence[SeedGroup]) -> list[Comparison]:
     """Pair AdamW with Coupled Adam, the smallest setting first."""
     by_key = {(group.first.setting, group.first.method): group for group in found}
     return [
-        Comparison(group, by_key[setting, "Coupled Adam"])
+        Comparison(group, by_key[setting, COUPLED])
         for (setting, method), group in by_key.items()
-        if method == "AdamW" and (setting, "Coupled Adam") in by_key
+        if method == ADAMW and (setting, COUPLED) in by_key
     ]
 
 

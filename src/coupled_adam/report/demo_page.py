@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import plotly.graph_objects as go
+
 from coupled_adam import experiments
 from coupled_adam.figures import FIGURES, cell, figures
 from coupled_adam.report import charts
@@ -42,8 +44,9 @@ def write_demo_page(path: Path, runs: Sequence[Evaluated], source: str) -> None:
         source: what the text is called.
     """
 
-    def series(name: str) -> list[tuple[str, charts.Points]]:
-        return [(run.method, [(line["step"], line[name]) for line in run.curve]) for run in runs]
+    def drawn(name: str, highest: float | None = None) -> go.Figure:
+        series = [(run.method, [(line["step"], line[name]) for line in run.curve]) for run in runs]
+        return charts.curves(FIGURES[name].title, series, highest=highest)
 
     samples = {run.method: sample for run in runs if (sample := run.token_sample)}
     experiment, form = runs[0].experiment, FIGURES["word_similarity"].form
@@ -53,9 +56,9 @@ def write_demo_page(path: Path, runs: Sequence[Evaluated], source: str) -> None:
         path,
         __name__,
         {
-            "mean_shift": charts.curves("Mean shift ratio ‖μ‖ʳ", series("mean_shift_ratio"), highest=1),
-            "isotropy": charts.curves("Isotropy", series("isotropy"), highest=1.02),
-            "loss": charts.curves("Validation loss (nats per token)", series("validation_loss")),
+            "mean_shift": drawn("mean_shift_ratio", 1),
+            "isotropy": drawn("isotropy", 1.02),
+            "loss": drawn("validation_loss"),
             "embeddings": charts.token_maps(samples),
             **{f"drift-{i}": chart.figure for i, chart in enumerate(drifts)},
         },

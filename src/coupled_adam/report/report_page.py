@@ -10,6 +10,7 @@ from coupled_adam.errors import InputError
 from coupled_adam.figures import FIGURES, Figure, cell, figures
 from coupled_adam.files import write_text
 from coupled_adam.report.aggregate import (
+    ADAMW,
     COLUMNS,
     Comparison,
     Evaluated,
@@ -179,6 +180,6 @@ def _similarity(pairs: Sequence[Comparison]) -> dict[str, Any] | None:
                 )
     return {
         "setting": pair.setting,
-        "names": [f"{b['benchmark']} ({b['covered']:,} of {b['pairs']:,})" for b in both["AdamW"]["original"]],
+        "names": [f"{b['benchmark']} ({b['covered']:,} of {b['pairs']:,})" for b in both[ADAMW]["original"]],
         "rows": rows,
     }

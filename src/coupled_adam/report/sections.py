@@ -9,7 +9,7 @@ from coupled_adam import experiments
 from coupled_adam.figures import FIGURES
 from coupled_adam.lm.config import OPTIMIZER_LABELS
 from coupled_adam.report import charts
-from coupled_adam.report.aggregate import Comparison, SeedGroup, largest, spread, sweep
+from coupled_adam.report.aggregate import ADAMW, COUPLED, Comparison, SeedGroup, largest, spread, sweep
 from coupled_adam.report.charts import Chart
 
 
@@ -29,22 +29,22 @@ def sections(found: Sequence[SeedGroup], pairs: Sequence[Comparison]) -> list[tu
 
 
 def _curves(pair: Comparison) -> list[Chart]:
-    def drawn(title: str, figure: str, highest: float | None = None) -> go.Figure:
+    def drawn(figure: str, highest: float | None = None) -> go.Figure:
         lines = [
             (run.method, [(line["step"], line[figure]) for line in run.curve if line.get(figure) is not None])
             for group in (pair.adamw, pair.coupled)
             for run in group.runs
         ]
-        return charts.curves(title, lines, highest=highest)
+        return charts.curves(FIGURES[figure].title, lines, highest=highest)
 
     return [
         Chart(
-            drawn("Validation loss", "validation_loss"),
+            drawn("validation_loss"),
             "Nats per token on held-out text, a line a seed; lower is better.",
         ),
-        Chart(drawn("Isotropy", "isotropy", 1.02), "1 is a cloud without a preferred direction."),
+        Chart(drawn("isotropy", 1.02), "1 is a cloud without a preferred direction."),
         Chart(
-            drawn("Mean shift ratio ‖μ‖ʳ", "mean_shift_ratio", 1.0),
+            drawn("mean_shift_ratio", 1.0),
             "How far all embeddings together have moved off the origin, relative to their length.",
         ),
     ]
@@ -55,27 +55,25 @@ def _drifts(pair: Comparison) -> list[Chart]:
 
 
 def _sizes(pairs: Sequence[Comparison]) -> list[Chart]:
-    def drawn(title: str, figure: str) -> go.Figure:
+    def drawn(figure: str) -> go.Figure:
         series: dict[str, list[tuple[float, ...]]] = {}
         for pair in pairs:
             for group in (pair.adamw, pair.coupled):
                 if found := group.moments(figure):
                     name = f"{group.first.model}, {group.first.method}"
                     series.setdefault(name, []).append((group.first.tokens, found.mean, found.deviation or 0.0))
-        return charts.curves(title, series.items(), x="training tokens", highest=1.05, log_x=True)
+        return charts.curves(FIGURES[figure].title, series.items(), x="training tokens", highest=1.05, log_x=True)
 
     return [
         Chart(
-            drawn("Isotropy", "isotropy"),
+            drawn("isotropy"),
             "Whether more parameters or more text change the isotropy; bars: one standard deviation over seeds.",
         ),
-        Chart(drawn("Mean shift ratio ‖μ‖ʳ", "mean_shift_ratio"), "The same for the shift off the origin."),
+        Chart(drawn("mean_shift_ratio"), "The same for the shift off the origin."),
     ]
 
 
-def _swept(
-    title: str, x: str, points: Mapping[float, SeedGroup], figure: str, baselines: Mapping[str, SeedGroup]
-) -> go.Figure:
+def _swept(x: str, points: Mapping[float, SeedGroup], figure: str, baselines: Mapping[str, SeedGroup]) -> go.Figure:
     values = [
         (at, found.mean, found.deviation or 0.0)
         for at, group in sorted(points.items())
@@ -87,23 +85,23 @@ def _swept(
         for name, group in baselines.items():
             if found := group.moments(figure):
                 series[name] = [(values[0][0], found.mean, 0.0), (values[-1][0], found.mean, 0.0)]
-    return charts.curves(title, series.items(), x=x)
+    return charts.curves(FIGURES[figure].title, series.items(), x=x)
 
 
 def _scaled(line: Sequence[SeedGroup]) -> list[Chart]:
     points = {-math.log2(group.first.experiment.optimizer.embedding.coupling_scale): group for group in line}
 
-    def drawn(title: str, figure: str) -> go.Figure:
-        return _swept(title, "n, for a second moment scaled by s = 2⁻ⁿ", points, figure, {})
+    def drawn(figure: str) -> go.Figure:
+        return _swept("n, for a second moment scaled by s = 2⁻ⁿ", points, figure, {})
 
     return [
         Chart(
-            drawn("Test loss", "validation_loss"),
+            drawn("validation_loss"),
             "The effective learning rate of the embedding grows with n; n = 0 is plain Coupled Adam.",
         ),
-        Chart(drawn("Isotropy", "isotropy"), "Too large a step leaves the embedding less isotropic."),
+        Chart(drawn("isotropy"), "Too large a step leaves the embedding less isotropic."),
         Chart(
-            drawn("Word similarity r̄", "word_similarity"),
+            drawn("word_similarity"),
             "Agreement with human ratings, 100·correlation; higher is better.",
         ),
     ]
@@ -112,20 +110,18 @@ def _scaled(line: Sequence[SeedGroup]) -> list[Chart]:
 def _sgd(line: Sequence[SeedGroup], found: Sequence[SeedGroup]) -> list[Chart]:
     points = {group.first.experiment.optimizer.embedding.lr_factor: group for group in line}
     setting = line[0].first.setting
-    baselines = {
-        g.first.method: g for g in found if g.first.setting == setting and g.first.method in ("AdamW", "Coupled Adam")
-    }
+    baselines = {g.first.method: g for g in found if g.first.setting == setting and g.first.method in (ADAMW, COUPLED)}
 
-    def drawn(title: str, figure: str) -> go.Figure:
-        return _swept(title, "f, factor on the learning rate", points, figure, baselines)
+    def drawn(figure: str) -> go.Figure:
+        return _swept("f, factor on the learning rate", points, figure, baselines)
 
     return [
         Chart(
-            drawn("Test loss", "validation_loss"),
+            drawn("validation_loss"),
             "SGD keeps the embeddings centered too; its loss says whether the step size fits.",
         ),
-        Chart(drawn("Isotropy", "isotropy"), "Level lines: the adaptive optimizers in the same setting."),
-        Chart(drawn("Mean shift ratio ‖μ‖ʳ", "mean_shift_ratio"), "SGD divides no gradient by a moment of its token."),
+        Chart(drawn("isotropy"), "Level lines: the adaptive optimizers in the same setting."),
+        Chart(drawn("mean_shift_ratio"), "SGD divides no gradient by a moment of its token."),
     ]
 
 
