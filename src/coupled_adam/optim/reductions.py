@@ -17,6 +17,9 @@ from coupled_adam.optim.update import RankOne
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+#: Kinds of tensors that hold a part of something; asked for several times a parameter and step.
+SHARDED: tuple[type, ...] = (DTensor,) if torch.distributed.is_available() else ()
+
 T = TypeVar("T")
 
 #: Process groups, whose members hold the other parts of something.
@@ -67,8 +70,8 @@ def _complete(sums: Sequence[Sum]) -> list[Tensor]:
 
 def local(x: Tensor) -> Tensor:
     """Return the part of ``x`` that this rank holds: the shard of a DTensor, any other tensor itself."""
-    if torch.distributed.is_available() and isinstance(x, DTensor):
-        return x.to_local()
+    if isinstance(x, SHARDED):
+        return x.to_local()  # type: ignore[no-any-return, attr-defined]
     return x
 
 
