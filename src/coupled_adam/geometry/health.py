@@ -53,14 +53,20 @@ def health(model_or_matrix: nn.Module | Matrix, *, isotropy: bool = False) -> di
     return _figures(torch.as_tensor(model_or_matrix), isotropy)
 
 
+def embedding_weight(model: nn.Module, method: str) -> Tensor | None:
+    """Return the weight of what ``get_output_embeddings`` or ``get_input_embeddings`` returns; None without one."""
+    # Wrappers hide the methods of what they hold; the outermost module that has them is meant.
+    getter = next((g for m in model.modules() if callable(g := getattr(m, method, None))), None)
+    weight = getattr(getter() if getter else None, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
 def _embeddings(model: nn.Module) -> dict[str, Tensor]:
     """Find output and input embedding, by the prefix of their figures."""
     weights: dict[str, Tensor] = {}
     for prefix, method in (("", "get_output_embeddings"), (INPUT, "get_input_embeddings")):
-        # Wrappers hide the methods of what they hold; the outermost module that has them is meant.
-        getter = next((g for m in model.modules() if callable(g := getattr(m, method, None))), None)
-        weight = getattr(getter() if getter else None, "weight", None)
-        if isinstance(weight, Tensor) and all(weight is not known for known in weights.values()):
+        weight = embedding_weight(model, method)
+        if weight is not None and all(weight is not known for known in weights.values()):
             weights[prefix] = weight
     if not weights:
         raise ValueError(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from coupled_adam.geometry import DriftMonitor, health
+from coupled_adam.geometry.health import embedding_weight
 from coupled_adam.progress import warn
 
 #: What stands before the name of every figure.
@@ -78,9 +79,8 @@ class HealthReport:
 
 
 def _output_embedding(model: nn.Module) -> Tensor:
-    getter = next((g for m in model.modules() if callable(g := getattr(m, "get_output_embeddings", None))), None)
-    weight = getattr(getter() if getter else None, "weight", None)
-    if not isinstance(weight, Tensor):
+    weight = embedding_weight(model, "get_output_embeddings")
+    if weight is None:
         raise ValueError(
             f"{type(model).__name__} does not say what its output embedding is (get_output_embeddings() is missing or "
             "returns None); EmbeddingHealth is for language models that do"

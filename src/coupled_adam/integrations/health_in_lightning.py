@@ -2,12 +2,12 @@
 
 from typing import Any
 
+from coupled_adam.errors import require_trainer
 from coupled_adam.integrations.health_callbacks import HealthReport
 
-try:
-    from lightning.pytorch import Callback
-except ImportError:
-    raise ImportError("lightning not installed: pip install lightning") from None
+require_trainer("lightning", "lightning")
+
+from lightning.pytorch import Callback  # noqa: E402
 
 
 class EmbeddingHealth(Callback):  # type: ignore[misc]
