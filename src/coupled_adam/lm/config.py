@@ -68,7 +68,8 @@ class Model(Section):
 
 class Data(Section):
     source: str = Field(default="wikipedia-sample", min_length=1)
-    """What ``coupled-adam prepare`` is given: ``wikipedia-sample``, a file or directory, or a dataset's name."""
+    """What ``coupled-adam prepare`` is given: ``wikipedia-sample`` or ``wikipedia-leads`` (both come with packages), a
+    file or directory, or a dataset's name."""
     tokenizer: str = Field(default="bpe", min_length=1)
     """``bpe``: a byte-level BPE of ``vocab_size`` tokens, trained on the text; or a tokenizer's name or directory."""
     vocab_size: int = Field(default=8192, ge=257, le=2_000_000)
