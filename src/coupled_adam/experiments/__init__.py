@@ -1,7 +1,8 @@
 """The experiments and the published results, as data.
 
 A suite is a file of ``[defaults]``, named ``[parts]``, and ``[experiments]``, each a list of parts that are laid over
-the defaults in their order.
+the defaults in their order. ``[grids]`` hold experiments that are products of parts (``grids.expand``), and
+``[families]`` what one call trains together: seeds, and experiments by name or by pattern.
 """
 
 import difflib
@@ -13,6 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from coupled_adam.errors import InputError
+from coupled_adam.experiments.grids import Grid, check_parts, expand, matching
 from coupled_adam.lm.config import Experiment
 
 SUITES = ("small", "large", "mini")
@@ -53,8 +55,18 @@ def load(name: str, seed: int = 1) -> Experiment:
 
 def families(suite: str = "mini") -> dict[str, dict[str, Any]]:
     """Return the experiments and seeds of each family that ``coupled-adam reproduce`` runs."""
-    found: dict[str, dict[str, Any]] = _suite(suite)["families"]
-    return found
+    return {
+        family: {
+            **content,
+            "experiments": matching(f"{suite}.toml, family {family}", content["experiments"], names(suite)),
+        }
+        for family, content in _suite(suite)["families"].items()
+    }
+
+
+def grids() -> list[Grid]:
+    """Return the grids of all suites; their experiments are among ``names()`` too."""
+    return [grid for suite in SUITES for grid in _suite(suite)["grids"].values()]
 
 
 def published() -> list[Published]:
@@ -75,7 +87,17 @@ def published_result(model: str, tokens: str, method: str) -> Published:
 
 @cache
 def _suite(name: str) -> dict[str, Any]:
-    return tomllib.loads(_read(f"{name}.toml"))
+    suite = tomllib.loads(_read(f"{name}.toml"))
+    parts, listed = suite["parts"], suite.setdefault("experiments", {})
+    for experiment, named in listed.items():
+        check_parts(f"{name}.toml, {experiment}", named, parts)
+    tables = suite.get("grids", {})
+    suite["grids"] = {key: expand(f"{name}.toml, grid {key}", table, parts) for key, table in tables.items()}
+    for key, grid in suite["grids"].items():
+        if twice := sorted(listed.keys() & grid.experiments.keys()):
+            raise InputError(f"{name}.toml, grid {key}: there is an experiment {twice[0]} already")
+        listed |= grid.experiments
+    return suite
 
 
 def _lay_over(tables: dict[str, Any], part: dict[str, Any]) -> None:
