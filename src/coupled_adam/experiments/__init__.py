@@ -17,7 +17,7 @@ from coupled_adam.errors import InputError
 from coupled_adam.experiments.grids import Grid, check_parts, expand, matching
 from coupled_adam.lm.config import Experiment
 
-SUITES = ("small", "large", "mini")
+SUITES = ("small", "large", "mini", "oec")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,25 @@ class Published:
     downstream_accuracy: float | None = None
 
 
+@dataclass(frozen=True)
+class PublishedSweep:
+    """A sweep over learning rates of arXiv 2601.02031. None where a figure is not known at every rate."""
+
+    model: str
+    method: str
+    lr_sensitivity: float
+    initial_loss: float
+    coefficient: float | None = None
+    """λ of μ-loss or z-loss."""
+    best_loss: float | None = None
+    losses: list[float] | None = None
+    norm_of_mean: list[float] | None = None
+    logit_mean: list[float] | None = None
+    logit_max: list[float] | None = None
+
+
 def names(suite: str | None = None) -> list[str]:
-    """List all experiments, or those of ``"small"``, ``"large"`` or ``"mini"``."""
+    """List all experiments, or those of ``"small"``, ``"large"``, ``"mini"`` or ``"oec"``."""
     return [name for s in (SUITES if suite is None else (suite,)) for name in _suite(s)["experiments"]]
 
 
@@ -72,6 +89,17 @@ def grids() -> list[Grid]:
 def published() -> list[Published]:
     """Return the results of the paper, in its order."""
     return [Published(**row) for row in tomllib.loads(_read("published.toml"))["result"]]
+
+
+def published_sweeps() -> list[PublishedSweep]:
+    """Return the sweeps of arXiv 2601.02031, by size; the figures of a list belong to ``published_learning_rates``."""
+    return [PublishedSweep(**row) for row in tomllib.loads(_read("published.toml"))["centering"]["result"]]
+
+
+def published_learning_rates() -> list[float]:
+    """Return the seven learning rates of those sweeps, ascending."""
+    rates: list[float] = tomllib.loads(_read("published.toml"))["centering"]["learning_rates"]
+    return rates
 
 
 def published_second_moment_fit() -> tuple[float, float]:
