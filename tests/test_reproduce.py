@@ -18,7 +18,7 @@ from coupled_adam.lm.sources import TextFiles
 
 def test_the_plan_is_the_families_times_the_seeds(tmp_path: Path) -> None:
     runs = reproduce.plan("mini", [], [], tmp_path)
-    first = 8 * 3 + 10 + 6 + 2  # n = 0 of the scaled family is a run of the small one
+    first = 8 * 3 + 10 + 6 + 2 + 2 * 3  # n = 0 of the scaled family is a run of the small one
     assert len(runs) == first + 6 * 6 + 6 * 5 + 3 * 4 * 2 + 3 * 2, "the sweeps share the runs that are their controls"
     assert len({run.directory for run in runs}) == len(runs)
     assert len(reproduce.plan("mini", ["scaled"], [], tmp_path)) == 11
@@ -29,7 +29,7 @@ def test_the_plan_is_the_families_times_the_seeds(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["maxi"], "maxi: no suite of that name"),
-        (["mini", "--only", "smal"], "smal: no family of that name; choose from small, scaled, sgd, llama"),
+        (["mini", "--only", "smal"], "smal: no family of that name; choose from small, scaled, sgd, llama, long"),
         (["mini", "--seeds", "1,x"], "write whole numbers"),
     ],
 )

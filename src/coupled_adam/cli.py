@@ -96,8 +96,8 @@ def prepare_command(
     source: Annotated[
         str,
         typer.Argument(
-            help="wikipedia-sample; a file or directory of .txt and .md, .parquet or .jsonl; or the name of a dataset, "
-            "for instance Skylion007/openwebtext."
+            help="wikipedia-sample or wikipedia-leads; a file or directory of .txt and .md, .parquet or .jsonl; or the "
+            "name of a dataset, for instance Skylion007/openwebtext."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory of the corpus; rerun the same command to resume.")],

@@ -99,9 +99,12 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
 
     Raises:
         InputError: as ``plan``.
+        ImportError: a family's text comes with a package that is not installed.
         Interrupted: the user stopped it; all that was done is saved, and the same call resumes.
     """
     runs = plan(suite, only, seeds, out)
+    # Before anything is trained: a text may come with a package that is not installed.
+    sources = {name: source_of(name) for name in sorted({run.experiment.data.source for run in runs})}
     make_directory(out)
     gone = sum(run.diverged for run in runs)
     trained = f"{sum(run.finished for run in runs)} of them trained" + (f", {gone} diverged" if gone else "")
@@ -116,7 +119,7 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
             data = run.experiment.data
             key = (data.source, data.tokenizer, data.vocab_size)
             if key not in corpora:
-                corpora[key] = prepare(source_of(data.source), data, out / "corpus" / "-".join(map(str, key)))
+                corpora[key] = prepare(sources[data.source], data, out / "corpus" / "-".join(map(str, key)))
             if not run.finished:
                 rest = sum(estimate(r.experiment).flops for r in runs[i:] if not (r.finished or r.diverged))
                 left = f", about {math.ceil(rest * seconds / flops / 60)} min left" if flops else ""

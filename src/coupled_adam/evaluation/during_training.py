@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from coupled_adam import geometry
 from coupled_adam.evaluation.embedding_figures import defined, figures_while_training
-from coupled_adam.evaluation.validation import held_out, validation_loss
+from coupled_adam.evaluation.validation import held_out, validate
 from coupled_adam.figures import Figures
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
@@ -27,7 +27,7 @@ def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None
 
     def evaluate(model: LanguageModel, last: bool) -> Figures:
         count = settings.final_batches if last and settings.final_batches else settings.batches
-        figures: Figures = {"validation_loss": validation_loss(model, batches, count, world)}
+        figures: Figures = {**validate(model, batches, count, world)}
         figures |= defined(dict(geometry.health(model, isotropy=True)))
         embedding = output_embedding(model)
         if world.is_main_process:

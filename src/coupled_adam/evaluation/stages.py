@@ -19,7 +19,7 @@ from coupled_adam.errors import InputError
 from coupled_adam.evaluation.downstream import PAPER_TASKS, downstream
 from coupled_adam.evaluation.embedding_figures import as_json
 from coupled_adam.evaluation.token_sample import sample_tokens
-from coupled_adam.evaluation.validation import batches_used, held_out, validation_loss
+from coupled_adam.evaluation.validation import batches_used, held_out, validate
 from coupled_adam.figures import FIGURES, figures
 from coupled_adam.files import read_json, write_json
 from coupled_adam.lm.export import export, exported_digest, transformers_config, write_model_card
@@ -174,9 +174,10 @@ def _validation(run: Run, model: LanguageModel, weights: str, world: World) -> d
         return known
     if world.is_main_process:
         say(f"{run.experiment.run.name}: validation")
-    loss = validation_loss(model, batches, count, world)
+    found = validate(model, batches, count, world)
+    loss = found.pop("validation_loss")
     tokens = batches_used(batches, count) * batches.batch_size * batches.sequence_length
-    content = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
+    content = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens, **found}
     return world.broadcast_from_main(lambda: _written(run, "validation", inputs, content))
 
 
