@@ -46,6 +46,7 @@ def tiny_suite(tiny, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lr = 1e30 if (name, seed) == ("V", 2) else 1e-3
         values = {"run__name": f"{name}-s{seed}", "run__seed": seed, "schedule__lr": lr, "train__max_grad_norm": 1e9}
         values["optimizer__embedding__name"] = "adamw" if name == "A" else "coupled_adam"
+        values["evaluation__every"] = 1 if lr > 1 else 8
         return tiny.with_values(**values)
 
     monkeypatch.setattr(experiments, "load", load)
@@ -88,6 +89,8 @@ def test_a_run_that_diverges_is_a_result_and_not_trained_again(
     table = {row["name"]: row for row in csv.DictReader((tmp_path / "aggregate.csv").open())}
     assert {name: row["diverged"] for name, row in table.items()} == {"A-s2": "false", "V-s2": "true"}
     assert table["V-s2"]["test_loss"] == "" and float(table["V-s2"]["initial_loss"]) > 5
+    reason = json.loads((tmp_path / "V-s2" / "diverged.json").read_text())["reason"]
+    assert reason.startswith("validation loss nan"), "found before a step that would have told"
     monkeypatch.setattr(reproduce, "train", lambda *args: pytest.fail("trained again"))
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert json.loads((tmp_path / "results.json").read_text()) == found
