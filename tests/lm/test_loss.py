@@ -25,7 +25,7 @@ def ours(weight: Tensor, inner: Tensor, seed: int = 1, positions: int = POSITION
     """The loss of the smallest language model: embedding, one matrix, tied head."""
     tied = TiedGradient()
     hidden = tied_embedding(ids(seed, positions), weight, tied) @ inner
-    return linear_cross_entropy(hidden, weight, ids(seed + 1, positions), tied)
+    return linear_cross_entropy(hidden, weight, ids(seed + 1, positions), tied).total
 
 
 def textbook(weight: Tensor, inner: Tensor, seed: int = 1, positions: int = POSITIONS) -> Tensor:
@@ -50,7 +50,7 @@ def test_loss_and_gradients_of_a_tied_matrix_are_those_of_torch() -> None:
 def test_loss_and_gradients_of_an_untied_head_are_those_of_torch(positions: int) -> None:
     found, expected = [], []
     for results, loss in (
-        (found, linear_cross_entropy),
+        (found, lambda h, w, y: linear_cross_entropy(h, w, y).total),
         (expected, lambda h, w, y: F.cross_entropy(F.linear(h, w), y, reduction="sum")),
     ):
         hidden, weight = random(positions, WIDTH).requires_grad_(), random(VOCABULARY, WIDTH).requires_grad_()
@@ -102,7 +102,7 @@ def test_an_embedding_without_its_head_is_told_so() -> None:
 
 def test_a_head_above_a_detached_embedding_keeps_its_gradient() -> None:
     weight = random(VOCABULARY, WIDTH).requires_grad_()
-    linear_cross_entropy(random(5, WIDTH), weight, ids(1, 5), TiedGradient()).backward()
+    linear_cross_entropy(random(5, WIDTH), weight, ids(1, 5), TiedGradient()).total.backward()
     assert weight.grad is not None
 
 

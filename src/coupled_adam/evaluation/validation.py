@@ -28,8 +28,8 @@ def validate(model: LanguageModel, batches: Batches, count: int, world: World | 
 
     ``validation_loss`` is the mean cross entropy per token, in nats, of the logits as the model makes them: capped and
     rounded, without penalties. ``logit_mean``, ``logit_std``, ``logit_max`` and ``log_z_squared`` are means over the
-    tokens of what ``lm.loss.STATISTICS`` says, in float32. The ranks share each batch, and all get the result; the model
-    is called equally often on each.
+    tokens of what ``lm.loss.STATISTICS`` says, in float32. The ranks share each batch, and all get the result; the
+    model is called equally often on each.
 
     Raises:
         InputError: there are more ranks than sequences in a batch.

@@ -62,7 +62,7 @@ def linear_cross_entropy(
 
     ``F.linear_cross_entropy`` of torch does the plain case; this one is faster on the CPU, rounds products to
     autocast's type as the layers of torch do, and hands on the gradient of W so that the tied embedding's can be added
-    to it in place. The gradient is computed before a loss scale is applied: autocast to bfloat16 rather than to float16.
+    to it in place. The gradients are computed before a loss scale is applied: autocast to bfloat16, not to float16.
 
     Args:
         hidden: what the head reads, (positions, width).
