@@ -102,6 +102,8 @@ def test_the_lines_are_in_the_layout_of_the_paper(tmp_path: Path) -> None:
 
 def test_sweeps_are_in_order_with_the_plain_optimizer_among_them(tmp_path: Path) -> None:
     write_suite(tmp_path)
+    centered = {"optimizer__embedding__name": "coupled_adam", "optimizer__embedding__center": True}
+    write_run(tmp_path, "centered", 1, **centered)
     found = aggregate.groups(aggregate.read_runs([tmp_path]))
     (line,) = aggregate.sweep(found, "coupling_scale")
     assert [g.first.experiment.optimizer.embedding.coupling_scale for g in line] == [0.5, 1.0, 2.0]

@@ -363,14 +363,16 @@ def largest(pairs: Sequence[Comparison]) -> Comparison:
 def sweep(found: Sequence[SeedGroup], name: str) -> list[list[SeedGroup]]:
     """Return, for every setting with more than one value of it, the groups by coupling_scale or lr_factor, ascending.
 
-    ``coupling_scale`` is that of Coupled Adam (1 for the plain one), ``lr_factor`` that of SGD.
+    ``coupling_scale`` is that of Coupled Adam (1 for the plain one), ``lr_factor`` that of SGD, without other methods on
+    top of them.
     """
     optimizer = {"coupling_scale": "coupled_adam", "lr_factor": "sgd"}[name]
 
     def value(group: SeedGroup) -> float:
         return float(getattr(group.first.experiment.optimizer.embedding, name))
 
-    matching = [g for g in found if g.first.experiment.optimizer.embedding.name == optimizer]
+    plain = [g for g in found if g.first.method == g.first.experiment.optimizer.embedding.label]
+    matching = [g for g in plain if g.first.experiment.optimizer.embedding.name == optimizer]
     matching.sort(key=lambda group: (group.first.setting, value(group)))
     lines = [list(same) for _, same in itertools.groupby(matching, key=lambda group: group.first.setting)]
     return [line for line in lines if len({value(group) for group in line}) > 1]
