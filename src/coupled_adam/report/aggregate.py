@@ -363,8 +363,8 @@ def largest(pairs: Sequence[Comparison]) -> Comparison:
 def sweep(found: Sequence[SeedGroup], name: str) -> list[list[SeedGroup]]:
     """Return, for every setting with more than one value of it, the groups by coupling_scale or lr_factor, ascending.
 
-    ``coupling_scale`` is that of Coupled Adam (1 for the plain one), ``lr_factor`` that of SGD, without other methods on
-    top of them.
+    ``coupling_scale`` is that of Coupled Adam (1 for the plain one), ``lr_factor`` that of SGD; neither is taken with
+    other methods on top.
     """
     optimizer = {"coupling_scale": "coupled_adam", "lr_factor": "sgd"}[name]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 
 from coupled_adam import experiments
-from coupled_adam.figures import FIGURES, MISSING, Figure, cell
+from coupled_adam.figures import FIGURES, MISSING, Figure, cell, figures
 from coupled_adam.report import charts
 from coupled_adam.report.charts import Chart
 from coupled_adam.report.sweeps import Sweep, Sweeps
@@ -59,7 +59,7 @@ def table(found: Sweeps) -> TextTable:
     """Make one row a sweep: sensitivity, best loss, and what the largest learning rate does."""
     rates = found.rates
     last = f"at {rates[-1]:g}" if rates else ""
-    shown = [FIGURES[name] for name in ("norm_of_mean", "mean_shift_ratio", "logit_max", "isotropy")]
+    shown = figures(("norm_of_mean", "mean_shift_ratio", "logit_max", "isotropy"))
     rows = []
     for line in found.lines:
         row = [line.name, line.first.head]
@@ -107,16 +107,22 @@ def published() -> TextTable:
     """Make the table of the paper on output embedding centering: a row a method, a column a size."""
     found = experiments.published_sweeps()
     sizes, rates = list(dict.fromkeys(sweep.model for sweep in found)), experiments.published_learning_rates()
+    shown = figures(("norm_of_mean", "logit_max"))
     rows: dict[str, list[str]] = {}
+    largest: dict[str, list[str]] = {}
     for sweep in found:
         strength = "" if sweep.coefficient is None else f", λ = {sweep.coefficient:g}".replace("e-0", "e-")
         best = "" if sweep.best_loss is None else f" ({sweep.best_loss:.3f})"
         rows.setdefault(sweep.method + strength, []).append(f"{sweep.lr_sensitivity:.3f}{best}")
+        lists = [getattr(sweep, figure.name) for figure in shown]
+        cells = [cell(values[-1] if values else None, figure.form) for values, figure in zip(lists, shown, strict=True)]
+        largest.setdefault(sweep.method + strength, cells)  # of the first size, of which most is known
+    small = f"{sizes[0]} at {rates[-1]:g}"
     return TextTable(
         f"LRS over {len(rates)} learning rates from {rates[0]:g} to {rates[-1]:g} by size of the model, in brackets "
         "the best loss where it is known. AdamW, untied, bfloat16 head, 13.1B tokens, one seed.",
-        (("method", ""), *((size, "") for size in sizes)),
-        tuple((name, *cells) for name, cells in rows.items()),
+        (("method", ""), *((size, "") for size in sizes), *((figure.column, small) for figure in shown)),
+        tuple((name, *cells, *largest[name]) for name, cells in rows.items()),
         published=True,
     )
 
