@@ -51,6 +51,13 @@ def _method(values: dict) -> str:
     return named[next(iter(values))] if values else "AdamW"
 
 
+def test_what_centering_changes_where_only_rounding_can_is_told(found: list[Sweeps]) -> None:
+    told = {each.setting.split(", ")[-1]: sweep_sections.rounding(each) for each in found if each.of == "method"}
+    assert told == {"float32 head": pytest.approx((0.6 - 0.1) * 3.0), "bfloat16 head": None}
+    (plain,) = [each for each in found if sweep_sections.rounding(each) is not None]
+    assert "Their losses differ by up to 1.500" in sweep_sections.sentences(plain)
+
+
 def test_a_run_that_diverged_counts_with_the_loss_before_the_first_step(found: list[Sweeps]) -> None:
     (rounded,) = [each for each in found if each.of == "method" and each.lines[0].first.head == "bfloat16"]
     (line,) = [each for each in rounded.lines if each.name == "AdamW, bfloat16 head"]

@@ -8,8 +8,15 @@ import plotly.graph_objects as go
 from coupled_adam import experiments
 from coupled_adam.figures import FIGURES, MISSING, Figure, cell, figures
 from coupled_adam.report import charts
+from coupled_adam.report.aggregate import ADAMW
 from coupled_adam.report.charts import Chart
 from coupled_adam.report.sweeps import Sweep, Sweeps
+
+#: What AdamW with centering is called.
+CENTERED = f"{ADAMW} + center"
+
+#: The head, and the rest, of runs in which nothing rounds to bfloat16.
+EXACT = ("float32", "float32")
 
 #: Norms of the mean below this are drawn at it: those of centered embeddings, which are rounding errors.
 LEAST_NORM = 1e-3
@@ -41,18 +48,39 @@ def sentences(found: Sweeps) -> str:
     rates = found.rates
     if len(rates) < 2:
         return "The sweeps have fewer than two learning rates in common."
-    text = f"Learning-rate sensitivity (LRS) over {len(rates)} learning rates from {rates[0]:g} to {rates[-1]:g}: "
     by_sensitivity = sorted(found.lines, key=lambda line: line.sensitivity(rates))
-    text += "; ".join(f"{line.name} {line.sensitivity(rates):.3f}" for line in by_sensitivity)
     by_loss = sorted(found.lines, key=lambda line: line.losses[line.best(rates)])
     lowest, highest = (line.losses[line.best(rates)] for line in (by_loss[0], by_loss[-1]))
-    text += f". The best losses lie between {lowest:.3f} ({by_loss[0].name}) and {highest:.3f} ({by_loss[-1].name})."
-    text += (
-        " LRS is the mean distance of the loss from its lowest, over all learning rates but the best one. A run that "
-    )
-    return (
-        text + f"diverged, or ended above it, counts with the loss before training, {found.lines[0].initial_loss:.2f}."
-    )
+    text = [
+        f"Learning-rate sensitivity (LRS) over {len(rates)} learning rates from {rates[0]:g} to {rates[-1]:g}:",
+        "; ".join(f"{line.name} {line.sensitivity(rates):.3f}" for line in by_sensitivity) + ".",
+        f"The best losses lie between {lowest:.3f} ({by_loss[0].name}) and {highest:.3f} ({by_loss[-1].name}).",
+        "LRS is the mean distance of the loss from its lowest, over all learning rates but the best one. A run that",
+        f"diverged, or ended above it, counts with the loss before training, {found.lines[0].initial_loss:.2f}.",
+    ]
+    noise = rounding(found)
+    if noise is not None:
+        text += [
+            f"Without rounding {ADAMW} and {CENTERED} would be the same run here, as no gradient depends on the mean.",
+            f"Their losses differ by up to {noise:.3f}: smaller differences between two single runs mean nothing.",
+        ]
+    return " ".join(text)
+
+
+def rounding(found: Sweeps) -> float | None:
+    """Return the largest difference that centering makes to the loss of AdamW where only rounding can make one.
+
+    With an untied head, plain cross entropy and no decay, which an output embedding never has here, subtracting the mean
+    row changes no probability and no gradient. None where that does not hold or the runs are not there; a head that
+    rounds to bfloat16 depends on the mean.
+    """
+    run = found.lines[0].first
+    if found.of != "method" or run.experiment.model.tied or (run.head, run.experiment.train.precision) != EXACT:
+        return None
+    losses = [line.losses for name in (ADAMW, CENTERED) for line in found.lines if line.first.method == name]
+    if len(losses) != 2 or not found.rates:
+        return None
+    return max(abs(losses[0][rate] - losses[1][rate]) for rate in found.rates)
 
 
 def table(found: Sweeps) -> TextTable:
