@@ -70,9 +70,9 @@ def sentences(found: Sweeps) -> str:
 def rounding(found: Sweeps) -> float | None:
     """Return the largest difference that centering makes to the loss of AdamW where only rounding can make one.
 
-    With an untied head, plain cross entropy and no decay, which an output embedding never has here, subtracting the mean
-    row changes no probability and no gradient. None where that does not hold or the runs are not there; a head that
-    rounds to bfloat16 depends on the mean.
+    With an untied head, plain cross entropy and no decay (an output embedding has none here), subtracting the mean row
+    changes no probability and no gradient. None where that does not hold or the runs are not there; a head that rounds
+    to bfloat16 depends on the mean.
     """
     run = found.lines[0].first
     if found.of != "method" or run.experiment.model.tied or (run.head, run.experiment.train.precision) != EXACT:
