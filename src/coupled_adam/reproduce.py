@@ -51,7 +51,7 @@ class Planned:
     @property
     def diverged(self) -> bool:
         """Whether an earlier call saw this very run diverge, as it would again."""
-        if not (self.directory / DIVERGED).exists():
+        if not (self.directory / DIVERGED).exists() or self.finished:
             return False
         try:
             return not load_experiment(self.directory / "experiment.toml").differences(self.experiment)
@@ -138,7 +138,7 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
     # The report is over all that was made in the directory, also for another family or seed.
     made = {run.directory: run for run in (*runs, *plan(suite, [], [], out))}
     done = [run for run in made.values() if run.finished and run.experiment.run.name not in failed]
-    diverged = [run for run in made.values() if run.diverged and not run.finished]
+    diverged = [run for run in made.values() if run.diverged]
     if done:
         report([run.directory for run in (*done, *diverged)], out)
     results = {

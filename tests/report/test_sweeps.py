@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import fits, opened
-from made_up import METHODS, RATES, diverge, write_run, write_sweeps
+from made_up import METHODS, RATES, STEEP, diverge, write_run, write_sweeps
 from playwright.sync_api import Browser, Page
 from typer.testing import CliRunner
 
@@ -53,9 +53,11 @@ def _method(values: dict) -> str:
 
 def test_what_centering_changes_where_only_rounding_can_is_told(found: list[Sweeps]) -> None:
     told = {each.setting.split(", ")[-1]: sweep_sections.rounding(each) for each in found if each.of == "method"}
-    assert told == {"float32 head": pytest.approx((0.6 - 0.1) * 3.0), "bfloat16 head": None}
-    (plain,) = [each for each in found if sweep_sections.rounding(each) is not None]
-    assert "Their losses differ by up to 1.500" in sweep_sections.sentences(plain)
+    expected = [(0.6 - 0.1) * above for above in STEEP]
+    assert list(told["float32 head"]) == list(RATES) and told["bfloat16 head"] == {}
+    assert list(told["float32 head"].values()) == pytest.approx(expected)
+    (plain,) = [each for each in found if sweep_sections.rounding(each)]
+    assert "differ by 0.250 at 0.001, 0.000 at 0.01, 1.500 at 0.1:" in sweep_sections.sentences(plain)
 
 
 def test_a_run_that_diverged_counts_with_the_loss_before_the_first_step(found: list[Sweeps]) -> None:

@@ -59,28 +59,27 @@ def sentences(found: Sweeps) -> str:
         f"diverged, or ended above it, counts with the loss before training, {found.lines[0].initial_loss:.2f}.",
     ]
     noise = rounding(found)
-    if noise is not None:
+    if noise:
         text += [
             f"Without rounding {ADAMW} and {CENTERED} would be the same run here, as no gradient depends on the mean.",
-            f"Their losses differ by up to {noise:.3f}: smaller differences between two single runs mean nothing.",
+            "Their losses differ by " + ", ".join(f"{value:.3f} at {rate:g}" for rate, value in noise.items()) + ":",
+            "smaller differences between two single runs at that learning rate mean nothing.",
         ]
     return " ".join(text)
 
 
-def rounding(found: Sweeps) -> float | None:
-    """Return the largest difference that centering makes to the loss of AdamW where only rounding can make one.
+def rounding(found: Sweeps) -> dict[float, float]:
+    """Return by learning rate what centering makes of the loss of AdamW, where only rounding can make a difference.
 
     With an untied head, plain cross entropy and no decay (an output embedding has none here), subtracting the mean row
-    changes no probability and no gradient. None where that does not hold or the runs are not there; a head that rounds
+    changes no probability and no gradient. Empty where that does not hold or the runs are not there; a head that rounds
     to bfloat16 depends on the mean.
     """
     run = found.lines[0].first
     if found.of != "method" or run.experiment.model.tied or (run.head, run.experiment.train.precision) != EXACT:
-        return None
+        return {}
     losses = [line.losses for name in (ADAMW, CENTERED) for line in found.lines if line.first.method == name]
-    if len(losses) != 2 or not found.rates:
-        return None
-    return max(abs(losses[0][rate] - losses[1][rate]) for rate in found.rates)
+    return {rate: abs(losses[0][rate] - losses[1][rate]) for rate in found.rates} if len(losses) == 2 else {}
 
 
 def table(found: Sweeps) -> TextTable:
