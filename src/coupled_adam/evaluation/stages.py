@@ -31,6 +31,9 @@ from coupled_adam.progress import say, warn
 
 STAGES = ("validation", "embeddings", "export", "downstream")
 
+#: In nats. There is no float for the perplexity of a model that is far worse than chance.
+HIGHEST_LOSS = 700.0
+
 
 @dataclass(frozen=True)
 class Downstream:
@@ -179,7 +182,8 @@ def _validation(run: Run, model: LanguageModel, weights: str, world: World) -> d
     found = validate(model, batches, count, world)
     loss = found.pop("validation_loss")
     tokens = batches_used(batches, count) * batches.batch_size * batches.sequence_length
-    content = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens, **found}
+    perplexity = math.exp(loss) if loss < HIGHEST_LOSS else None
+    content = {"loss": loss, "perplexity": perplexity, "tokens": tokens, **found}
     return world.broadcast_from_main(lambda: _written(run, "validation", inputs, content))
 
 
