@@ -109,9 +109,7 @@ def test_milestones_are_kept(tiny: Experiment, corpus: Corpus, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("terms", [{}, {"z_loss": 0.01, "mu_loss": 300.0, "softcap": 2.0}])
-def test_the_losses_are_those_of_a_textbook_loop(
-    terms: dict, tiny: Experiment, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_the_losses_are_those_of_a_textbook_loop(terms: dict, tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
     settings = {"optimizer__embedding__name": "adamw", "train__steps": 100, "train__micro_batch": 2}
     settings |= {f"loss__{name}": value for name, value in terms.items()}
     experiment = tiny.with_values(**settings)
