@@ -23,6 +23,7 @@ from coupled_adam.evaluation.validation import batches_used, held_out, validate
 from coupled_adam.figures import FIGURES, figures
 from coupled_adam.files import read_json, write_json
 from coupled_adam.lm.export import export, exported_digest, transformers_config, write_model_card
+from coupled_adam.lm.loss import STATISTICS
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
 from coupled_adam.lm.run import Run, full_state_dict, open_run, sha256_of
@@ -173,7 +174,8 @@ def _validation(run: Run, model: LanguageModel, weights: str, world: World) -> d
     settings = run.experiment.evaluation
     batches, count = held_out(run.experiment, run.corpus), settings.final_batches or settings.batches
     inputs = {"weights": weights, "corpus": run.corpus.fingerprint, "batches": count}
-    if known := world.broadcast_from_main(lambda: _known(run, "validation", inputs)):
+    known = world.broadcast_from_main(lambda: _known(run, "validation", inputs))
+    if known and STATISTICS[0] in known:  # else it is from before there were those of the logits
         return known
     if world.is_main_process:
         say(f"{run.experiment.run.name}: validation")
