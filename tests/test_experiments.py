@@ -68,6 +68,12 @@ def test_the_sweeps_of_output_embedding_centering_have_the_shape_of_the_paper() 
     expected = {(0, 0, False), (0, 0, True)}
     assert penalties == expected | {(x, 0, False) for x in strengths} | {(0, x, False) for x in strengths}
     assert set(sizes) == {sweep.model for sweep in experiments.published_sweeps()}
+    for e in found.values():
+        assert (e.model.n_heads, e.model.tied, e.model.qk_norm, e.model.norm_name) == (4, False, True, "layernorm")
+        core = e.optimizer.core
+        assert (core.name, core.betas, core.eps, core.weight_decay) == ("adamw", (0.9, 0.95), 1e-8, 0)
+        assert (e.schedule.warmup_steps, e.schedule.min_lr, e.train.max_grad_norm) == (5_000, 1e-5, 1)
+        assert (e.train.precision, e.data.sequence_length, e.optimizer.embedding.name) == ("bfloat16", 2048, "adamw")
 
 
 def test_scaled_and_sgd() -> None:

@@ -247,6 +247,8 @@ def reproduce_command(
         _console().print(table)
         if results["experiments"]:
             print(f"Report: {directory / 'report.html'}")
+    if results["diverged"]:
+        print(f"Diverged: {', '.join(results['diverged'])}", file=sys.stderr)
     for name, reason in results["failed"].items():
         print(f"{name} failed: {reason}", file=sys.stderr)
     if results["failed"]:

@@ -100,7 +100,13 @@ FIGURES: dict[str, Figure] = {
             heading="‖μ‖ʳ",
             published="mean_shift_ratio",
         ),
-        Figure("norm_of_mean", "norm of the mean ‖μ‖", "distance of the mean embedding from the origin", "{:.3g}"),
+        Figure(
+            "norm_of_mean",
+            "norm of the mean ‖μ‖",
+            "distance of the mean embedding from the origin",
+            "{:.3g}",
+            heading="‖μ‖",
+        ),
         Figure(
             "drift_second_moments",
             "drift: uneven second moments",

@@ -49,7 +49,8 @@ class Model(Section):
     mlp_multiple: PositiveInt = 128
     """The width of the MLP of ``llama``, 8/3·hidden_size, is rounded up to a multiple of this."""
     logits: Literal["float32", "bfloat16"] | None = None
-    """What the head's products are rounded to, whatever the rest is. None: as ``train.precision``."""
+    """What the head's products are rounded to, in training and after it, whatever the rest is. None: as all products
+    are, so as ``train.precision`` in training and float32 in evaluation."""
 
     @model_validator(mode="after")
     def _heads_divide_hidden_size(self) -> Self:
@@ -58,6 +59,15 @@ class Model(Section):
         if self.family == "llama" and self.hidden_size // self.n_heads % 2:
             raise ValueError(
                 f"hidden_size {self.hidden_size} / n_heads {self.n_heads} is odd: rotary positions rotate pairs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _multiple_is_used(self) -> Self:
+        if self.family == "gpt2" and self.mlp_multiple != type(self).model_fields["mlp_multiple"].default:
+            raise ValueError(
+                f"mlp_multiple {self.mlp_multiple} is for the family llama; the MLP of gpt2 is 4·hidden_size wide: "
+                "leave it out"
             )
         return self
 
@@ -92,11 +102,11 @@ class Data(Section):
 class Loss(Section):
     """What is minimized besides the cross entropy, and what bounds the logits. Figures are of the cross entropy."""
 
-    z_loss: NonNegativeFloat = 0.0
+    z_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """λ of λ·(log Z)², mean over the tokens; usual: 1e-4."""
-    mu_loss: NonNegativeFloat = 0.0
+    mu_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """λ of λ·‖μ‖², μ the mean output embedding; usual: 1e-4."""
-    softcap: PositiveFloat | None = None
+    softcap: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Logits are cap·tanh(logits / cap), in training and after it; usual: 30. None: as they are."""
 
     @property
@@ -241,6 +251,16 @@ class Experiment(Section):
         embedding = self.optimizer.embedding
         parts = [embedding.label, "center" if embedding.center else "", self.loss.label]
         return " + ".join(part for part in parts if part)
+
+    @property
+    def caveats(self) -> list[str]:
+        """What a user may not expect of settings that go together, each in one line."""
+        if not self.optimizer.embedding.center:
+            return []
+        shifted = "optimizer.embedding.center changes what the model predicts"
+        tied = f"{shifted}, as the embeddings are tied and its input moves too; with model.tied = false it would not"
+        capped = f"{shifted}, as a capped logit is not just shifted; without loss.softcap it would not"
+        return [line for line, holds in ((tied, self.model.tied), (capped, self.loss.softcap)) if holds]
 
     @property
     def batch_size(self) -> int:

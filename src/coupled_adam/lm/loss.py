@@ -1,5 +1,6 @@
 """The loss of a large vocabulary: no logits of all positions, and one gradient for a tied embedding."""
 
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -86,10 +87,11 @@ def linear_cross_entropy(
 
 
 def head_logits(hidden: Tensor, weight: Tensor, softcap: float | None, logits: Rounding | None) -> Tensor:
-    """Return the logits that the loss sees, (…, vocabulary) of (…, width)."""
+    """Return the logits that the loss sees, (…, vocabulary) of (…, width): rounded, then capped, in float32 or better."""
     dtype = _head_dtype(weight, logits)
     with torch.autocast(hidden.device.type, enabled=False):
         s = _product(_rounded(hidden, dtype), _rounded(weight, dtype).T, dtype)
+        s = s.to(torch.promote_types(dtype, torch.float32))
         return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
@@ -178,7 +180,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     dw.addmm_(ds.T, x)
                 else:
                     dw += _product(ds.T, x, dtype)
-            total = entropy + z_loss * squares
+            total = entropy + z_loss * squares if z_loss else entropy.clone()
             if mu_loss:
                 mu = weight.mean(0, dtype=torch.promote_types(weight.dtype, torch.float32))
                 total = total + mu_loss * len(h) * mu.square().sum()
@@ -219,11 +221,19 @@ def _head_dtype(weight: Tensor, logits: Rounding | None) -> torch.dtype:
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to ``dtype``. On CPUs, of which few multiply bfloat16 fast, numbers of that type are held in float32."""
+    """Round to ``dtype``. A CPU that does not multiply bfloat16 gets its numbers in float32: their products are exact."""
     rounded = x.to(dtype)
-    return rounded.float() if dtype == torch.bfloat16 and x.device.type == "cpu" else rounded
+    held = dtype == torch.bfloat16 and x.device.type == "cpu" and not _cpu_multiplies_bfloat16()
+    return rounded.float() if held else rounded
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply two ``_rounded`` matrices, summed in float32 or better, and round as they are."""
     return _rounded(a @ b, dtype)
+
+
+@cache
+def _cpu_multiplies_bfloat16() -> bool:
+    """Return whether the CPU has instructions for it; without them it takes several times as long as in float32."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -35,7 +35,7 @@ from coupled_adam.lm.parallel import World, no_sync, parallelize
 from coupled_adam.lm.run import check_corpus, read_environment
 from coupled_adam.lm.schedule import learning_rate
 from coupled_adam.lm.tracking import Track, require_trackers, trackers
-from coupled_adam.progress import progress_bar
+from coupled_adam.progress import progress_bar, warn
 
 Evaluate = Callable[[LanguageModel, bool], Figures]
 
@@ -262,6 +262,8 @@ def _claim(run_dir: Path, experiment: Experiment, corpus: Corpus, lock: FileLock
                 )
             check_corpus(run_dir, read_environment(run_dir), corpus)
             return
+        for caveat in experiment.caveats:
+            warn(f"{experiment.run.name}: {caveat}")
         packages = {name: version(name) for name in ("torch", "numpy", "tokenizers")}
         environment = {
             "python": platform.python_version(),
