@@ -67,6 +67,13 @@ def one_matrix(shape: tuple[int, int], clip: bool = False, **flags: object) -> t
     return optimizer.step, clipped([theirs], peer) if clip else peer.step
 
 
+def centered(shape: tuple[int, int], clip: bool) -> tuple[Step, Step]:
+    bound = MAX_NORM if clip else None
+    ours, theirs = (coupled(embedding(shape), max_grad_norm=bound) for _ in range(2))
+    ours.param_groups[0]["center"] = True
+    return ours.step, theirs.step
+
+
 def clipped(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Step:
     def step() -> None:
         clip_grad_norm_(parameters, MAX_NORM)
@@ -111,6 +118,12 @@ def comparisons() -> Iterator[Comparison]:
             f"clip + coupled ÷ clip + fused AdamW, {label}",
             lambda s=shape: one_matrix(s, clip=True, **fused),
             0.70 if first else None,
+        )
+        yield Comparison(f"coupled, centered ÷ coupled, {label}", lambda s=shape: centered(s, False))
+        yield Comparison(
+            f"clip + coupled, centered ÷ clip + coupled, {label}",
+            lambda s=shape: centered(s, True),
+            1.10 if first else None,
         )
     yield Comparison("GPT-2 124M: step ÷ fused AdamW", lambda: whole_gpt2(False, **fused))
     yield Comparison("GPT-2 124M: clip + step ÷ clip + fused AdamW", lambda: whole_gpt2(True, **fused), 0.85)

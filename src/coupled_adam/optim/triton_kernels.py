@@ -17,7 +17,8 @@ from coupled_adam.optim import equations, rounding
 from coupled_adam.optim.triton_forms import triton_form
 
 first_moment, second_moment = triton_form(equations.first_moment), triton_form(equations.second_moment)
-squared, moved, dice_of = triton_form(equations.squared), triton_form(equations.moved), triton_form(rounding.dice_of)
+squared, moved, centered = map(triton_form, (equations.squared, equations.moved, equations.centered))
+dice_of = triton_form(rounding.dice_of)
 
 #: Tensors that one launch of ``move_many`` takes.
 MANY = 32
@@ -114,6 +115,7 @@ def move_matrix(
     root,
     column,
     row,
+    mean,
     halt,
     rows,
     columns,
@@ -134,7 +136,7 @@ def move_matrix(
 ):
     """Do what update.move_rows_ does if ``root`` (H,) is given, what update.move_elements_ does if ``exp_avg_sq`` is.
 
-    With ``column`` (R,) and ``row`` (R / period, H) the decay is spectral.
+    With ``column`` (R,) and ``row`` (R / period, H) the decay is spectral; ``mean`` (H,) is subtracted in the end.
     """
     if halt is not None:
         if tl.load(halt) != 0:
@@ -160,6 +162,8 @@ def move_matrix(
     else:
         right = _read(row, (i // period)[:, None] * columns + j[None, :], here)
         theta = moved(theta, _read(column, i, i < rows)[:, None] * right, _number(decay), _number(lr), way)
+    if mean is not None:
+        theta = centered(theta, _read(mean, j, j < columns)[None, :])
     tl.store(param + start + at, theta, mask=here)
 
 

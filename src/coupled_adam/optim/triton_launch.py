@@ -129,12 +129,15 @@ def move_rows_(
     step: Number,
     spectral: RankOne | None,
     halt: Tensor | None,
+    mean: Tensor | None,
 ) -> None:
     """As ``coupled_adam.optim.update.move_rows_``."""
     _check(param, exp_avg, grad, matrices=True)
     if root.shape != (1, param.shape[1]):
         raise RuntimeError(f"√ν̂ has the shape {tuple(root.shape)}, not (1, {param.shape[1]})")
-    _move_matrix_(param, exp_avg, None, grad, root, c, direction, step, spectral, halt)
+    if mean is not None and (mean.shape != root.shape or mean.dtype != torch.float32 or mean.device != param.device):
+        raise RuntimeError(f"the mean row is {mean.dtype} {tuple(mean.shape)}, not float32 {tuple(root.shape)}, or far")
+    _move_matrix_(param, exp_avg, None, grad, root, c, direction, step, spectral, halt, mean)
 
 
 def move_elements_(
@@ -166,6 +169,7 @@ def _move_matrix_(
     step: Number,
     spectral: RankOne | None,
     halt: Tensor | None,
+    mean: Tensor | None = None,
 ) -> None:
     columns, period = param.shape[-1], param.shape[-2]
     rows = param.numel() // columns
@@ -174,7 +178,7 @@ def _move_matrix_(
     for x, shape in ((column, param.shape[:-1]), (row, (*param.shape[:-2], columns))):
         if x is not None and (x.shape != shape or x.dtype != torch.float32 or x.device != param.device):
             raise RuntimeError(f"spectral decay needs float32 vectors of {shape} beside the parameter, not {x.shape}")
-    tensors = (param, exp_avg, exp_avg_sq, grad, root, column, row, halt)
+    tensors = (param, exp_avg, exp_avg_sq, grad, root, column, row, None if mean is None else mean.contiguous(), halt)
     numbers = (*_numbers(c, param), _seed(exp_avg, step))
     grid = (-(-rows // tile), -(-columns // width))
     toward = form(DIRECTION[direction].numbers)

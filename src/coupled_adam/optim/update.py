@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coupled_adam.optim.directions import DIRECTION
-from coupled_adam.optim.equations import Coefficients, first_moment, moved, second_moment, squared
+from coupled_adam.optim.equations import Coefficients, centered, first_moment, moved, second_moment, squared
 from coupled_adam.optim.rounding import stochastically_rounded
 
 
@@ -49,6 +49,7 @@ def move_rows_(
     step: float | Tensor,
     spectral: RankOne | None = None,
     first: int = 0,
+    mean: Tensor | None = None,
 ) -> None:
     """Move the rows of a matrix that share √ν̂. Modifies ``param`` and ``exp_avg`` in place.
 
@@ -58,10 +59,22 @@ def move_rows_(
         step: counts from 1; throws the dice of rounding.
         spectral: what one unit of decay η·λ takes off; None for the parameter itself.
         first: the index of the first row in the matrix that these rows are a part of.
+        mean: (1, H), what is subtracted from every row in the end; None for nothing.
     """
     m = first_moment(exp_avg.to(root.dtype), grad.to(root.dtype), c.grad_factor, c.first_rate)
     _keep_moment_(exp_avg, m, step, first * param.shape[1])
-    _move_(param, DIRECTION[direction].tensors(c.first_scale * m, root, c.eps), c, spectral)
+    _move_(param, DIRECTION[direction].tensors(c.first_scale * m, root, c.eps), c, spectral, mean)
+
+
+def mean_moved(means: Tensor, root: Tensor, c: Coefficients, direction: str) -> Tensor:
+    """Return the mean of a matrix's rows after the step, (1, H), from those of gradient, parameter and first moment
+    before it, (3, H).
+
+    The direction is linear, and the rows share √ν̂: their mean moves as if it were one of them.
+    """
+    grad, param, exp_avg = torch.split(means.clone(), 1)
+    move_rows_(param, exp_avg, grad, root, c, direction, step=0.0)
+    return param
 
 
 def move_elements_(
@@ -93,9 +106,13 @@ def _keep_moment_(exp_avg: Tensor, m: Tensor, step: float | Tensor, first: int =
         exp_avg.copy_(m)
 
 
-def _move_(param: Tensor, direction: Tensor, c: Coefficients, spectral: RankOne | None) -> None:
+def _move_(
+    param: Tensor, direction: Tensor, c: Coefficients, spectral: RankOne | None, mean: Tensor | None = None
+) -> None:
     theta = param.to(direction.dtype)
     shrink = theta if spectral is None else spectral.column.unsqueeze(-1) * spectral.row.unsqueeze(-2)
     theta = moved(theta, shrink, c.decay, c.lr, direction)
+    if mean is not None:
+        theta = centered(theta, mean)
     if theta is not param:  # moved in place
         param.copy_(theta)
