@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -153,7 +154,9 @@ def test_what_centering_changes_is_said_once(
     tiny: Experiment, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     experiment = tiny.with_values(optimizer__embedding__center=True)
-    model = loop.train(experiment, corpus, tmp_path / "run", no_figures)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = loop.train(experiment, corpus, tmp_path / "run", no_figures)
     assert mean_of(model).abs().max() < 1e-8
     said = capsys.readouterr().err
     assert said.count("tiny: optimizer.embedding.center changes what the model predicts, as the embeddings are") == 1
