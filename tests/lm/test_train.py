@@ -17,10 +17,11 @@ from coupled_adam.lm import checkpoint
 from coupled_adam.lm import train as loop
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.checkpoint import latest_checkpoint
-from coupled_adam.lm.config import Experiment, Model, Schedule
+from coupled_adam.lm.config import Experiment, Loss, Model, Schedule
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.metrics_jsonl import MetricsLog
 from coupled_adam.lm.model import LanguageModel, build_model, parameter_count
+from coupled_adam.lm.parallel import World
 from coupled_adam.lm.prepare import prepare
 from coupled_adam.lm.sources import TextFiles
 
@@ -148,6 +149,24 @@ def test_the_losses_are_those_of_a_textbook_loop(terms: dict, tiny: Experiment, 
     if terms:
         assert [line["penalty"] for line in lines] == pytest.approx(penalties, rel=1e-3)
     assert bool(terms) == all("penalty" in line for line in lines) == any("penalty" in line for line in lines)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parts_of_a_batch_and_ranks_have_the_gradient_of_the_batch(tied: bool) -> None:
+    penalized = Loss(z_loss=0.1, mu_loss=3000.0, softcap=2.0)
+    model = build_model(Model(n_layers=2, n_heads=2, hidden_size=16, tied=tied), 320, 16, 0, penalized).double()
+    tokens = torch.randint(300, (4, 17), generator=torch.Generator().manual_seed(0))
+
+    def found(micro: int, *worlds: World) -> list[torch.Tensor]:
+        """Cross entropy and penalties, summed over the ranks, and the gradients, averaged over them as DDP does."""
+        model.zero_grad()
+        parts = [loop.backward(model, (tokens[:, :-1], tokens[:, 1:]), micro, "float32", world) for world in worlds]
+        return [torch.stack(parts).sum(0), *(p.grad / len(worlds) for p in model.parameters())]
+
+    whole = found(4, World())
+    assert whole[0][1] > 1, "the penalties count"
+    for parts in (found(1, World()), found(1, World(0, 2), World(1, 2))):
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
 
 
 def test_what_centering_changes_is_said_once(
