@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -212,7 +212,7 @@ def load_checkpoint(
             set_model_state_dict(model, model_state)
         else:
             model_state, optimizer_state = get_state_dict(model, optimizers)
-            groups: list[dict[str, Any]] = optimizer_state["param_groups"]
+            groups = cast(list[dict[str, Any]], optimizer_state["param_groups"])
             known = reader.read_metadata().state_dict_metadata
             newer = [_not_stored(group, f"optimizer.param_groups.{i}", known) for i, group in enumerate(groups)]
             load({"model": model_state, "optimizer": optimizer_state}, storage_reader=reader, no_dist=alone)

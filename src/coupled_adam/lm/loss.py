@@ -1,5 +1,6 @@
 """The loss of a large vocabulary: no logits of all positions, and one gradient for a tied embedding."""
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -235,5 +236,5 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 @cache
 def _cpu_multiplies_bfloat16() -> bool:
     """Return whether the CPU has instructions for it; without them it takes several times as long as in float32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
