@@ -236,5 +236,5 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 @cache
 def _cpu_multiplies_bfloat16() -> bool:
     """Return whether the CPU has instructions for it; without them it takes several times as long as in float32."""
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # old torch does not tell
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
