@@ -1,5 +1,6 @@
 """The optimizers of an experiment: one for the output embedding, one for the rest, or one for both."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -57,7 +58,9 @@ def build_optimizers(model: LanguageModel, experiment: Experiment) -> Optimizers
 def _built(model: LanguageModel, experiment: Experiment) -> Optimizers:
     core, embedding = experiment.optimizer.core, experiment.optimizer.embedding
     max_grad_norm = experiment.train.max_grad_norm
-    groups = param_groups(model, weight_decay=core.weight_decay, center=embedding.center)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the experiment has warned where centering changes predictions
+        groups = param_groups(model, weight_decay=core.weight_decay, center=embedding.center)
     if core.name == "adamw" and embedding.name in ("adamw", "coupled_adam") and embedding.lr_factor == 1:
         return Optimizers([_adam(groups, core, embedding, max_grad_norm)], [1.0], max_grad_norm)
     if core.name == embedding.name == "adams" and embedding.lr_factor == 1:
