@@ -26,6 +26,7 @@ from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, center_, param_groups
 from coupled_adam.lm.config import Model
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.optim import dispatch
+from coupled_adam.optim.reductions import local
 
 STEPS = 12
 PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "whole": Replicate()}
@@ -377,7 +378,25 @@ def centered_steps(
         whole_now = param.full_tensor() if isinstance(param, DTensor) else param
         means.append(whole_now.detach().mean(0).abs().max().item())
     dispatch.column_sums = measure
-    return {"param": whole_now.detach(), "means": max(means), "sent": sent, "passes": len(passes)}
+    return {
+        "param": whole_now.detach(),
+        "means": max(means),
+        "sent": sent,
+        "passes": len(passes),
+        "rows": len(local(param)),
+    }
+
+
+def centered_training(optimizer: str, wrapping: str = "") -> dict[str, Tensor]:
+    """The tied language model's parameters after training with a centered embedding, and the passes that measured."""
+    model, opt, rank, ranks = trainer(optimizer, wrapping, torch.float64 if "adams" in optimizer else torch.float32)
+    opt.param_groups[0]["center"] = True
+    passes, measure = [], dispatch.column_sums
+    dispatch.column_sums = lambda *x: (passes.append(1), measure(*x))[1]
+    for step in range(STEPS):
+        one_step(model, opt, batch(step, rank, ranks))
+    dispatch.column_sums = measure
+    return whole(model) | {"passes": torch.tensor(len(passes))}
 
 
 def centered_shards(rows: list[int], alone: bool = False) -> Tensor:
@@ -404,7 +423,7 @@ def centered_by_hand(rows: list[int], alone: bool = False) -> list[Tensor]:
     shard = whole_matrix[first : first + rows[dist.get_rank()]].clone()
     shard.vocabulary_group = dist.group.WORLD
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, center_(shard))
+    dist.all_gather_object(parts, center_(shard).clone())  # without the group
     return [*spreads, torch.cat(parts)]
 
 

@@ -352,9 +352,23 @@ def test_processes_together_do_what_one_does_and_send_no_more(processes, layout,
     expected = jobs.centered_steps("clipped", vocabulary)
     for found in processes(3).run(jobs.centered_steps, "clipped", vocabulary, layout):
         assert found["sent"] == [{"allreduce_": sent} if sent else {}] * jobs.STEPS
-        assert found["passes"] == 1, "sums are kept where shards are"
+        assert found["passes"] == (1 if found["rows"] else jobs.STEPS), "sums are kept where there is something to sum"
         torch.testing.assert_close(found["param"], expected["param"], rtol=1e-5, atol=1e-6)
         assert found["means"] < 1e-6
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("count", "wrapping", "optimizer"), [(3, "fsdp", "clipped"), (4, "hsdp", "clipped"), (2, "zero", "clipped adams")]
+)
+def test_a_wrapped_language_model_is_centered_as_in_one_process(processes, count, wrapping, optimizer) -> None:
+    expected = jobs.centered_training(optimizer)
+    (name,) = (name for name, x in expected.items() if x.shape == (jobs.VOCABULARY, jobs.WIDTH))
+    assert expected[name].mean(0).abs().max() < 1e-7
+    for found in processes(count).run(jobs.centered_training, optimizer, wrapping):
+        assert found["passes"] == expected["passes"] == (0 if "adams" in optimizer else 1)
+        for key, x in expected.items():
+            torch.testing.assert_close(found[key], x, rtol=1e-6, atol=1e-6, msg=lambda m, n=key: f"{n}: {m}")
 
 
 @pytest.mark.long
