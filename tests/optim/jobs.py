@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, center_, param_groups
 from coupled_adam.lm.config import Model
 from coupled_adam.lm.model import LanguageModel
-from coupled_adam.optim import dispatch
+from coupled_adam.optim import center
 from coupled_adam.optim.reductions import local
 
 STEPS = 12
@@ -368,8 +368,8 @@ def centered_steps(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing is coupled
         opt = cls([{"params": [param], "second_moment": moment, "center": True}], lr=1e-2, weight_decay=0.1, **options)
-    sent, means, passes, measure = [], [], [], dispatch.column_sums
-    dispatch.column_sums = lambda *x: (passes.append(1), measure(*x))[1]
+    sent, means, passes, measure = [], [], [], center.measure
+    center.measure = lambda *x: (passes.append(1), measure(*x))[1]
     for step in range(STEPS):
         param.grad = spread(values(vocabulary, step + 1)["embedding"]).clone()
         with CommDebugMode() as mode:
@@ -377,7 +377,7 @@ def centered_steps(
         sent.append({str(op).split(".")[-1]: n for op, n in mode.get_comm_counts().items()})
         whole_now = param.full_tensor() if isinstance(param, DTensor) else param
         means.append(whole_now.detach().mean(0).abs().max().item())
-    dispatch.column_sums = measure
+    center.measure = measure
     return {
         "param": whole_now.detach(),
         "means": max(means),
@@ -391,11 +391,11 @@ def centered_training(optimizer: str, wrapping: str = "") -> dict[str, Tensor]:
     """The tied language model's parameters after training with a centered embedding, and the passes that measured."""
     model, opt, rank, ranks = trainer(optimizer, wrapping, torch.float64 if "adams" in optimizer else torch.float32)
     opt.param_groups[0]["center"] = True
-    passes, measure = [], dispatch.column_sums
-    dispatch.column_sums = lambda *x: (passes.append(1), measure(*x))[1]
+    passes, measure = [], center.measure
+    center.measure = lambda *x: (passes.append(1), measure(*x))[1]
     for step in range(STEPS):
         one_step(model, opt, batch(step, rank, ranks))
-    dispatch.column_sums = measure
+    center.measure = measure
     return whole(model) | {"passes": torch.tensor(len(passes))}
 
 

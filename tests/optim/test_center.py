@@ -128,7 +128,7 @@ def test_sums_that_a_step_keeps_are_those_of_what_it_has_written(moment: torch.d
         trained(param, optimizer, steps=3)
         exp_avg = optimizer.state[param]["exp_avg"]
         kept = center._kept[exp_avg][1]
-        assert torch.equal(kept, dispatch.column_sums(param, exp_avg)), "to the bit, or a resumed run is another"
+        assert torch.equal(kept, center.measure(param, exp_avg)), "to the bit, or a resumed run is another"
         exact_sums = torch.stack([x.detach().double().sum(0) for x in (param, exp_avg)])
         torch.testing.assert_close(kept, exact_sums, rtol=1e-5, atol=1e-4)
 
@@ -136,8 +136,8 @@ def test_sums_that_a_step_keeps_are_those_of_what_it_has_written(moment: torch.d
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Notes every pass that only measures."""
     passes: list[int] = []
-    real = dispatch.column_sums
-    monkeypatch.setattr(dispatch, "column_sums", lambda *x: (passes.append(1), real(*x))[1])
+    real = center.measure
+    monkeypatch.setattr(center, "measure", lambda *x: (passes.append(1), real(*x))[1])
     return passes
 
 
@@ -284,17 +284,19 @@ def test_a_kernel_checks_the_mean_row_where_it_touches_memory() -> None:
     c = Coefficients.of(step=1, lr=0.1, beta1=0.9, beta2=0.9, eps=0.0, weight_decay=0.0)
     for wrong in (torch.zeros(1, 5), torch.zeros(2, 4), torch.zeros(4)):
         with pytest.raises(RuntimeError, match="do not fit together"):
-            dispatch.move_rows_(param, exp_avg, grad, torch.ones(1, 4), c, "ratio", 1, mean=wrong)
+            center.move_centered_(param, exp_avg, grad, torch.ones(1, 4), c, "ratio", 1, mean=wrong)
         with pytest.raises(RuntimeError, match="the mean row is"):
             triton_launch.move_rows_(param, exp_avg, grad, torch.ones(1, 4), c, "ratio", 1, None, None, wrong)
     with pytest.raises(RuntimeError, match="do not fit together"):
-        dispatch.column_sums(param, torch.zeros(5, 4))
+        center.measure(param, torch.zeros(5, 4))
     with pytest.raises(RuntimeError, match="do not fit together"):
-        dispatch.sums_of_gradient(grad, torch.zeros(5, 4), c)
+        center.sums_of_gradient(grad, torch.zeros(5, 4), c)
     taken = []
     for mean in (torch.ones(1, 4), torch.ones(1, 8)[:, ::2], torch.ones(1, 4, dtype=torch.float64)):
         theta = param.clone()
-        taken.append(dispatch.move_rows_(theta, exp_avg, grad, torch.ones(1, 4), c, "ratio", 1, mean=mean) is not None)
+        taken.append(
+            center.move_centered_(theta, exp_avg, grad, torch.ones(1, 4), c, "ratio", 1, mean=mean) is not None
+        )
         assert (theta == -1).all(), "by the plain functions, where the kernel does not take it"
     assert taken == [True, False, False]
 
