@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coupled_adam.optim import clipping, dispatch, reductions
-from coupled_adam.optim.center import column_sums
+from coupled_adam.optim.center import column_sums, sums_of_gradient
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.equations import Coefficients, Number
 from coupled_adam.optim.reductions import ProcessGroups, Reduction, local, run_one
@@ -195,7 +195,7 @@ def _sums(item: Work, clip: Number) -> Tensor:
     grad, exp_avg = local(item.grad), local(item.state["exp_avg"])
     if not item.foreseen:
         return dispatch.sum_of_squares(grad, exp_avg, c)
-    sums = dispatch.sums_of_gradient(grad, exp_avg, c)
+    sums = sums_of_gradient(grad, exp_avg, c)
     return torch.cat([sums, column_sums(item.param, item.state["exp_avg"]).to(sums.dtype)])
 
 
