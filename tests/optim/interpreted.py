@@ -5,11 +5,19 @@ A program of its own (``test_triton.py`` runs it): the interpreter is chosen bef
 
 import itertools
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+import jobs
+import processes
 import pytest
 import torch
+from processes import Processes
 from torch import Tensor
 
 from coupled_adam import Adams, CoupledAdam
@@ -19,6 +27,7 @@ from coupled_adam.optim.equations import Coefficients
 from coupled_adam.optim.rounding import dice_of, seed_of
 
 dispatch.HAS_NUMBA = False
+processes.PRELOADED = ["torch.distributed.fsdp", "triton", "jobs"]
 
 #: Rows of any length: one, not a power of two, longer than a tile is wide; one row; more rows than a tile has.
 MATRICES = [(5, 1), (1, 3), (40, 24), (3, 300)]
@@ -267,6 +276,26 @@ def test_nothing_reaches_a_kernel_unchecked_whoever_calls_it(launched: list[str]
     with pytest.raises(RuntimeError, match="do not fit together"):
         triton_launch.sum_of_squares(torch.zeros(6, 4), torch.zeros(7, 4), c)
     assert not launched
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Processes]:
+    """Two processes in Triton's interpreter, as this one."""
+    processes = Processes(2)
+    yield processes
+    processes.stop()
+
+
+@pytest.mark.parametrize("optimizer", ["clipped", "clipped factor", "clipped adams"])
+def test_shards_of_two_processes_uneven_and_empty_ones_step_as_the_whole(optimizer: str, pair: Processes) -> None:
+    expected, _ = jobs.sharded(optimizer)
+    results = pair.run(jobs.sharded, optimizer, 2)
+    for found, names in results:
+        assert found.keys() == expected.keys()
+        for name, x in expected.items():
+            torch.testing.assert_close(found[name], x, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        assert {"sum_rows", "root_of_rows", "move_matrix"} <= names
+    assert "move_many" in results[0][1], "of the other process not all shards lie at multiples of 16 bytes"
 
 
 def test_dice_fall_alike_beyond_32_bits_of_index() -> None:

@@ -123,10 +123,10 @@ def test_a_scaled_step_does_not_wait_and_counts_on_the_device(kind: str, clip: b
 
 @on_fake_device
 @pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
-def test_a_coupled_step_without_triton_is_twenty_operations_and_two_temporaries(device: str) -> None:
-    for clip, most in ((False, 20), (True, 28)):
+def test_a_coupled_step_without_triton_is_few_operations_and_two_temporaries(device: str) -> None:
+    for clip, most in ((False, 18), (True, 26)):
         counts = gpu.counted(gpu.MATRIX, gpu.ours, clip, triton=False, device=device)
-        assert counts.launches <= most and counts.large <= 13
+        assert counts.launches <= most and counts.large <= 11
         assert counts.peak <= 2.01 * 4 * 50_304 * 768
 
 

@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.equations import Coefficients, Number
 from coupled_adam.optim.rounding import seed_of
-from coupled_adam.optim.update import RankOne
+from coupled_adam.optim.update import RankOne, times_square
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -103,9 +103,7 @@ def sum_of_squares(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
     arguments = (grad, None if simple else exp_avg, total, rows, columns, f, rate, factor)
     launch("sum_rows", (blocks, -(-columns // width)), *arguments, ROWS=max(ROWS, tile), TILE=tile, WIDTH=width)
     whole = total.sum(0, keepdim=True, dtype=torch.float64)
-    if simple and not (isinstance(f, float) and abs(f) == 1):
-        whole *= f * f
-    return whole.to(torch.float32)
+    return (times_square(whole, f) if simple else whole).to(torch.float32)
 
 
 def root_of_rows_(exp_avg_sq: Tensor, square: Tensor, c: Coefficients, halt: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coupled_adam.optim.directions import DIRECTION
-from coupled_adam.optim.equations import Coefficients, first_moment, moved, second_moment, squared
+from coupled_adam.optim.equations import Coefficients, Number, first_moment, moved, second_moment, squared
 from coupled_adam.optim.rounding import stochastically_rounded
 
 
@@ -28,9 +28,14 @@ def sum_of_squares(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
     dtype = torch.promote_types(grad.dtype, torch.float32)
     g = grad.to(dtype)
     if c.coupling_factor == 0:
-        return g.square().sum(0, keepdim=True) * (c.grad_factor * c.grad_factor)
+        return times_square(g.square().sum(0, keepdim=True), c.grad_factor)
     m = first_moment(exp_avg.to(dtype, copy=True), g, c.grad_factor, c.first_rate)
     return squared(g, m, c.grad_factor, c.coupling_factor).sum(0, keepdim=True)  # type: ignore[no-any-return]
+
+
+def times_square(total: Tensor, factor: Number) -> Tensor:
+    """Return f²·total; where f is known to be ±1, without an operation."""
+    return total if isinstance(factor, float) and abs(factor) == 1 else total * (factor * factor)
 
 
 def root_of_rows_(exp_avg_sq: Tensor, square: Tensor, c: Coefficients) -> Tensor:
@@ -95,7 +100,11 @@ def _keep_moment_(exp_avg: Tensor, m: Tensor, step: float | Tensor, first: int =
 
 def _move_(param: Tensor, direction: Tensor, c: Coefficients, spectral: RankOne | None) -> None:
     theta = param.to(direction.dtype)
-    shrink = theta if spectral is None else spectral.column.unsqueeze(-1) * spectral.row.unsqueeze(-2)
+    shrink: Tensor | float = theta
+    if spectral is not None:
+        shrink = spectral.column.unsqueeze(-1) * spectral.row.unsqueeze(-2)
+    elif isinstance(c.decay, float) and c.decay == 0:
+        shrink = 0.0  # as embeddings have it; saves a pass over them
     theta = moved(theta, shrink, c.decay, c.lr, direction)
     if theta is not param:  # moved in place
         param.copy_(theta)
