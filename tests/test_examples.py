@@ -1,5 +1,6 @@
 """The example programs as a user starts them, on the digits inside scikit-learn and on the CPU."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,10 @@ from unittest import mock
 
 import pytest
 from in_process import program
+
+from coupled_adam.lm.config import Data
+from coupled_adam.lm.prepare import prepare
+from coupled_adam.lm.sources import TextFiles
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "train_mnist.py"
 ON_CPU = ["--dataset", "digits", "--gpu-id", "-1"]
@@ -131,3 +136,19 @@ def test_bad_input_is_one_line_and_exit_code_2(name: str) -> None:
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("train_mnist.py: ")
     assert [part for part in message if part not in result.stderr] == []
+
+
+def test_a_local_task_asks_for_the_word_that_follows(text_file: Path, tmp_path: Path) -> None:
+    source = TextFiles(text_file)
+    corpus = prepare(source, Data(vocab_size=300, sequence_length=16), tmp_path / "corpus")
+    made = program(
+        PROGRAM.with_name("local_task.py"), str(corpus.directory), "--out", str(tmp_path), "--questions", "50"
+    )
+    assert made.returncode == 0, made.stderr
+    questions = [json.loads(line) for line in (tmp_path / "next_word.jsonl").read_text().splitlines()]
+    documents = [" ".join(document.split()) for document in source.documents()]
+    assert len(questions) == 50 and len({q["answer"] for q in questions}) == 4
+    for question in questions:
+        assert len(set(question["choices"])) == 4
+        assert any(d.startswith(question["context"] + question["choices"][question["answer"]]) for d in documents)
+    assert str(tmp_path / "next_word.jsonl") in (tmp_path / "next_word.yaml").read_text()

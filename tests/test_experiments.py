@@ -1,6 +1,8 @@
 """The experiments of the paper, as data."""
 
+import itertools
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -8,6 +10,7 @@ from typer.testing import CliRunner
 from coupled_adam import experiments
 from coupled_adam.cli import app
 from coupled_adam.errors import InputError
+from coupled_adam.experiments.grids import expand, matching
 from coupled_adam.lm.estimate import estimate
 
 
@@ -20,7 +23,7 @@ def test_the_names_are_those_of_the_paper() -> None:
     assert all(name.startswith("mini-") for name in experiments.names("mini"))
 
 
-@pytest.mark.parametrize("name", experiments.names())
+@pytest.mark.parametrize("name", [n for n in experiments.names() if not n.startswith("oec-")])  # those: below
 def test_every_experiment_is_valid_and_its_pairs_differ_in_the_embedding_alone(name: str) -> None:
     experiment = experiments.load(name, seed=2)
     assert experiment.run.name == f"{name}-s2" and experiment.run.seed == 2
@@ -50,6 +53,29 @@ def test_the_counts_agree_with_the_names(name: str, parameters: float, tokens: f
     assert found.optimizer_bytes == moments
 
 
+def test_the_sweeps_of_output_embedding_centering_have_the_shape_of_the_paper() -> None:
+    found = {name: experiments.load(name) for name in experiments.names("oec")}
+    assert len(found) == 5 * 7 * 10
+    sizes = {name.split("-")[1]: experiment for name, experiment in found.items() if "-baseline-" in name}
+    for size, experiment in sizes.items():
+        counts = estimate(experiment)
+        one_matrix = counts.parameters - counts.embedding_parameters  # how the paper counts the two of them
+        assert one_matrix == pytest.approx(1e6 * float(size.removesuffix("M")), abs=0.65e6)
+        assert counts.tokens == 13_107_200_000
+    assert sorted({e.schedule.lr for e in found.values()}) == experiments.published_learning_rates()
+    penalties = {(e.loss.mu_loss, e.loss.z_loss, e.optimizer.embedding.center) for e in found.values()}
+    strengths = [1e-7, 1e-4, 1e-1, 1e2]
+    expected = {(0, 0, False), (0, 0, True)}
+    assert penalties == expected | {(x, 0, False) for x in strengths} | {(0, x, False) for x in strengths}
+    assert set(sizes) == {sweep.model for sweep in experiments.published_sweeps()}
+    for e in found.values():
+        assert (e.model.n_heads, e.model.tied, e.model.qk_norm, e.model.norm_name) == (4, False, True, "layernorm")
+        core = e.optimizer.core
+        assert (core.name, core.betas, core.eps, core.weight_decay) == ("adamw", (0.9, 0.95), 1e-8, 0)
+        assert (e.schedule.warmup_steps, e.schedule.min_lr, e.train.max_grad_norm) == (5_000, 1e-5, 1)
+        assert (e.train.precision, e.data.sequence_length, e.optimizer.embedding.name) == ("bfloat16", 2048, "adamw")
+
+
 def test_scaled_and_sgd() -> None:
     settings = experiments.load("exp15V-as13").optimizer.embedding
     assert (settings.name, settings.coupling_scale) == ("coupled_adam", 0.125)
@@ -64,19 +90,81 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 
 def test_the_families_name_experiments_that_exist() -> None:
     families = experiments.families()
-    assert set(families) == {"small", "scaled", "sgd", "llama"}
+    assert set(families) == {"small", "scaled", "sgd", "llama", "long", "drift", "precision", "tied", "core"}
     assert families["small"]["seeds"] == [1, 2, 3]
     named = {name for family in families.values() for name in family["experiments"]}
     assert named == set(experiments.names("mini"))
 
 
+def test_a_sweep_takes_all_methods_at_one_rate_before_the_next() -> None:
+    rates = {"drift": 6, "precision": 6, "tied": 3, "core": 3}
+    for family, count in rates.items():
+        found = [experiments.load(name) for name in experiments.families()[family]["experiments"]]
+        by_rate = [(rate, len(list(same))) for rate, same in itertools.groupby(e.schedule.lr for e in found)]
+        assert len(by_rate) == len(dict(by_rate)) == count and len({number for _, number in by_rate}) == 1
+        shared = {(e.train.steps, e.train.batch_tokens, e.optimizer.core.weight_decay, e.model.qk_norm) for e in found}
+        assert shared == {(488, 1024, 0.0, True)}
+        assert {e.model.tied for e in found} == {family == "tied"}
+
+
+def test_no_two_experiments_of_a_suite_are_the_same_run() -> None:
+    for suite in experiments.SUITES:
+        contents = [experiments.load(n).model_dump(exclude={"run"}) for n in experiments.names(suite)]
+        assert len({json.dumps(content, sort_keys=True) for content in contents}) == len(contents)
+
+
+GRID = {"name": "g-{x}-{y}", "parts": ["base"], "axes": {"x": ["a", "b"], "y": ["c", ["a", "c"]]}}
+
+
+def test_a_grid_is_the_product_of_its_axes_the_last_one_varying_fastest() -> None:
+    grid = expand("suite", GRID, {"a", "b", "c", "base"})
+    assert list(grid.experiments.items()) == [
+        ("g-a-c", ["base", "a", "c"]),
+        ("g-a-a-c", ["base", "a", "a", "c"]),
+        ("g-b-c", ["base", "b", "c"]),
+        ("g-b-a-c", ["base", "b", "a", "c"]),
+    ]
+    assert grid.axes == {"x": ("a", "b"), "y": ("c", "a-c")}
+    assert matching("suite", ["g-b-*", "*-c"], list(grid.experiments)) == ["g-b-c", "g-b-a-c", "g-a-c", "g-a-a-c"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"axis": {}}, "axis is missing or unknown; a grid has name, axes and, optionally, parts"),
+        ({"name": None}, "name is missing or unknown"),
+        ({"name": "g-{x}"}, "name 'g-{x}' must hold every axis once, in braces: x, y"),
+        ({"name": "g-{x}-{x}-{y}"}, "must hold every axis once"),
+        ({"axes": {"x": ["a"], "y": []}}, "axis y has no entries"),
+        ({"axes": {"x": ["a"], "y": ["d"]}}, "no part 'd'; there are a, b, c, base"),
+        ({"parts": ["bas"]}, "no part 'bas'"),
+        ({"axes": {"x": ["a", "a"], "y": ["c"]}}, "two of its experiments would be called g-a-c"),
+    ],
+)
+def test_a_wrong_grid_is_answered(changed: dict[str, object], message: str) -> None:
+    table = {key: value for key, value in (GRID | changed).items() if value is not None}
+    with pytest.raises(InputError, match=f"^suite: .*{re.escape(message)}"):
+        expand("suite", table, ["a", "b", "c", "base"])
+
+
+def test_a_pattern_that_matches_nothing_is_answered() -> None:
+    with pytest.raises(InputError, match=r"^suite: no experiment is called h-\*$"):
+        matching("suite", ["h-*"], ["g-a"])
+
+
 def test_the_command_lists_and_shows() -> None:
     listed = CliRunner().invoke(app, ["experiments"])
-    assert listed.exit_code == 0 and all(name in listed.output for name in experiments.names())
+    gridded = {name for grid in experiments.grids() for name in grid.experiments}
+    alone = set(experiments.names()) - gridded
+    assert listed.exit_code == 0 and all(name in listed.output for name in alone)
+    assert all(grid.pattern in listed.output for grid in experiments.grids())
+    assert len(listed.output.splitlines()) < len(alone) + 60, "a grid is summed up"
     shown = CliRunner().invoke(app, ["experiments", "exp35V", "--seed", "3", "--gpu", "A100"])
     assert "758,392,320" in shown.output and 'name = "exp35V-s3"' in shown.output and "A100" in shown.output
     found = json.loads(CliRunner().invoke(app, ["experiments", "exp35V", "--json"]).output)
     assert found["estimate"]["steps"] == 200_000
+    of_a_grid = CliRunner().invoke(app, ["experiments", "mini-drift-mu-loss-3e-1"])
+    assert "lr = 0.3" in of_a_grid.output and "mu_loss = 0.0001" in of_a_grid.output
 
 
 @pytest.mark.parametrize(

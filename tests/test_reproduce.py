@@ -18,7 +18,8 @@ from coupled_adam.lm.sources import TextFiles
 
 def test_the_plan_is_the_families_times_the_seeds(tmp_path: Path) -> None:
     runs = reproduce.plan("mini", [], [], tmp_path)
-    assert len(runs) == 8 * 3 + 10 + 6 + 2, "n = 0 of the scaled family is a run of the small one"
+    first = 8 * 3 + 10 + 6 + 2 + 2 * 3  # n = 0 of the scaled family is a run of the small one
+    assert len(runs) == first + 6 * 6 + 6 * 5 + 3 * 4 * 2 + 3 * 2, "the sweeps share the runs that are their controls"
     assert len({run.directory for run in runs}) == len(runs)
     assert len(reproduce.plan("mini", ["scaled"], [], tmp_path)) == 11
     assert {run.experiment.run.seed for run in reproduce.plan("mini", ["sgd"], [4, 5], tmp_path)} == {4, 5}
@@ -28,7 +29,7 @@ def test_the_plan_is_the_families_times_the_seeds(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["maxi"], "maxi: no suite of that name"),
-        (["mini", "--only", "smal"], "smal: no family of that name; choose from small, scaled, sgd, llama"),
+        (["mini", "--only", "smal"], "smal: no family of that name; choose from small, scaled, sgd, llama, long"),
         (["mini", "--seeds", "1,x"], "write whole numbers"),
     ],
 )
@@ -45,6 +46,7 @@ def tiny_suite(tiny, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lr = 1e30 if (name, seed) == ("V", 2) else 1e-3
         values = {"run__name": f"{name}-s{seed}", "run__seed": seed, "schedule__lr": lr, "train__max_grad_norm": 1e9}
         values["optimizer__embedding__name"] = "adamw" if name == "A" else "coupled_adam"
+        values["evaluation__every"] = 1 if lr > 1 else 8
         return tiny.with_values(**values)
 
     monkeypatch.setattr(experiments, "load", load)
@@ -52,11 +54,19 @@ def tiny_suite(tiny, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "source_of", lambda name: TextFiles(text_file))
 
 
-def test_a_failing_run_is_named_and_the_others_go_on(tiny_suite, tmp_path: Path, capsys) -> None:
+def test_a_failing_run_is_named_and_the_others_go_on(
+    tiny_suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(experiment, *others):
+        if experiment.run.name == "V-s2":
+            raise OSError("No space left on device")
+        return loop.train(experiment, *others)
+
+    monkeypatch.setattr(reproduce, "train", full)
     result = CliRunner().invoke(app, ["reproduce", "mini", "--out", str(tmp_path)])
     assert result.exit_code == 1
     found = json.loads((tmp_path / "results.json").read_text())
-    assert list(found["failed"]) == ["V-s2"]
+    assert found["failed"] == {"V-s2": "No space left on device"} and found["diverged"] == []
     assert {row["name"]: row["runs"] for row in found["experiments"]} == {"A": 2, "V": 1}
     assert (tmp_path / "report.html").exists()
     table = list(csv.DictReader((tmp_path / "aggregate.csv").open()))
@@ -66,6 +76,28 @@ def test_a_failing_run_is_named_and_the_others_go_on(tiny_suite, tmp_path: Path,
     assert loss["mean"] == pytest.approx(sum(f["validation_loss"] for f in finals) / 2)
     assert [float(row["test_loss"]) for row in table[:2]] == pytest.approx([f["validation_loss"] for f in finals])
     assert loss["deviation"] == pytest.approx(abs(finals[0]["validation_loss"] - finals[1]["validation_loss"]) / 2**0.5)
+
+
+def test_a_run_that_diverges_is_a_result_and_not_trained_again(
+    tiny_suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["reproduce", "mini", "--seeds", "2", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and "Diverged: V-s2" in result.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["diverged"] == ["V-s2"] and found["failed"] == {}
+    table = {row["name"]: row for row in csv.DictReader((tmp_path / "aggregate.csv").open())}
+    assert {name: row["diverged"] for name, row in table.items()} == {"A-s2": "false", "V-s2": "true"}
+    assert table["V-s2"]["test_loss"] == "" and float(table["V-s2"]["initial_loss"]) > 5
+    reason = json.loads((tmp_path / "V-s2" / "diverged.json").read_text())["reason"]
+    assert reason.startswith("validation loss nan"), "found before a step that would have told"
+    monkeypatch.setattr(reproduce, "train", lambda *args: pytest.fail("trained again"))
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+    (tmp_path / "V-s2" / "diverged.json").unlink()
+    monkeypatch.setattr(reproduce, "train", loop.train)
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert json.loads((tmp_path / "results.json").read_text()) == found, "the same again"
 
 
 def test_what_is_finished_is_not_trained_again(tiny_suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,8 +96,8 @@ def prepare_command(
     source: Annotated[
         str,
         typer.Argument(
-            help="wikipedia-sample; a file or directory of .txt and .md, .parquet or .jsonl; or the name of a dataset, "
-            "for instance Skylion007/openwebtext."
+            help="wikipedia-sample or wikipedia-leads; a file or directory of .txt and .md, .parquet or .jsonl; or the "
+            "name of a dataset, for instance Skylion007/openwebtext."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory of the corpus; rerun the same command to resume.")],
@@ -127,8 +127,9 @@ def experiments_command(
     gpu: Annotated[str, typer.Option(help=f"GPU for the hours: {', '.join(PEAK_FLOPS)}.")] = "H100",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the paper's experiments and their miniatures, or show one: configuration, memory, FLOPs."""
-    chosen = [name] if name else experiments.names()
+    """List the papers' experiments and their miniatures, or show one: configuration, memory, FLOPs."""
+    gridded = {n for grid in experiments.grids() for n in grid.experiments}
+    chosen = [name] if name else [n for n in experiments.names() if as_json or n not in gridded]
     loaded = {n: experiments.load(n, seed) for n in chosen}
     estimates = {n: estimate(e, gpu) for n, e in loaded.items()}
     if as_json:
@@ -149,6 +150,19 @@ def experiments_command(
     _console().print(table)
     if name:
         _print_estimate(estimates[name])
+    else:
+        _print_grids()
+
+
+def _print_grids() -> None:
+    """One row a grid: its hundreds of experiments differ in what the braces of their name stand for."""
+    table = Table(box=box.SIMPLE, caption="each can be shown and trained by name, with a value for every brace")
+    for heading, wraps in (("experiments", False), ("number", False), ("values", True)):
+        table.add_column(heading, no_wrap=not wraps)
+    for grid in experiments.grids():
+        values = "\n".join(f"{axis}: {', '.join(entries)}" for axis, entries in grid.axes.items())
+        table.add_row(grid.pattern, str(len(grid.experiments)), values)
+    _console().print(table)
 
 
 def _print_estimate(found: Estimate) -> None:
@@ -233,6 +247,8 @@ def reproduce_command(
         _console().print(table)
         if results["experiments"]:
             print(f"Report: {directory / 'report.html'}")
+    if results["diverged"]:
+        print(f"Diverged: {', '.join(results['diverged'])}", file=sys.stderr)
     for name, reason in results["failed"].items():
         print(f"{name} failed: {reason}", file=sys.stderr)
     if results["failed"]:

@@ -65,6 +65,23 @@ FIGURES: dict[str, Figure] = {
             heading="test loss",
             published="loss",
         ),
+        Figure("logit_mean", "mean logit", "mean over the vocabulary, then over held-out tokens", "{:.3g}"),
+        Figure(
+            "logit_std", "spread of the logits", "standard deviation over the vocabulary, mean over tokens", "{:.3g}"
+        ),
+        Figure(
+            "logit_max",
+            "largest logit",
+            "largest absolute logit of a position, mean over held-out tokens",
+            "{:.3g}",
+            heading="max |logit|",
+        ),
+        Figure(
+            "log_z_squared",
+            "mean (log Z)²",
+            "of the softmax's denominator, over held-out tokens; what z-loss punishes",
+            "{:.3g}",
+        ),
         Figure("perplexity", "perplexity", "exp of the validation loss", "{:.2f}", "lower"),
         Figure(
             "downstream_accuracy",
@@ -83,7 +100,13 @@ FIGURES: dict[str, Figure] = {
             heading="‖μ‖ʳ",
             published="mean_shift_ratio",
         ),
-        Figure("norm_of_mean", "norm of the mean ‖μ‖", "distance of the mean embedding from the origin", "{:.3g}"),
+        Figure(
+            "norm_of_mean",
+            "norm of the mean ‖μ‖",
+            "distance of the mean embedding from the origin",
+            "{:.3g}",
+            heading="‖μ‖",
+        ),
         Figure(
             "drift_second_moments",
             "drift: uneven second moments",

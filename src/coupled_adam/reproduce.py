@@ -7,20 +7,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coupled_adam import experiments
+from coupled_adam import __version__, experiments
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.during_training import evaluator
 from coupled_adam.evaluation.stages import evaluate
 from coupled_adam.files import make_directory, write_json
 from coupled_adam.lm.checkpoint import latest_checkpoint, step_of, verify_checkpoint
-from coupled_adam.lm.config import Experiment
+from coupled_adam.lm.config import Experiment, load_experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.estimate import estimate
 from coupled_adam.lm.prepare import prepare
 from coupled_adam.lm.sources import source_of
 from coupled_adam.lm.train import DivergedError, train
 from coupled_adam.progress import say, warn
-from coupled_adam.report.aggregate import SeedGroup, read_runs
+from coupled_adam.report.aggregate import DIVERGED, SeedGroup, read_runs
 from coupled_adam.report.report_page import report
 
 #: Names of the figures that are averaged over seeds.
@@ -47,6 +47,16 @@ class Planned:
         except InputError:
             return False  # training resumes from the one before
         return True
+
+    @property
+    def diverged(self) -> bool:
+        """Whether an earlier call saw this very run diverge, as it would again."""
+        if not (self.directory / DIVERGED).exists() or self.finished:
+            return False
+        try:
+            return not load_experiment(self.directory / "experiment.toml").differences(self.experiment)
+        except InputError:
+            return False  # training says what is wrong there
 
 
 def plan(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) -> list[Planned]:
@@ -81,29 +91,37 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
     """Train and evaluate what is not yet done of the suite in ``out``, and report on all of it.
 
     Writes results.json, aggregate.csv and report.html. A run that fails is named in the results (``failed``), and the
-    others go on.
+    others go on. One that diverges is a result (``diverged``): it is recorded in diverged.json in its directory, counts
+    in the report, and is not trained again unless that file is deleted.
 
     Returns:
         What results.json holds.
 
     Raises:
         InputError: as ``plan``.
+        ImportError: a family's text comes with a package that is not installed.
         Interrupted: the user stopped it; all that was done is saved, and the same call resumes.
     """
     runs = plan(suite, only, seeds, out)
+    # Before anything is trained: a text may come with a package that is not installed.
+    sources = {name: source_of(name) for name in sorted({run.experiment.data.source for run in runs})}
     make_directory(out)
-    say(f"{len(runs)} runs in {out}, {sum(run.finished for run in runs)} of them trained")
+    gone = sum(run.diverged for run in runs)
+    trained = f"{sum(run.finished for run in runs)} of them trained" + (f", {gone} diverged" if gone else "")
+    say(f"{len(runs)} runs in {out}, {trained}")
     corpora: dict[tuple[str, str, int], Corpus] = {}
     failed: dict[str, str] = {}
     seconds = flops = 0.0
     for i, run in enumerate(runs):
+        if run.diverged:
+            continue
         try:
             data = run.experiment.data
             key = (data.source, data.tokenizer, data.vocab_size)
             if key not in corpora:
-                corpora[key] = prepare(source_of(data.source), data, out / "corpus" / "-".join(map(str, key)))
+                corpora[key] = prepare(sources[data.source], data, out / "corpus" / "-".join(map(str, key)))
             if not run.finished:
-                rest = sum(estimate(r.experiment).flops for r in runs[i:] if not r.finished)
+                rest = sum(estimate(r.experiment).flops for r in runs[i:] if not (r.finished or r.diverged))
                 left = f", about {math.ceil(rest * seconds / flops / 60)} min left" if flops else ""
                 say(f"[{i + 1}/{len(runs)}] {run.family}: {run.experiment.run.name}{left}")
                 before, began = _steps_done(run.directory), time.monotonic()
@@ -111,15 +129,23 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
                 seconds += time.monotonic() - began
                 flops += estimate(run.experiment).flops * (1 - before / run.experiment.train.steps)
             evaluate(run.directory, corpora[key].directory, ("validation", "embeddings"))
-        except (DivergedError, InputError, OSError) as error:
+        except DivergedError as error:
+            write_json(run.directory / DIVERGED, {"reason": str(error), "version": __version__})
+            warn(f"{run.experiment.run.name} diverged: {error}")
+        except (InputError, OSError) as error:
             failed[run.experiment.run.name] = str(error)
             warn(f"{run.experiment.run.name} failed: {error}")
     # The report is over all that was made in the directory, also for another family or seed.
     made = {run.directory: run for run in (*runs, *plan(suite, [], [], out))}
     done = [run for run in made.values() if run.finished and run.experiment.run.name not in failed]
+    diverged = [run for run in made.values() if run.diverged]
     if done:
-        report([run.directory for run in done], out)
-    results = {"experiments": _summed_up(done), "failed": failed}
+        report([run.directory for run in (*done, *diverged)], out)
+    results = {
+        "experiments": _summed_up(done),
+        "diverged": [run.experiment.run.name for run in diverged],
+        "failed": failed,
+    }
     write_json(out / "results.json", results)
     return results
 

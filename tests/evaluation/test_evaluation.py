@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from coupled_adam import geometry
 from coupled_adam.evaluation.embedding_figures import figures_while_training
-from coupled_adam.evaluation.validation import validation_loss
+from coupled_adam.evaluation.validation import validate
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.config import Model
 from coupled_adam.lm.model import build_model
@@ -28,9 +28,11 @@ def test_the_validation_loss_is_the_mean_over_all_tokens() -> None:
     inputs = torch.tensor(tokens[:-1].astype(np.int64)).view(6, 8)
     targets = torch.tensor(tokens[1:].astype(np.int64)).view(6, 8)
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item()
-    assert validation_loss(model, batches, 3) == pytest.approx(expected, rel=1e-5)
-    assert validation_loss(model, batches, 100) == pytest.approx(expected, rel=1e-5), "one pass is all there is"
-    assert validation_loss(model, batches, 1) != pytest.approx(expected, rel=1e-5)
+    assert validate(model, batches, 3)["validation_loss"] == pytest.approx(expected, rel=1e-5)
+    assert validate(model, batches, 100)["validation_loss"] == pytest.approx(expected, rel=1e-5), (
+        "one pass is all there is"
+    )
+    assert validate(model, batches, 1)["validation_loss"] != pytest.approx(expected, rel=1e-5)
 
 
 def test_the_figures_are_those_of_the_metrics() -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from coupled_adam import progress
 from coupled_adam.evaluation.during_training import output_embedding
 from coupled_adam.evaluation.stages import evaluate
-from coupled_adam.evaluation.validation import validation_loss
+from coupled_adam.evaluation.validation import validate
 from coupled_adam.lm import train as loop
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.config import Experiment
@@ -38,7 +38,7 @@ def run(toml: str, corpus_directory: Path, run_dir: Path, stop_at: int | None = 
         calls += 1
         if stop_at == calls and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return {"validation_loss": validation_loss(model, held_out, 2, world)}
+        return {"validation_loss": validate(model, held_out, 2, world)["validation_loss"]}
 
     try:
         model = loop.train(experiment, corpus, run_dir, evaluate, world)
@@ -46,7 +46,7 @@ def run(toml: str, corpus_directory: Path, run_dir: Path, stop_at: int | None = 
         return {"stopped": str(stopped), "signal": stopped.signal_number}
     if experiment.train.precision == "float32":
         assert all(p.dtype == torch.float32 for p in model.parameters())
-    return {"embedding": output_embedding(model), "loss": validation_loss(model, held_out, 2, world)}
+    return {"embedding": output_embedding(model), "loss": validate(model, held_out, 2, world)["validation_loss"]}
 
 
 def evaluated(run_dir: Path) -> dict[str, Any]:

@@ -25,6 +25,12 @@ def test_the_resolved_file_is_the_same_experiment(tiny: Experiment) -> None:
             "optimizer.embedding.name: .*'adamw', 'coupled_adam', 'adams' or 'sgd'",
         ),
         ("[run]\nname = 'x'\n[model]\nn_heads = 3", "hidden_size 128 is not a multiple of n_heads 3"),
+        ("[run]\nname = 'x'\n[model]\nmlp_multiple = 64", "mlp_multiple 64 is for the family llama; .*leave it out"),
+        ("[run]\nname = 'x'\n[model]\nlogits = 'float16'", "model.logits: .*'float32' or 'bfloat16'.*'float16'"),
+        ("[run]\nname = 'x'\n[loss]\nz_loss = -1.0", "loss.z_loss: .*greater than or equal to 0.*-1.0"),
+        ("[run]\nname = 'x'\n[loss]\nmu_loss = inf", "loss.mu_loss: .*finite.*inf"),
+        ("[run]\nname = 'x'\n[loss]\nsoftcap = 0.0", "loss.softcap: .*greater than 0.*0.0"),
+        ("[run]\nname = 'x'\n[loss]\nzloss = 1e-4", "loss.zloss: unknown key; .*'z_loss'"),
         ("[run]\nname = 'x'\n[schedule]\nlr = 1e-5", "min_lr 0.0001 is above lr 1e-05"),
         (
             "[run]\nname = 'x'\n[train]\nbatch_tokens = 100",
@@ -54,3 +60,51 @@ def test_published_results() -> None:
     row = experiments.published_result("125M", "20B", "Coupled Adam")
     assert (row.loss, row.isotropy, row.mean_shift_ratio, row.word_similarity) == (2.97, 0.83, 0.03, 57)
     assert experiments.published_result("2.6B", "210B", "AdamW").downstream_accuracy == 0.425
+
+
+def test_a_file_from_before_there_were_penalties_is_the_same_experiment(tiny: Experiment) -> None:
+    newer = ("[loss]\n", "z_loss = ", "mu_loss = ", "center = ", "qk_norm = ", "mlp_multiple = ")
+    lines = tiny.to_toml().splitlines(keepends=True)
+    older = "".join(line for line in lines if not line.startswith(newer))
+    assert len(older.splitlines()) == len(lines) - len(newer)
+    assert Experiment.from_toml(older) == tiny and Experiment.from_toml(older).differences(tiny) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({}, "Coupled Adam"),
+        ({"model__logits": "bfloat16", "model__qk_norm": True}, "Coupled Adam"),
+        ({"optimizer__embedding__center": True}, "Coupled Adam + center"),
+        (
+            {
+                "optimizer__embedding__name": "adamw",
+                "optimizer__embedding__center": True,
+                "loss__softcap": 30.0,
+                "loss__z_loss": 1e-4,
+                "loss__mu_loss": 1e-4,
+            },
+            "AdamW + center + μ-loss + z-loss + soft-cap",
+        ),
+        (
+            {
+                "optimizer__embedding__coupling_scale": 2.0,
+                "loss__softcap": 15.0,
+                "loss__z_loss": 0.1,
+                "loss__mu_loss": 1e-7,
+            },
+            "Coupled Adam s=2 + μ-loss (1e-07) + z-loss (0.1) + soft-cap (15)",
+        ),
+    ],
+)
+def test_the_method_is_named(tiny: Experiment, settings: dict, method: str) -> None:
+    assert tiny.with_values(**settings).method == method
+
+
+def test_what_centering_changes_is_said(tiny: Experiment) -> None:
+    centered = tiny.with_values(optimizer__embedding__center=True, loss__softcap=30.0)
+    tied, capped = centered.caveats
+    assert "as the embeddings are tied" in tied and "model.tied = false" in tied
+    assert "as a capped logit is not just shifted" in capped
+    assert centered.with_values(model__tied=False, loss__softcap=None).caveats == []
+    assert tiny.with_values(loss__softcap=30.0).caveats == []

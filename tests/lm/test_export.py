@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    Qwen3ForCausalLM,
+    VaultGemmaForCausalLM,
+)
 
 from coupled_adam.errors import InputError
 from coupled_adam.lm.config import Experiment
@@ -33,17 +40,30 @@ def exported(run: Run, directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("family", "kind"), [("gpt2", GPT2LMHeadModel), ("llama", LlamaForCausalLM)])
-def test_the_logits_are_ours(family, kind, tied, tiny, text_file, tmp_path) -> None:
-    run = trained(tiny.with_values(model__family=family, model__tied=tied), text_file, tmp_path)
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"model__family": "gpt2"}, GPT2LMHeadModel),
+        ({"model__family": "llama"}, LlamaForCausalLM),
+        ({"model__family": "llama", "model__qk_norm": True, "model__mlp_multiple": 8}, Qwen3ForCausalLM),
+        ({"model__family": "llama", "loss__softcap": 0.5}, VaultGemmaForCausalLM),
+        # Six is no power of two: √H is rounded.
+        ({"model__family": "llama", "loss__softcap": 0.5, "model__hidden_size": 12}, VaultGemmaForCausalLM),
+    ],
+)
+def test_the_logits_are_ours(settings, kind, tied, tiny, text_file, tmp_path) -> None:
+    run = trained(tiny.with_values(model__tied=tied, **settings), text_file, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(exported(run, tmp_path / "model"))
     assert type(theirs) is kind and theirs.dtype == torch.float32
     tokens = torch.from_numpy(run.corpus.shards("validation")[0][:64].astype("int64")).view(4, 16)
     with torch.no_grad():
-        torch.testing.assert_close(theirs(tokens).logits, run.model()(tokens), rtol=0, atol=1e-5)
+        found, expected = theirs(tokens).logits, run.model()(tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert expected.std() > 0.05, "else the cap, and what is above the rounding, would not show"
     same = theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight
     assert same == tied
-    if family == "gpt2":
+    assert torch.equal(theirs.get_output_embeddings().weight, run.model().head.weight), "as it was trained"
+    if kind is GPT2LMHeadModel:
         biases = [p for name, p in theirs.named_parameters() if name.endswith("bias")]
         assert len(biases) == 2 * 6 + 1 and not any(p.any() for p in biases)
 
@@ -87,9 +107,21 @@ def test_only_other_weights_are_written_again(tiny, text_file, tmp_path) -> None
     assert AutoModelForCausalLM.from_pretrained(directory).transformer.ln_f.weight[0] == weights["final_norm.weight"][0]
 
 
-def test_a_model_that_transformers_has_not_is_refused(tiny, text_file, tmp_path) -> None:
-    run = trained(tiny.with_values(model__norm="rmsnorm"), text_file, tmp_path)
-    with pytest.raises(InputError, match="transformers has no gpt2 with rmsnorm"):
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"model__norm": "rmsnorm"}, "gpt2 with rmsnorm"),
+        ({"model__qk_norm": True, "loss__softcap": 30.0}, "gpt2 with model.qk_norm and loss.softcap"),
+        ({"model__family": "llama", "model__norm": "layernorm"}, "llama with layernorm"),
+        (
+            {"model__family": "llama", "model__qk_norm": True, "loss__softcap": 30.0},
+            "llama with model.qk_norm and loss.softcap",
+        ),
+    ],
+)
+def test_a_model_that_transformers_has_not_is_refused(settings, named, tiny, text_file, tmp_path) -> None:
+    run = trained(tiny.with_values(**settings), text_file, tmp_path)
+    with pytest.raises(InputError, match=f"^tiny: transformers has no {named}; it can be trained .* not exported$"):
         exported(run, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -97,8 +129,13 @@ def test_a_model_that_transformers_has_not_is_refused(tiny, text_file, tmp_path)
 def test_the_card_tells_what_the_model_is(tiny, text_file, tmp_path) -> None:
     card = model_card(trained(tiny, text_file, tmp_path), {"perplexity": "12.35"})
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "on 128 tokens" in card and "Coupled Adam on the output embedding" in card
+    assert "on 128 tokens" in card and "Coupled Adam on the output embedding" in card and "rounded" not in card
     assert "| perplexity | 12.35 |" in card
+    settings = {"model__tied": False, "model__logits": "bfloat16", "loss__mu_loss": 0.1}
+    settings["optimizer__embedding__center"] = True
+    card = model_card(trained(tiny.with_values(**settings), text_file, tmp_path / "other"), {})
+    assert "with Coupled Adam + center + μ-loss (0.1) on the output embedding" in card
+    assert "logits were rounded to bfloat16" in card
 
 
 def test_the_second_moment_is_that_of_the_optimizer(tiny, text_file, tmp_path) -> None:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from coupled_adam.lm.config import Model
+from coupled_adam.lm.config import Loss, Model
 from coupled_adam.lm.model import LanguageModel, build_model, parameter_count
 
 VOCABULARY, LENGTH = 96, 12
@@ -89,7 +90,7 @@ def test_llama_is_that_of_transformers(tied: bool) -> None:
 
 def gradients(network: LanguageModel) -> list[Tensor]:
     network.zero_grad()
-    network(tokens(1), tokens(2)).backward()
+    network(tokens(1), tokens(2)).total.backward()
     return [p.grad for p in network.parameters()]
 
 
@@ -112,12 +113,44 @@ def test_compiled_blocks_compute_the_same(family: str) -> None:
         torch.testing.assert_close(found, grad)
 
 
-def test_autocast_computes_nearly_the_same_loss() -> None:
-    network = model(family="llama")
-    expected = network(tokens(1), tokens(2))
+@pytest.mark.parametrize("settings", [{}, {"qk_norm": True}, {"qk_norm": True, "norm": "layernorm"}])
+def test_autocast_computes_nearly_the_same_loss(settings) -> None:
+    network = model(family="llama", **settings)
+    expected = network(tokens(1), tokens(2)).total
     with torch.autocast("cpu", torch.bfloat16):
-        found = network(tokens(1), tokens(2))
+        found = network(tokens(1), tokens(2)).total
     assert found.item() == pytest.approx(expected.item(), rel=2e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_normalized_queries_and_keys_have_one_length_in_every_head(family: str, norm: str) -> None:
+    def stretched(qk_norm: bool) -> Tensor:
+        network = model(family=family, norm=norm, qk_norm=qk_norm)
+        before = network(tokens())
+        for block in network.blocks:
+            block.attention.qkv.weight[:8] *= 100  # queries of the first head
+            block.attention.qkv.weight[24:32] *= 100  # keys of the second
+        return (network(tokens()) - before).abs().max()
+
+    assert stretched(qk_norm=True) < 0.05 * stretched(qk_norm=False), "but for the ε of the norms"
+    names = [name for name, _ in model(family=family, qk_norm=True).named_parameters() if "q_norm" in name]
+    assert names == ["blocks.0.attention.q_norm.weight", "blocks.1.attention.q_norm.weight"]
+
+
+def test_logits_are_those_of_the_loss() -> None:
+    network = build_model(Model(logits="bfloat16"), VOCABULARY, LENGTH, seed=0, loss=Loss(softcap=0.5, z_loss=1e-4))
+    logits, losses = network(tokens(1)), network(tokens(1), tokens(2))
+    assert logits.abs().max() < 0.5 and logits.std() > 0.1
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens(2).flatten(), reduction="sum")
+    torch.testing.assert_close(losses.cross_entropy, expected.detach())
+    assert losses.total > losses.cross_entropy
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(128, 256), (32, 192), (1, 171)])
+def test_the_width_of_swiglu_is_rounded_up(multiple: int, width: int) -> None:
+    assert Model(family="llama", hidden_size=64, mlp_multiple=multiple).intermediate_size == width
 
 
 def test_an_untied_head_is_a_matrix_of_its_own() -> None:

@@ -20,7 +20,7 @@ def built(tiny: Experiment, **settings) -> tuple:
 
 def loss(model) -> torch.Tensor:
     tokens = torch.randint(300, (4, 17), generator=torch.Generator().manual_seed(0))
-    return model(tokens[:, :-1], tokens[:, 1:]) / 64
+    return model(tokens[:, :-1], tokens[:, 1:]).total / 64
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,35 @@ def test_the_embedding_may_have_a_multiple_of_the_learning_rate(tiny) -> None:
     optimizers.step(1e-3)
     assert [group["lr"] for o in optimizers.all for group in o.param_groups] == pytest.approx([0.3, 1e-3, 1e-3])
     assert optimizers.all[0].param_groups[0]["momentum"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("embedding", "core", "others"),
+    [
+        ("adamw", "adamw", {}),
+        ("coupled_adam", "adamw", {}),
+        ("coupled_adam", "adamw", {"embedding__lr_factor": 3.0}),
+        ("adams", "adams", {}),
+        ("sgd", "adamw", {}),
+        ("coupled_adam", "muon", {}),
+    ],
+)
+def test_a_centered_embedding_has_the_mean_0_after_every_step(tiny, embedding, core, others) -> None:
+    names = {"embedding__name": embedding, "core__name": core, **others}
+    model, optimizers, _ = built(tiny, **names, embedding__center=True)
+    plain, other, _ = built(tiny, **names)
+    assert model.head.weight.mean(0).norm() > 1e-4, "not before the first"
+    for lr in (0.0, 1e-2, 1e-2):
+        for network, some in ((model, optimizers), (plain, other)):
+            some.zero_grad()
+            loss(network).backward()
+            some.step(lr)
+        assert model.head.weight.mean(0).abs().max() < 1e-8
+        if lr == 0:
+            weight = plain.head.weight
+            torch.testing.assert_close(model.head.weight, weight - weight.mean(0), rtol=0, atol=1e-8)
+    assert plain.head.weight.mean(0).norm() > 1e-4
+    assert model.head.weight.norm() > 0.5 * plain.head.weight.norm(), "the rows are still there"
 
 
 def test_a_torch_without_muon_is_told_so(tiny, monkeypatch: pytest.MonkeyPatch) -> None:

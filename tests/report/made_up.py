@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from coupled_adam.lm.config import Experiment
+from coupled_adam.report.aggregate import DIVERGED, LOGITS
 
 VARIANTS = ("original", "centered", "centered_scaled", "post_process", "post_process_fix")
 
@@ -45,6 +46,7 @@ def write_run(
         "loss": loss,
         "perplexity": math.exp(loss),
         "tokens": 512,
+        **{name: figures[name] for name in LOGITS if name in figures},
     }
     (run / "evaluation" / "validation.json").write_text(json.dumps(validation))
     (run / "evaluation" / "embeddings.json").write_text(json.dumps(embeddings(figures, experiment)))
@@ -93,3 +95,46 @@ def write_suite(directory: Path) -> None:
     for factor in (100.0, 200.0):
         values = {"optimizer__embedding__name": "sgd", "optimizer__embedding__lr_factor": factor}
         write_run(directory, f"sgd-{factor:g}", 1, 6.0 + factor / 1000, **values)
+
+
+#: Learning rates of the made-up sweeps, and the distance of the loss from its best at each, in units of ``steepness``.
+RATES, STEEP = (1e-3, 1e-2, 1e-1), (0.5, 0.0, 3.0)
+
+#: Parts of an experiment by method, and how steeply its loss depends on the rate.
+METHODS: dict[str, tuple[dict[str, Any], float]] = {
+    "adamw": ({}, 0.6),
+    "center": ({"optimizer__embedding__center": True}, 0.1),
+    "z-loss": ({"loss__z_loss": 1e-4}, 0.3),
+    "coupled": ({"optimizer__embedding__name": "coupled_adam"}, 0.2),
+}
+
+
+def write_sweeps(directory: Path) -> None:
+    """Four methods over three learning rates, with a float32 and a bfloat16 head, where AdamW diverges at 0.1.
+
+    And Coupled Adam with two other optimizers inside.
+    """
+    for rate, above in zip(RATES, STEEP, strict=True):
+        common = {"schedule__lr": rate, "schedule__min_lr": 1e-5, "model__tied": False}
+        for method, (values, steepness) in METHODS.items():
+            off = 1e-8 if method == "center" else 0.05 if method == "coupled" else 100 * rate
+            figures = {"norm_of_mean": off, "mean_shift_ratio": off / (off + 1), "isotropy": 1 / (1 + off)}
+            figures |= {"logit_max": 10 + 20 * off, "logit_mean": -20 * off, "logit_std": 3.0, "log_z_squared": 100.0}
+            for head, factor in (("float32", 1.0), ("bfloat16", 2.0)):
+                loss = 5.0 + factor * steepness * above
+                name = f"{head}-{method}-{rate:g}"
+                run = write_run(directory, name, 1, loss, figures, model__logits=head, **values, **common)
+                if (head, method, rate) == ("bfloat16", "adamw", RATES[-1]):
+                    diverge(run)
+        for core in ("adams", "muon"):
+            values = METHODS["coupled"][0] | {"optimizer__core__name": core, "model__logits": "float32"}
+            write_run(directory, f"{core}-{rate:g}", 1, 5.1 + 0.4 * above, None, **values, **common)
+
+
+def diverge(run: Path) -> None:
+    """Leave the run as if its loss had become infinite after the first evaluation."""
+    for file in (run / "evaluation").iterdir():
+        file.unlink()
+    first = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
+    (run / "metrics.jsonl").write_text(first)
+    (run / DIVERGED).write_text(json.dumps({"reason": "step 3: loss inf, gradient norm inf"}))

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from made_up import write_run, write_suite
+from made_up import diverge, write_run, write_suite
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -35,12 +35,33 @@ def test_the_columns_are_those_of_the_reference_in_its_order(tmp_path: Path) -> 
         "name", "test_loss (~)", "test_loss", "test_perplexity", "lm-eval-avg-acc", "lm-eval-avg-acc-std", "isotropy",
         "avg norm", "mu norm", "ratio norm", "eb_cos_sim", "eb_dot_sim", "corr_p(norm, lbp)", "corr_s(norm, lbp)",
         "corr_p(Emu, lbp)", "corr_s(Emu, lbp)", "Smin", "Smax", "Smin/Smax",
+        # and then those of ours
+        "family", "experiment", "seed", "model", "parameters", "tied", "tokens", "method", "core", "head", "lr",
+        "initial_loss", "diverged", "logit_mean", "logit_std", "logit_max", "log_z_squared", "version",
     ]  # fmt: skip
     found = dict(zip(header, row, strict=True))
     assert found["name"] == "exp-s1"
     assert float(found["test_loss (~)"]) == pytest.approx(6 + 8 / 9) and float(found["test_loss"]) == 6
     assert (found["lm-eval-avg-acc"], found["lm-eval-avg-acc-std"], found["isotropy"]) == ("0.4", "0.01", "0.5")
     assert (found["Smin"], found["Smax"], found["Smin/Smax"]) == ("1.0", "", "12.5")
+
+
+def test_the_columns_say_what_a_run_was(tmp_path: Path) -> None:
+    values = {"loss__z_loss": 1e-4, "model__tied": False, "model__logits": "bfloat16", "schedule__lr": 3e-2}
+    logits = {"logit_mean": -9.5, "logit_std": 3.0, "logit_max": 40.0, "log_z_squared": 81.0}
+    run = write_run(tmp_path, "mini-drift-z-loss-3e-2", 2, 5.5, logits, **values)
+    (run / "environment.json").write_text(json.dumps({"packages": {"coupled-adam": "1.2.3"}}))
+    (found,) = csv.DictReader(io.StringIO(aggregate.as_csv(aggregate.read_runs([tmp_path]))))
+    expected = {
+        "family": "drift", "experiment": "mini-drift-z-loss-3e-2", "seed": "2", "model": "gpt2", "tied": "false",
+        "tokens": "512", "method": "AdamW + z-loss", "core": "adamw", "head": "bfloat16", "lr": "0.03",
+        "diverged": "false", "initial_loss": "13.5", "logit_mean": "-9.5", "logit_std": "3.0", "logit_max": "40.0",
+        "log_z_squared": "81.0", "version": "1.2.3",
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+    diverge(run)
+    (found,) = csv.DictReader(io.StringIO(aggregate.as_csv(aggregate.read_runs([tmp_path]))))
+    assert (found["diverged"], found["test_loss"], found["initial_loss"]) == ("true", "", "13.5")
 
 
 def test_seeds_are_put_together_and_compared(tmp_path: Path) -> None:
@@ -81,6 +102,8 @@ def test_the_lines_are_in_the_layout_of_the_paper(tmp_path: Path) -> None:
 
 def test_sweeps_are_in_order_with_the_plain_optimizer_among_them(tmp_path: Path) -> None:
     write_suite(tmp_path)
+    centered = {"optimizer__embedding__name": "coupled_adam", "optimizer__embedding__center": True}
+    write_run(tmp_path, "centered", 1, **centered)
     found = aggregate.groups(aggregate.read_runs([tmp_path]))
     (line,) = aggregate.sweep(found, "coupling_scale")
     assert [g.first.experiment.optimizer.embedding.coupling_scale for g in line] == [0.5, 1.0, 2.0]

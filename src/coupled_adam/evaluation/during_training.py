@@ -1,25 +1,27 @@
 """Measure a model while it trains."""
 
 import functools
+import math
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from coupled_adam import geometry
 from coupled_adam.evaluation.embedding_figures import defined, figures_while_training
-from coupled_adam.evaluation.validation import held_out, validation_loss
+from coupled_adam.evaluation.validation import held_out, validate
 from coupled_adam.figures import Figures
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
-from coupled_adam.lm.train import Evaluate
+from coupled_adam.lm.train import DivergedError, Evaluate
 
 
 def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None) -> Evaluate:
     """Make the function that ``coupled_adam.lm.train.train`` calls: validation loss, and figures of the embeddings.
 
-    All ranks call it; what depends on the tokens' frequency and meaning is computed, and returned, on rank 0 only.
+    All ranks call it; what depends on the tokens' frequency and meaning is computed, and returned, on rank 0 only. It
+    raises DivergedError where the loss or the logits are not finite: no step says so before the next.
     """
     world, settings = world or World(), experiment.evaluation
     benchmarks, token_of = geometry.published_benchmarks(), functools.cache(corpus.words.token_of)
@@ -27,7 +29,10 @@ def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None
 
     def evaluate(model: LanguageModel, last: bool) -> Figures:
         count = settings.final_batches if last and settings.final_batches else settings.batches
-        figures: Figures = {"validation_loss": validation_loss(model, batches, count, world)}
+        figures: Figures = {**validate(model, batches, count, world)}
+        if not all(value is not None and math.isfinite(value) for value in figures.values()):
+            loss = figures["validation_loss"]
+            raise DivergedError(f"validation loss {loss}, or infinite logits. Lower schedule.lr, and start a new run")
         figures |= defined(dict(geometry.health(model, isotropy=True)))
         embedding = output_embedding(model)
         if world.is_main_process:

@@ -19,16 +19,20 @@ from coupled_adam.errors import InputError
 from coupled_adam.evaluation.downstream import PAPER_TASKS, downstream
 from coupled_adam.evaluation.embedding_figures import as_json
 from coupled_adam.evaluation.token_sample import sample_tokens
-from coupled_adam.evaluation.validation import batches_used, held_out, validation_loss
+from coupled_adam.evaluation.validation import batches_used, held_out, validate
 from coupled_adam.figures import FIGURES, figures
 from coupled_adam.files import read_json, write_json
 from coupled_adam.lm.export import export, exported_digest, transformers_config, write_model_card
+from coupled_adam.lm.loss import STATISTICS
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
 from coupled_adam.lm.run import Run, full_state_dict, open_run, sha256_of
 from coupled_adam.progress import say, warn
 
 STAGES = ("validation", "embeddings", "export", "downstream")
+
+#: In nats. There is no float for the perplexity of a model that is far worse than chance.
+HIGHEST_LOSS = 700.0
 
 
 @dataclass(frozen=True)
@@ -170,13 +174,16 @@ def _validation(run: Run, model: LanguageModel, weights: str, world: World) -> d
     settings = run.experiment.evaluation
     batches, count = held_out(run.experiment, run.corpus), settings.final_batches or settings.batches
     inputs = {"weights": weights, "corpus": run.corpus.fingerprint, "batches": count}
-    if known := world.broadcast_from_main(lambda: _known(run, "validation", inputs)):
+    known = world.broadcast_from_main(lambda: _known(run, "validation", inputs))
+    if known and STATISTICS[0] in known:  # else it is from before there were those of the logits
         return known
     if world.is_main_process:
         say(f"{run.experiment.run.name}: validation")
-    loss = validation_loss(model, batches, count, world)
+    found = validate(model, batches, count, world)
+    loss = found.pop("validation_loss")
     tokens = batches_used(batches, count) * batches.batch_size * batches.sequence_length
-    content = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens}
+    perplexity = math.exp(loss) if loss < HIGHEST_LOSS else None
+    content = {"loss": loss, "perplexity": perplexity, "tokens": tokens, **found}
     return world.broadcast_from_main(lambda: _written(run, "validation", inputs, content))
 
 

@@ -6,6 +6,7 @@ from coupled_adam.errors import InputError
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
+from coupled_adam.lm.loss import STATISTICS
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
 
@@ -22,10 +23,13 @@ def batches_used(batches: Batches, count: int) -> int:
 
 
 @torch.no_grad()
-def validation_loss(model: LanguageModel, batches: Batches, count: int, world: World | None = None) -> float:
-    """Compute the mean cross entropy per token, in nats, over ``count`` batches, or one pass if that is less.
+def validate(model: LanguageModel, batches: Batches, count: int, world: World | None = None) -> dict[str, float]:
+    """Measure how the model predicts ``count`` batches, or one pass over the text if that is less.
 
-    The ranks share each batch, and all get the result; the model is called equally often on each.
+    ``validation_loss`` is the mean cross entropy per token, in nats, of the logits as the model makes them: capped and
+    rounded, without penalties. ``logit_mean``, ``logit_std``, ``logit_max`` and ``log_z_squared`` are means over the
+    tokens of what ``lm.loss.STATISTICS`` says, in float32. The ranks share each batch, and all get the result; the
+    model is called equally often on each.
 
     Raises:
         InputError: there are more ranks than sequences in a batch.
@@ -35,9 +39,10 @@ def validation_loss(model: LanguageModel, batches: Batches, count: int, world: W
         raise InputError(
             f"{world.size} ranks share batches of {batches.batch_size} sequences: start at most so many processes"
         )
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2 + len(STATISTICS), dtype=torch.float64)
     for step in range(batches_used(batches, count)):
         inputs, targets = (x.tensor_split(world.size)[world.rank].to(world.device) for x in batches.batch(step))
-        total += torch.tensor([model(inputs, targets).item(), targets.numel()])
-    loss, tokens = world.sum(total.to(world.device)).tolist()
-    return float(loss / tokens)
+        losses = model(inputs, targets)
+        total += torch.tensor([targets.numel(), losses.cross_entropy, *losses.statistics], dtype=torch.float64)
+    tokens, *sums = world.sum(total.to(world.device)).tolist()
+    return {name: value / tokens for name, value in zip(("validation_loss", *STATISTICS), sums, strict=True)}

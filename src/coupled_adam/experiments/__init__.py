@@ -1,7 +1,8 @@
 """The experiments and the published results, as data.
 
 A suite is a file of ``[defaults]``, named ``[parts]``, and ``[experiments]``, each a list of parts that are laid over
-the defaults in their order.
+the defaults in their order. ``[grids]`` hold experiments that are products of parts (``grids.expand``), and
+``[families]`` what one call trains together: seeds, and experiments by name or by pattern.
 """
 
 import difflib
@@ -13,9 +14,10 @@ from importlib.resources import files
 from typing import Any
 
 from coupled_adam.errors import InputError
+from coupled_adam.experiments.grids import Grid, check_parts, expand, matching
 from coupled_adam.lm.config import Experiment
 
-SUITES = ("small", "large", "mini")
+SUITES = ("small", "large", "mini", "oec")
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,25 @@ class Published:
     downstream_accuracy: float | None = None
 
 
+@dataclass(frozen=True)
+class PublishedSweep:
+    """A sweep over learning rates of arXiv 2601.02031. None where a figure is not known at every rate."""
+
+    model: str
+    method: str
+    lr_sensitivity: float
+    initial_loss: float
+    coefficient: float | None = None
+    """λ of μ-loss or z-loss."""
+    best_loss: float | None = None
+    losses: list[float] | None = None
+    norm_of_mean: list[float] | None = None
+    logit_mean: list[float] | None = None
+    logit_max: list[float] | None = None
+
+
 def names(suite: str | None = None) -> list[str]:
-    """List all experiments, or those of ``"small"``, ``"large"`` or ``"mini"``."""
+    """List all experiments, or those of ``"small"``, ``"large"``, ``"mini"`` or ``"oec"``."""
     return [name for s in (SUITES if suite is None else (suite,)) for name in _suite(s)["experiments"]]
 
 
@@ -53,13 +72,34 @@ def load(name: str, seed: int = 1) -> Experiment:
 
 def families(suite: str = "mini") -> dict[str, dict[str, Any]]:
     """Return the experiments and seeds of each family that ``coupled-adam reproduce`` runs."""
-    found: dict[str, dict[str, Any]] = _suite(suite)["families"]
-    return found
+    return {
+        family: {
+            **content,
+            "experiments": matching(f"{suite}.toml, family {family}", content["experiments"], names(suite)),
+        }
+        for family, content in _suite(suite)["families"].items()
+    }
+
+
+def grids() -> list[Grid]:
+    """Return the grids of all suites; their experiments are among ``names()`` too."""
+    return [grid for suite in SUITES for grid in _suite(suite)["grids"].values()]
 
 
 def published() -> list[Published]:
     """Return the results of the paper, in its order."""
     return [Published(**row) for row in tomllib.loads(_read("published.toml"))["result"]]
+
+
+def published_sweeps() -> list[PublishedSweep]:
+    """Return the sweeps of arXiv 2601.02031, by size; the figures of a list belong to ``published_learning_rates``."""
+    return [PublishedSweep(**row) for row in tomllib.loads(_read("published.toml"))["centering"]["result"]]
+
+
+def published_learning_rates() -> list[float]:
+    """Return the seven learning rates of those sweeps, ascending."""
+    rates: list[float] = tomllib.loads(_read("published.toml"))["centering"]["learning_rates"]
+    return rates
 
 
 def published_second_moment_fit() -> tuple[float, float]:
@@ -75,7 +115,17 @@ def published_result(model: str, tokens: str, method: str) -> Published:
 
 @cache
 def _suite(name: str) -> dict[str, Any]:
-    return tomllib.loads(_read(f"{name}.toml"))
+    suite = tomllib.loads(_read(f"{name}.toml"))
+    parts, listed = suite["parts"], suite.setdefault("experiments", {})
+    for experiment, named in listed.items():
+        check_parts(f"{name}.toml, {experiment}", named, parts)
+    tables = suite.get("grids", {})
+    suite["grids"] = {key: expand(f"{name}.toml, grid {key}", table, parts) for key, table in tables.items()}
+    for key, grid in suite["grids"].items():
+        if twice := sorted(listed.keys() & grid.experiments.keys()):
+            raise InputError(f"{name}.toml, grid {key}: there is an experiment {twice[0]} already")
+        listed |= grid.experiments
+    return suite
 
 
 def _lay_over(tables: dict[str, Any], part: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
     Raises:
         TypeError: the optimizer is of another kind.
         ValueError: ``param`` is no matrix of the optimizer or has not been stepped; its step or decay does not split:
-            atan2 (Adams), spectral decay, L2 regularization inside Adam's gradient.
+            atan2 (Adams), spectral decay, L2 regularization inside Adam's gradient; or the group has ``center=True``.
 
     >>> weight = torch.nn.Parameter(torch.ones(3, 2))
     >>> optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5)
@@ -233,6 +233,8 @@ def _group_of(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
     if "direction" in group:  # one of ours
         if (group["direction"], group["decay"]) != ("ratio", "decoupled"):
             raise ValueError(f"the step of {name} (atan2, or spectral decay) does not split by cause, as Adam's does")
+        if group["center"]:
+            raise ValueError(f"{name} centers this matrix in every step (center=True): its mean stays 0")
     elif not isinstance(optimizer, Adam):
         raise TypeError(f"drift does not know the step of {name}; it knows torch.optim.AdamW and Adam, and CoupledAdam")
     if not group.get("decoupled_weight_decay", True) and group["weight_decay"]:

@@ -8,7 +8,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -212,9 +212,19 @@ def load_checkpoint(
             set_model_state_dict(model, model_state)
         else:
             model_state, optimizer_state = get_state_dict(model, optimizers)
+            groups: list[dict[str, Any]] = optimizer_state["param_groups"]
+            known = reader.read_metadata().state_dict_metadata
+            newer = [_not_stored(group, f"optimizer.param_groups.{i}", known) for i, group in enumerate(groups)]
             load({"model": model_state, "optimizer": optimizer_state}, storage_reader=reader, no_dist=alone)
+            for group, settings in zip(groups, newer, strict=True):
+                group |= settings
             set_state_dict(model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state)
     return state
+
+
+def _not_stored(group: dict[str, Any], name: str, known: Collection[str]) -> dict[str, Any]:
+    """Take out of a group the settings that there were not yet when the checkpoint was saved: the run's own stay."""
+    return {key: group.pop(key) for key in list(group) if key != "params" and f"{name}.{key}" not in known}
 
 
 def tensor_names(path: Path) -> set[str]:

@@ -44,6 +44,13 @@ class Model(Section):
     """Whether the token embedding is also the output head."""
     norm: Literal["layernorm", "rmsnorm"] | None = None
     """None: that of the family."""
+    qk_norm: bool = False
+    """Normalize queries and keys, head by head, so that attention stands large learning rates."""
+    mlp_multiple: PositiveInt = 128
+    """The width of the MLP of ``llama``, 8/3·hidden_size, is rounded up to a multiple of this."""
+    logits: Literal["float32", "bfloat16"] | None = None
+    """What the head's products are rounded to, in training and after it, whatever the rest is. None: as all products
+    are, so as ``train.precision`` in training and float32 in evaluation."""
 
     @model_validator(mode="after")
     def _heads_divide_hidden_size(self) -> Self:
@@ -55,10 +62,20 @@ class Model(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _multiple_is_used(self) -> Self:
+        if self.family == "gpt2" and self.mlp_multiple != type(self).model_fields["mlp_multiple"].default:
+            raise ValueError(
+                f"mlp_multiple {self.mlp_multiple} is for the family llama; the MLP of gpt2 is 4·hidden_size wide: "
+                "leave it out"
+            )
+        return self
+
     @property
     def intermediate_size(self) -> int:
-        """Width of the MLP: 4·hidden_size, or for ``llama`` 8/3·hidden_size rounded up to a multiple of 128."""
-        return 4 * self.hidden_size if self.family == "gpt2" else -(-8 * self.hidden_size // (3 * 128)) * 128
+        """Width of the MLP: 4·hidden_size, or for ``llama`` 8/3·hidden_size rounded up to a ``mlp_multiple``."""
+        multiple = self.mlp_multiple
+        return 4 * self.hidden_size if self.family == "gpt2" else -(-8 * self.hidden_size // (3 * multiple)) * multiple
 
     @property
     def norm_name(self) -> str:
@@ -68,7 +85,8 @@ class Model(Section):
 
 class Data(Section):
     source: str = Field(default="wikipedia-sample", min_length=1)
-    """What ``coupled-adam prepare`` is given: ``wikipedia-sample``, a file or directory, or a dataset's name."""
+    """What ``coupled-adam prepare`` is given: ``wikipedia-sample`` or ``wikipedia-leads`` (both come with packages), a
+    file or directory, or a dataset's name."""
     tokenizer: str = Field(default="bpe", min_length=1)
     """``bpe``: a byte-level BPE of ``vocab_size`` tokens, trained on the text; or a tokenizer's name or directory."""
     vocab_size: int = Field(default=8192, ge=257, le=2_000_000)
@@ -79,6 +97,23 @@ class Data(Section):
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: matrix products are fastest at multiples of 64."""
         return -(-self.vocab_size // 64) * 64
+
+
+class Loss(Section):
+    """What is minimized besides the cross entropy, and what bounds the logits. Figures are of the cross entropy."""
+
+    z_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """λ of λ·(log Z)², mean over the tokens; usual: 1e-4."""
+    mu_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """λ of λ·‖μ‖², μ the mean output embedding; usual: 1e-4."""
+    softcap: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Logits are cap·tanh(logits / cap), in training and after it; usual: 30. None: as they are."""
+
+    @property
+    def label(self) -> str:
+        """What people call the methods that are on; empty if none is."""
+        parts = [("μ-loss", self.mu_loss, 1e-4), ("z-loss", self.z_loss, 1e-4), ("soft-cap", self.softcap, 30.0)]
+        return " + ".join(name if value == usual else f"{name} ({value:g})" for name, value, usual in parts if value)
 
 
 class CoreOptimizer(Section):
@@ -107,6 +142,8 @@ class EmbeddingOptimizer(Section):
     """Multiplies the learning rate of the schedule."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Of ``sgd``."""
+    center: bool = False
+    """Subtract the mean row of the matrix after every step."""
 
     @property
     def label(self) -> str:
@@ -191,6 +228,7 @@ class Experiment(Section):
     run: Run
     model: Model = Model()
     data: Data = Data()
+    loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     train: Train = Train()
@@ -206,6 +244,23 @@ class Experiment(Section):
                 f"data.sequence_length {self.data.sequence_length}"
             )
         return self
+
+    @property
+    def method(self) -> str:
+        """What people call how the output embedding was trained; how the head rounds is no part of it."""
+        embedding = self.optimizer.embedding
+        parts = [embedding.label, "center" if embedding.center else "", self.loss.label]
+        return " + ".join(part for part in parts if part)
+
+    @property
+    def caveats(self) -> list[str]:
+        """What a user may not expect of settings that go together, each in one line."""
+        if not self.optimizer.embedding.center:
+            return []
+        shifted = "optimizer.embedding.center changes what the model predicts"
+        tied = f"{shifted}, as the embeddings are tied and its input moves too; with model.tied = false it would not"
+        capped = f"{shifted}, as a capped logit is not just shifted; without loss.softcap it would not"
+        return [line for line, holds in ((tied, self.model.tied), (capped, self.loss.softcap)) if holds]
 
     @property
     def batch_size(self) -> int:

@@ -1,9 +1,11 @@
-"""A run to a Hugging Face directory that transformers loads without this package: GPT2LMHeadModel, LlamaForCausalLM.
+"""A run to a Hugging Face directory that transformers loads without this package.
 
-GPT-2's biases, which our models do not have, are zeros there. Nothing is lost: the weights are stored as they are.
+GPT-2 is a GPT2LMHeadModel, with zeros for the biases that ours does not have; LLaMA a LlamaForCausalLM, with normalized
+queries and keys a Qwen3ForCausalLM, with a soft-cap a VaultGemmaForCausalLM. The embeddings are stored as they are.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,10 +41,10 @@ def export(run: Run, weights: dict[str, Tensor], digest: str, directory: Path) -
     import transformers
 
     with torch.device("meta"):
-        kind = transformers.GPT2Config if config["model_type"] == "gpt2" else transformers.LlamaConfig
-        model = transformers.AutoModelForCausalLM.from_config(kind(**config))  # type: ignore[no-untyped-call]
+        kind: Any = transformers.AutoConfig.for_model(**config)
+        model = transformers.AutoModelForCausalLM.from_config(kind)  # type: ignore[no-untyped-call]
     end = config["eos_token_id"]
-    model.load_state_dict(dict(_translated(run.experiment.model, weights)), strict=True, assign=True)
+    model.load_state_dict(dict(_translated(run.experiment, weights)), strict=True, assign=True)
     model.tie_weights()
     ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     model.generation_config = transformers.GenerationConfig(**ends)  # type: ignore[no-untyped-call]
@@ -76,15 +78,11 @@ def exported_digest(directory: Path) -> str | None:
 
 
 def transformers_config(experiment: Experiment, corpus: Corpus) -> dict[str, Any]:
-    """Return the fields of a GPT2Config or LlamaConfig. Raises InputError where transformers provides no such model."""
-    model = experiment.model
-    if model.norm_name != {"gpt2": "layernorm", "llama": "rmsnorm"}[model.family]:
-        raise InputError(
-            f"{experiment.run.name}: transformers has no {model.family} with {model.norm_name}; "
-            "it can be trained and measured, but not exported"
-        )
-    end = int(corpus.meta["end_of_document"])
+    """Return the fields of a configuration, ``model_type`` too. Raises InputError where transformers has no such model."""
+    model, kind = experiment.model, _model_type(experiment)
+    end, size = int(corpus.meta["end_of_document"]), model.hidden_size // model.n_heads
     common = {
+        "model_type": kind,
         "vocab_size": corpus.vocab_size,
         "bos_token_id": end,
         "eos_token_id": end,
@@ -92,9 +90,8 @@ def transformers_config(experiment: Experiment, corpus: Corpus) -> dict[str, Any
         "initializer_range": 0.02,
         "dtype": "float32",
     }
-    if model.family == "gpt2":
+    if kind == "gpt2":
         return common | {
-            "model_type": "gpt2",
             "n_positions": experiment.data.sequence_length,
             "n_embd": model.hidden_size,
             "n_layer": model.n_layers,
@@ -106,25 +103,60 @@ def transformers_config(experiment: Experiment, corpus: Corpus) -> dict[str, Any
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
         }
-    return common | {
-        "model_type": "llama",
+    common |= {
         "max_position_embeddings": experiment.data.sequence_length,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.intermediate_size,
         "num_hidden_layers": model.n_layers,
         "num_attention_heads": model.n_heads,
         "num_key_value_heads": model.n_heads,
-        "hidden_act": "silu",
+        "head_dim": size,
         "rms_norm_eps": RMS_EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE},
         "attention_bias": False,
-        "mlp_bias": False,
     }
+    match kind:
+        case "llama":
+            return common | {"hidden_act": "silu", "mlp_bias": False}
+        case "qwen3":
+            return common | {"hidden_act": "silu", "use_sliding_window": False}
+        case _:
+            return common | {
+                "hidden_activation": "silu",
+                "rms_norm_eps": RMS_EPS * model.hidden_size,  # of activations that are √H as long: see _vaultgemma
+                "query_pre_attn_scalar": size,
+                "layer_types": ["full_attention"] * model.n_layers,
+                "sliding_window": experiment.data.sequence_length,  # asked for, though no layer has one
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": experiment.loss.softcap,
+                "pad_token_id": None,
+            }
 
 
-def _translated(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _model_type(experiment: Experiment) -> str:
+    """The name that transformers has for the architecture. Raises InputError if it has none."""
+    model = experiment.model
+    usual = model.norm_name == {"gpt2": "layernorm", "llama": "rmsnorm"}[model.family]
+    extras = [] if usual else [model.norm_name]
+    extras += ["model.qk_norm"] if model.qk_norm else []
+    extras += ["loss.softcap"] if experiment.loss.softcap else []
+    match model.family, extras:
+        case family, []:
+            return family
+        case "llama", ["model.qk_norm"]:
+            return "qwen3"
+        case "llama", ["loss.softcap"]:
+            return "vaultgemma"
+    raise InputError(
+        f"{experiment.run.name}: transformers has no {model.family} with {' and '.join(extras)}; "
+        "it can be trained and measured, but not exported"
+    )
+
+
+def _translated(experiment: Experiment, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Our weights under the names and in the layouts of transformers."""
-    yield from (_gpt2 if model.family == "gpt2" else _llama)(model, ours)
+    translate = {"gpt2": _gpt2, "vaultgemma": _vaultgemma}.get(_model_type(experiment), _llama)
+    yield from translate(experiment.model, ours)
     yield "lm_head.weight", ours["head.weight"]
 
 
@@ -157,6 +189,9 @@ def _llama(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
         parts = ours[f"{a}.attention.qkv.weight"].chunk(3)
         for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
             yield f"{b}.self_attn.{name}.weight", part.contiguous()
+        if model.qk_norm:
+            yield f"{b}.self_attn.q_norm.weight", ours[f"{a}.attention.q_norm.weight"]
+            yield f"{b}.self_attn.k_norm.weight", ours[f"{a}.attention.k_norm.weight"]
         yield f"{b}.self_attn.o_proj.weight", ours[f"{a}.attention.proj.weight"]
         yield f"{b}.mlp.gate_proj.weight", ours[f"{a}.mlp.gate.weight"]
         yield f"{b}.mlp.up_proj.weight", ours[f"{a}.mlp.fc.weight"]
@@ -164,6 +199,20 @@ def _llama(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
         yield f"{b}.input_layernorm.weight", ours[f"{a}.attention_norm.weight"]
         yield f"{b}.post_attention_layernorm.weight", ours[f"{a}.mlp_norm.weight"]
     yield "model.norm.weight", ours["final_norm.weight"]
+
+
+def _vaultgemma(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """As LLaMA's, to float32 rounding. It multiplies embeddings by √H, and RMSNorm by 1 + weight.
+
+    The blocks add √H times as much each, and RMSNorm, with an ε that is H times as large, takes the factor off again.
+    """
+    for name, weight in _llama(model, ours):
+        theirs = name.replace("post_attention_layernorm", "pre_feedforward_layernorm")
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight = weight * math.sqrt(model.hidden_size)
+        elif name.endswith("norm.weight"):
+            weight = weight - 1
+        yield theirs, weight
 
 
 def _save_tokenizer(run: Run, directory: Path) -> None:
@@ -204,10 +253,12 @@ def model_card(run: Run, figures: Mapping[str, str]) -> str:
         f"{e.model.n_heads} heads, hidden size {e.model.hidden_size}, {run.corpus.vocab_size:,} rows in the "
         f"{'tied ' if e.model.tied else ''}embedding, sequences of {e.data.sequence_length:,} tokens. "
         f"Trained from seed {e.run.seed} on {run.step * e.train.batch_tokens:,} tokens of {run.corpus.meta['source']} "
-        f"with {e.optimizer.embedding.label} on the output embedding and {e.optimizer.core.name} on the rest "
+        f"with {e.method} on the output embedding and {e.optimizer.core.name} on the rest "
         f"(step {run.step:,} of {e.train.steps:,}).",
         "",
     ]
+    if e.model.logits == "bfloat16":
+        lines += ["Its logits were rounded to bfloat16 in training, and for the figures; here they are not.", ""]
     if figures:
         lines += ["| figure | value |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in figures.items())]
         lines.append("")

@@ -23,10 +23,11 @@ def watch_drift(
         state: what the checkpoint's state.json holds; None at the start.
 
     Returns:
-        None if ``evaluation.drift`` is off, the embedding's optimizer is no Adam, or the checkpoint is from before
-        there were such sums: what its steps did is not known any more.
+        None if ``evaluation.drift`` is off, the embedding is centered, its optimizer is no Adam, or the checkpoint is
+        from before there were such sums: what its steps did is not known any more.
     """
-    if not experiment.evaluation.drift or experiment.optimizer.embedding.name not in SPLIT:
+    embedding = experiment.optimizer.embedding
+    if not experiment.evaluation.drift or embedding.center or embedding.name not in SPLIT:
         return None
     if state is not None and "drift" not in state:
         return None

@@ -1,14 +1,15 @@
 """The language models: a GPT-2 and a LLaMA without biases, to be read in one sitting."""
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from coupled_adam.lm.config import Model
-from coupled_adam.lm.loss import TiedGradient, linear_cross_entropy, tied_embedding
+from coupled_adam.lm.config import Loss, Model
+from coupled_adam.lm.loss import Losses, TiedGradient, head_logits, linear_cross_entropy, tied_embedding
 
 #: θ of the rotary positions, and ε of RMSNorm, as LLaMA has them.
 ROTARY_BASE, RMS_EPS = 10_000.0, 1e-5
@@ -20,6 +21,8 @@ class Attention(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.n_heads = config.n_heads
+        size = config.hidden_size // config.n_heads
+        self.q_norm, self.k_norm = (make_norm(config, size) if config.qk_norm else nn.Identity() for _ in range(2))
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
@@ -28,6 +31,7 @@ class Attention(nn.Module):
         batch, sequence, size = x.shape
         qkv = self.qkv(x).view(batch, sequence, 3, self.n_heads, size // self.n_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, sequence, size / heads)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -72,9 +76,9 @@ class Block(nn.Module):
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config)
+        self.attention_norm = make_norm(config, config.hidden_size)
         self.attention = Attention(config)
-        self.mlp_norm = make_norm(config)
+        self.mlp_norm = make_norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
@@ -83,11 +87,11 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
-def make_norm(config: Model) -> nn.Module:
-    """Make a LayerNorm or RMSNorm, without bias."""
+def make_norm(config: Model, size: int) -> nn.Module:
+    """Make a LayerNorm or RMSNorm over ``size`` components, without bias."""
     if config.norm_name == "rmsnorm":
-        return nn.RMSNorm(config.hidden_size, eps=RMS_EPS)
-    return nn.LayerNorm(config.hidden_size, bias=False)
+        return nn.RMSNorm(size, eps=RMS_EPS)
+    return nn.LayerNorm(size, bias=False)
 
 
 class LanguageModel(nn.Module):
@@ -96,13 +100,13 @@ class LanguageModel(nn.Module):
     Initialized as GPT-2: N(0, 0.02), residual projections by 1/√(2·layers) smaller.
     """
 
-    def __init__(self, config: Model, vocab_size: int, sequence_length: int) -> None:
+    def __init__(self, config: Model, vocab_size: int, sequence_length: int, loss: Loss | None = None) -> None:
         super().__init__()
-        self.config, self.activation_checkpointing = config, False
+        self.config, self.loss, self.activation_checkpointing = config, loss or Loss(), False
         self.token_embedding = nn.Embedding(vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(sequence_length, config.hidden_size) if config.family == "gpt2" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.final_norm = make_norm(config)
+        self.final_norm = make_norm(config, config.hidden_size)
         self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.token_embedding.weight
@@ -134,7 +138,13 @@ class LanguageModel(nn.Module):
                 x = block(x, rope)
         return self.final_norm(x)  # type: ignore[no-any-return]
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    @overload
+    def forward(self, tokens: Tensor, targets: None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, tokens: Tensor, targets: Tensor) -> Losses: ...
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor | Losses:
         """Compute logits, or the loss of ``targets``.
 
         The loss takes one backward pass, and reads a tied embedding past its module and the module's hooks.
@@ -144,13 +154,23 @@ class LanguageModel(nn.Module):
             targets: IDs of the next tokens, of the same shape; None for logits.
 
         Returns:
-            (batch, sequence, vocabulary), or the sum over all positions of the cross entropy in nats, a scalar.
+            (batch, sequence, vocabulary), capped and rounded as the experiment says; or sums over all positions: what
+            is minimized, the cross entropy in nats, and where gradients are off what the logits are like.
         """
+        weight, cap, rounding = self.head.weight, self.loss.softcap, self.config.logits
         if targets is None:
-            return self.head(self.hidden(tokens))  # type: ignore[no-any-return]
+            return head_logits(self.hidden(tokens), weight, cap, rounding)
         tied = TiedGradient() if self.config.tied else None
-        hidden = self.hidden(tokens, tied).flatten(0, 1)
-        return linear_cross_entropy(hidden, self.head.weight, targets.flatten(), tied)
+        return linear_cross_entropy(
+            self.hidden(tokens, tied).flatten(0, 1),
+            weight,
+            targets.flatten(),
+            tied,
+            z_loss=self.loss.z_loss,
+            mu_loss=self.loss.mu_loss,
+            softcap=cap,
+            logits=rounding,
+        )
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -158,8 +178,10 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def build_model(config: Model, vocab_size: int, sequence_length: int, seed: int) -> LanguageModel:
+def build_model(
+    config: Model, vocab_size: int, sequence_length: int, seed: int, loss: Loss | None = None
+) -> LanguageModel:
     """Build a model whose initial weights depend on ``seed`` alone; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LanguageModel(config, vocab_size, sequence_length)
+        return LanguageModel(config, vocab_size, sequence_length, loss)

@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from coupled_adam.errors import InputError
 from coupled_adam.lm.config import CoreOptimizer, EmbeddingOptimizer, Experiment
 from coupled_adam.lm.model import LanguageModel
-from coupled_adam.optim import Adams, CoupledAdam, param_groups
+from coupled_adam.optim import Adams, CoupledAdam, center_, param_groups
 
 
 class Optimizers:
@@ -19,6 +19,8 @@ class Optimizers:
 
     def __init__(self, optimizers: Sequence[Optimizer], lr_factors: Sequence[float], max_grad_norm: float) -> None:
         self.all, self.lr_factors, self.max_grad_norm = list(optimizers), list(lr_factors), max_grad_norm
+        self.centered: list[Tensor] = []
+        """Matrices whose mean row is to be subtracted after every step, where their optimizer does not do it."""
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
@@ -39,14 +41,23 @@ class Optimizers:
         norm = clip_grad_norm_(parameters, self.max_grad_norm)
         for optimizer in self.all:
             optimizer.step()
+        for weight in self.centered:
+            center_(weight)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def build_optimizers(model: LanguageModel, experiment: Experiment) -> Optimizers:
     """Build the optimizers that the experiment names. Where the embeddings are tied, both are the output embedding."""
+    built, weight = _built(model, experiment), model.get_output_embeddings().weight
+    centers = isinstance(built.all[0], CoupledAdam | Adams)  # the first one has the output embedding
+    built.centered = [weight] if experiment.optimizer.embedding.center and not centers else []
+    return built
+
+
+def _built(model: LanguageModel, experiment: Experiment) -> Optimizers:
     core, embedding = experiment.optimizer.core, experiment.optimizer.embedding
     max_grad_norm = experiment.train.max_grad_norm
-    groups = param_groups(model, weight_decay=core.weight_decay)
+    groups = param_groups(model, weight_decay=core.weight_decay, center=embedding.center)
     if core.name == "adamw" and embedding.name in ("adamw", "coupled_adam") and embedding.lr_factor == 1:
         return Optimizers([_adam(groups, core, embedding, max_grad_norm)], [1.0], max_grad_norm)
     if core.name == embedding.name == "adams" and embedding.lr_factor == 1:

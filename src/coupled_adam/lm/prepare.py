@@ -23,7 +23,7 @@ from coupled_adam.errors import InputError
 from coupled_adam.files import checksums, make_directory, move_into_place, read_json, write_json
 from coupled_adam.lm.config import Data, Experiment
 from coupled_adam.lm.corpus import FORMAT, Corpus, Tokens, open_corpus
-from coupled_adam.lm.sources import Source, WikipediaSample
+from coupled_adam.lm.sources import PACKAGED, Source
 from coupled_adam.lm.tokenizer import tokenizer_for
 from coupled_adam.progress import say
 
@@ -39,19 +39,19 @@ BATCH_DOCUMENTS = 1_000
 
 
 def corpus_for(experiment: Experiment, directory: Path | None) -> Corpus:
-    """Open the corpus in ``directory``, if the experiment can train on it; without one, prepare the Wikipedia sample.
+    """Open the corpus in ``directory``, if the experiment can train on it; without one, prepare text of a package.
 
     Raises:
         InputError: the experiment needs other text, or the corpus has more tokens than the model.
     """
     data = experiment.data
     if directory is None:
-        if (data.source, data.tokenizer) != ("wikipedia-sample", "bpe"):
+        if data.source not in PACKAGED or data.tokenizer != "bpe":
             raise InputError(
                 f"{experiment.run.name} trains on {data.source}: prepare it (coupled-adam prepare {data.source} "
                 f"--tokenizer {data.tokenizer} --out DIR), then give --data DIR"
             )
-        return prepare(WikipediaSample(), data, Path("data") / f"wikipedia-sample-bpe-{data.vocab_size}")
+        return prepare(PACKAGED[data.source](), data, Path("data") / f"{data.source}-bpe-{data.vocab_size}")
     corpus = open_corpus(directory)
     if corpus.vocab_size > data.padded_vocab_size:
         raise InputError(

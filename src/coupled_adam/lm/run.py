@@ -35,7 +35,8 @@ class Run:
     def model(self, world: World | None = None) -> LanguageModel:
         """Load the model in evaluation mode. Several ranks share it as they did in training."""
         world, config = world or World(), self.experiment
-        model = build_model(config.model, self.corpus.vocab_size, config.data.sequence_length, config.run.seed)
+        sizes = self.corpus.vocab_size, config.data.sequence_length
+        model = build_model(config.model, *sizes, config.run.seed, config.loss)
         model = model.to(world.device)
         parallelize(model, config.parallel, world)
         load_checkpoint(self.checkpoint, model, world=world)

@@ -35,7 +35,7 @@ from coupled_adam.lm.parallel import World, no_sync, parallelize
 from coupled_adam.lm.run import check_corpus, read_environment
 from coupled_adam.lm.schedule import learning_rate
 from coupled_adam.lm.tracking import Track, require_trackers, trackers
-from coupled_adam.progress import progress_bar
+from coupled_adam.progress import progress_bar, warn
 
 Evaluate = Callable[[LanguageModel, bool], Figures]
 
@@ -99,7 +99,7 @@ class Prepared:
 
 def _prepared(experiment: Experiment, corpus: Corpus, run_dir: Path, world: World) -> Prepared:
     sequence_length, seed = experiment.data.sequence_length, experiment.run.seed
-    model = build_model(experiment.model, corpus.vocab_size, sequence_length, seed).to(world.device)
+    model = build_model(experiment.model, corpus.vocab_size, sequence_length, seed, experiment.loss).to(world.device)
     model.activation_checkpointing = experiment.train.activation_checkpointing
     if experiment.train.compile:
         for block in model.blocks:
@@ -120,6 +120,7 @@ def _train(prepared: Prepared, run_dir: Path, evaluate: Evaluate, world: World, 
     experiment, model, optimizers, drift = prepared.experiment, prepared.model, prepared.optimizers, prepared.drift
     config, every, start = experiment.train, experiment.evaluation.every, prepared.start
     flops, peak = flops_per_token(experiment, parameter_count(model)), peak_flops(experiment, world)
+    penalized = experiment.loss.z_loss > 0 or experiment.loss.mu_loss > 0
     done = start
     with (
         recorded(experiment, run_dir, start, world) as write,
@@ -131,13 +132,15 @@ def _train(prepared: Prepared, run_dir: Path, evaluate: Evaluate, world: World, 
         for step in range(start, config.steps):
             began = time.perf_counter()
             optimizers.zero_grad()
-            loss = backward(prepared.wrapped, prepared.batches.batch(step), micro, config.precision, world)
-            loss = world.sum(torch.tensor(loss, dtype=torch.float64)).item()
+            parts = backward(prepared.wrapped, prepared.batches.batch(step), micro, config.precision, world)
+            loss, penalty = world.sum(parts).tolist()
             lr = learning_rate(step, experiment.schedule, config.steps)
             norm = optimizers.step(lr).item()
-            _check_finite(step, loss, norm)
+            _check_finite(step, loss + penalty, norm)
             done, rate, last = step + 1, config.batch_tokens / (time.perf_counter() - began), step + 1 == config.steps
             line: dict[str, Any] = {"step": done, "tokens": done * config.batch_tokens, "loss": loss, "lr": lr}
+            if penalized:
+                line["penalty"] = penalty
             line |= {"grad_norm": norm, "tokens_per_second": round(rate), "flops_per_second": round(rate * flops)}
             if done % every == 0 or last:
                 line |= evaluate(model, last) | drift_figures(drift)
@@ -178,20 +181,25 @@ def micro_batch(experiment: Experiment, world: World) -> int:
     return micro
 
 
-def backward(model: nn.Module, batch: tuple[Tensor, Tensor], micro: int, precision: str, world: World) -> float:
-    """Compute gradients of the global batch's mean loss per token. Returns this rank's part of that loss."""
+def backward(model: nn.Module, batch: tuple[Tensor, Tensor], micro: int, precision: str, world: World) -> Tensor:
+    """Compute gradients of the global batch's mean loss per token, its penalties included.
+
+    Returns:
+        This rank's parts of the cross entropy and of the penalties, float64 (2,) on its device.
+    """
     count = batch[0].numel()
     tokens, targets = (x.chunk(world.size)[world.rank] for x in batch)
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    parted = torch.zeros(2, dtype=torch.float64, device=world.device)
     parts = list(zip(torch.split(tokens, micro), torch.split(targets, micro), strict=True))
     for i, (inputs, wanted) in enumerate(parts):
         with no_sync(model, enabled=i + 1 < len(parts)):
             with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                loss = model(inputs.to(world.device), wanted.to(world.device)) / count
+                losses = model(inputs.to(world.device), wanted.to(world.device))
             # The ranks' gradients are averaged, but their parts of the loss are to be summed.
-            (loss * world.size).backward()
-        total += loss.detach()
-    return total.item()  # once: on an accelerator reading a number waits for it
+            (losses.total * (world.size / count)).backward()
+        entropy = losses.cross_entropy
+        parted += torch.stack([entropy, losses.total.detach() - entropy]) / count
+    return parted
 
 
 @contextmanager
@@ -254,6 +262,8 @@ def _claim(run_dir: Path, experiment: Experiment, corpus: Corpus, lock: FileLock
                 )
             check_corpus(run_dir, read_environment(run_dir), corpus)
             return
+        for caveat in experiment.caveats:
+            warn(f"{experiment.run.name}: {caveat}")
         packages = {name: version(name) for name in ("torch", "numpy", "tokenizers")}
         environment = {
             "python": platform.python_version(),

@@ -1,9 +1,10 @@
 """The optimizers. They need torch alone."""
 
 from coupled_adam.optim.adams import Adams
+from coupled_adam.optim.center import center_
 from coupled_adam.optim.coupled_adam import CoupledAdam
 from coupled_adam.optim.describe import describe
 from coupled_adam.optim.groups import param_groups
 from coupled_adam.optim.zero import Adams_ZeRO
 
-__all__ = ["Adams", "Adams_ZeRO", "CoupledAdam", "describe", "param_groups"]
+__all__ = ["Adams", "Adams_ZeRO", "CoupledAdam", "center_", "describe", "param_groups"]

@@ -82,6 +82,7 @@ class Adams(AdamFamily):
             "second_moment": "elementwise",
             "direction": "atan2",
             "decay": "spectral",
+            "center": False,
             "coupling_scale": coupling_scale,
             "coupling_factor": coupling_factor,
             "max_grad_norm": max_grad_norm,

@@ -40,7 +40,7 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any], optimizer: str)
         _check_number("max_grad_norm", group["max_grad_norm"])
         if group["max_grad_norm"] == 0:
             raise ValueError("Invalid max_grad_norm: 0; it must be positive, or None not to bound the norm")
-    for key in ("maximize", "capturable"):
+    for key in ("center", "maximize", "capturable"):
         if not isinstance(group[key], bool):
             raise TypeError(f"Invalid {key}: {group[key]!r}; it must be True or False")
     if group["state_dtype"] not in (None, torch.bfloat16):
@@ -50,6 +50,7 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any], optimizer: str)
             raise ValueError(f"Invalid {key}: {group[key]!r}; choose from {sorted(known)}")
     for i, param in enumerate(group["params"]):
         check_param(param, parameter_name(group, i), optimizer, coupled=group["second_moment"] == "vocabulary")
+        check_rows(param, parameter_name(group, i), center=group["center"])
 
 
 def parameter_name(group: dict[str, Any], i: int) -> str:
@@ -70,6 +71,15 @@ def check_param(param: Tensor, name: str, optimizer: str, *, coupled: bool) -> N
         )
 
 
+def check_rows(param: Tensor, name: str, *, center: bool) -> None:
+    """Raise ValueError for a parameter that has no rows to center."""
+    if center and param.ndim != 2:
+        raise ValueError(
+            f"{name} has {param.ndim} dimension(s), but center=True subtracts the mean row of a (vocabulary, hidden) "
+            "matrix; put it into a group without center"
+        )
+
+
 def check_state(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
     """Raise RuntimeError if the group's i-th parameter is not what group and state were made for."""
     param: Tensor = group["params"][i]
@@ -83,6 +93,8 @@ def check_state(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
     coupled = group["second_moment"] == "vocabulary"
     if coupled and len(shape) != 2:
         raise RuntimeError(_flattened(group, i, "no rows to couple"))
+    if group["center"] and len(shape) != 2:
+        raise RuntimeError(_flattened(group, i, "no rows to center"))
     if not state:
         return
     made_for: torch.Size = state["exp_avg"].shape

@@ -96,6 +96,7 @@ class CoupledAdam(AdamFamily):
             "second_moment": "elementwise",
             "direction": "ratio",
             "decay": "decoupled",
+            "center": False,
             "coupling_scale": coupling_scale,
             "coupling_factor": coupling_factor,
             "max_grad_norm": max_grad_norm,

@@ -50,7 +50,7 @@ def describe(optimizer: Optimizer) -> str:
     if not isinstance(ours, AdamFamily):
         raise TypeError(f"{type(optimizer).__name__} is no optimizer of coupled_adam, nor a wrapper around one")
     members = [(group, i) for group in ours.param_groups for i in range(len(group["params"]))]
-    lines = [*_coupled(members), *_others(members), _state(ours, members), _clipping(ours)]
+    lines = [*_coupled(members), *_others(members), *_centered(members), _state(ours, members), _clipping(ours)]
     return "\n  ".join([type(ours).__name__, *lines])
 
 
@@ -77,6 +77,12 @@ def _others(members: list[Member]) -> Iterator[str]:
             counts[0] += f" ({', '.join(map(_name, matrices[:SHOWN]))}{', …' if len(matrices) > SHOWN else ''})"
         counts += [f"{vectors} vectors and scalars"] if vectors else []
         yield f"{decay}: {' and '.join(counts)}, {sum(_param(m).numel() for m in alike):,} elements"
+
+
+def _centered(members: list[Member]) -> Iterator[str]:
+    for member in members:
+        if member[0]["center"]:
+            yield f"centered in every step: {_name(member)}"
 
 
 def _state(optimizer: AdamFamily, members: list[Member]) -> str:

@@ -176,7 +176,7 @@ def shared_over(param: Tensor, state: dict[str, Any], group: ParamGroup) -> Proc
     """The process groups over which the reductions of a parameter communicate."""
     if is_spectral(state, group):
         return reductions.holders(param)
-    return reductions.holders(param, 0) if group["second_moment"] == "vocabulary" else ()
+    return reductions.holders(param, 0) if group["second_moment"] == "vocabulary" or group["center"] else ()
 
 
 def _sum_of_squares(item: Work, clip: Number) -> Tensor:

@@ -9,7 +9,7 @@ Coupled = nn.Module | Tensor
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float = 0.1, coupled: Sequence[Coupled] | None = None
+    model: nn.Module, weight_decay: float = 0.1, coupled: Sequence[Coupled] | None = None, *, center: bool = False
 ) -> list[dict[str, Any]]:
     """Sort a model's trainable parameters into the groups that language models are trained with.
 
@@ -25,6 +25,8 @@ def param_groups(
             language model of transformers has it.
         weight_decay: λ of the matrices.
         coupled: modules with a 2-D ``weight``, or parameters, to couple instead; ``[]`` for none.
+        center: subtract the mean of the coupled matrices' rows in every step. After the step of an optimizer of torch,
+            which takes no notice of this either, call ``coupled_adam.center_``.
 
     Raises:
         ValueError: no output embedding is found (the message lists candidates), or an entry of ``coupled`` is no
@@ -49,6 +51,7 @@ def param_groups(
             "weight_decay": 0.0,
             "second_moment": "vocabulary",
             "decay": "decoupled",
+            **({"center": True} if center else {}),
         },
         {"params": [(n, p) for n, p in named if id(p) not in is_coupled and p.ndim >= 2], "weight_decay": weight_decay},
         {

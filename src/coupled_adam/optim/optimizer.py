@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from coupled_adam.optim import clipping, dispatch, reductions, triton_launch
+from coupled_adam.optim.center import center_moved_
 from coupled_adam.optim.checks import check_grad, check_group, check_state, check_still_matrices, parameter_name
 from coupled_adam.optim.equations import Number
 from coupled_adam.optim.exchange import Known, ParamGroup, Work, advance, clipped, exchange, halt_beside, shared_over
@@ -86,6 +87,7 @@ class AdamFamily(Optimizer):
         if rescaled:
             known = clipped(known, factor)
         _move(known, factor)
+        center_moved_(known.work)
         self._publish(known.work)
         return loss
 

@@ -16,7 +16,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 ADAMW_FLAGS = frozenset({"amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"})
 
 #: The keys of a group that say what is computed and kept, not with which numbers, and for which parameters.
-OWN = ("second_moment", "direction", "decay", "state_dtype", "param_names")
+OWN = ("second_moment", "direction", "decay", "center", "state_dtype", "param_names")
 
 #: What torch's wrappers add to the names of parameters, anywhere in them.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

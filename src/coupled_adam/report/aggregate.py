@@ -1,12 +1,13 @@
 """Figures of many runs: a row a run, means over seeds, and AdamW against Coupled Adam."""
 
 import csv
+import functools
 import io
 import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 
 from scipy import stats
 
+from coupled_adam import experiments
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.stages import is_papers_accuracy, read_stage
 from coupled_adam.evaluation.token_sample import TokenSample
 from coupled_adam.figures import MISSING, Figure
+from coupled_adam.files import read_json
 from coupled_adam.lm.config import OPTIMIZER_LABELS, Experiment, load_experiment
 from coupled_adam.lm.estimate import estimate
 from coupled_adam.lm.metrics_jsonl import MetricsLog
@@ -26,6 +29,12 @@ Value = float | None
 
 #: The two methods that the reports compare, as ``Evaluated.method`` calls them.
 ADAMW, COUPLED = OPTIMIZER_LABELS["adamw"], OPTIMIZER_LABELS["coupled_adam"]
+
+#: The file in a run's directory that says, under ``reason``, how it diverged. `coupled-adam reproduce` writes it.
+DIVERGED = "diverged.json"
+
+#: What is known of the logits, from the validation stage.
+LOGITS = ("logit_mean", "logit_std", "logit_max", "log_z_squared")
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,10 @@ class Evaluated:
     validation: dict[str, Any]
     embeddings: dict[str, Any]
     downstream: dict[str, Any]
+    version: str | None = None
+    """Of the package that trained it."""
+    diverged: str | None = None
+    """How it diverged; None if it did not."""
 
     @property
     def name(self) -> str:
@@ -66,17 +79,35 @@ class Evaluated:
 
     @property
     def setting(self) -> str:
-        """Key shared by runs that differ only in seed and embedding optimizer."""
+        """Key shared by runs that differ only in seed and method."""
+        return self.setting_without()
+
+    def setting_without(self, *keys: str) -> str:
+        """Key shared by runs that differ only in seed, method, and what ``section.key`` of ``keys`` say."""
         speed = {"micro_batch", "compile", "activation_checkpointing", "checkpoint_every", "keep_last", "keep_every"}
         content = self.experiment.model_dump(include={"model", "data", "optimizer", "schedule", "train"})
         del content["optimizer"]["embedding"]
         content["train"] = {key: value for key, value in content["train"].items() if key not in speed}
+        content["model"]["logits"] = self.head
+        for section, _, key in (key.partition(".") for key in keys):
+            del content[section][key]
         return json.dumps(content, sort_keys=True)
 
     @property
     def method(self) -> str:
-        """What people call the optimizer of the embedding, with its settings."""
-        return self.experiment.optimizer.embedding.label
+        """What people call the way in which the output embedding was trained."""
+        return self.experiment.method
+
+    @property
+    def head(self) -> str:
+        """What the logits are rounded to: ``float32`` or ``bfloat16``."""
+        return self.experiment.model.logits or self.experiment.train.precision
+
+    @property
+    def initial_loss(self) -> Value:
+        """The validation loss before the first step."""
+        first = self.curve[0] if self.curve else {}
+        return first.get("validation_loss") if first.get("step") == 0 else None
 
     @property
     def figures(self) -> dict[str, Value]:
@@ -87,6 +118,7 @@ class Evaluated:
             "validation_loss_during_training": last.get("validation_loss"),
             "validation_loss": self.validation.get("loss"),
             "perplexity": self.validation.get("perplexity"),
+            **{name: self.validation.get(name) for name in LOGITS},
             "downstream_accuracy": self.downstream["acc"] if is_papers_accuracy(self.downstream) else None,
             "downstream_accuracy_error": self.downstream["acc_stderr"] if is_papers_accuracy(self.downstream) else None,
         }
@@ -128,7 +160,11 @@ def _read_run(directory: Path) -> Evaluated:
     if files["downstream"].get("settings", {}).get("model_digest") not in measured:
         files["downstream"] = {}
     curve = MetricsLog(directory / "metrics.jsonl").evaluations()
-    return Evaluated(directory, experiment, curve, **files)
+    environment, why = directory / "environment.json", directory / DIVERGED
+    made_by = read_json(environment, "delete it") if environment.exists() else {}
+    diverged = read_json(why, "delete it").get("reason") if why.exists() and not files["validation"] else None
+    version = made_by.get("packages", {}).get("coupled-adam")
+    return Evaluated(directory, experiment, curve, **files, version=version, diverged=diverged)
 
 
 #: The columns of the reference's table in its order, and the figure in each.
@@ -155,15 +191,57 @@ COLUMNS = {
 }
 
 
+def _experiment_name(run: Evaluated) -> str:
+    return run.name.removesuffix(f"-s{run.seed}")
+
+
+def _families() -> dict[str, str]:
+    """The family of each miniature, the first one if there are several, as `coupled-adam reproduce` plans it."""
+    found: dict[str, str] = {}
+    for family, content in experiments.families("mini").items():
+        found |= {name: family for name in content["experiments"] if name not in found}
+    return found
+
+
+#: The columns after those: what the run was, and figures that the reference's table lacks.
+MORE_COLUMNS: dict[str, Callable[[Evaluated], str | Value]] = {
+    "experiment": lambda run: _experiment_name(run),
+    "seed": lambda run: run.seed,
+    "model": lambda run: run.experiment.model.family,
+    "parameters": lambda run: run.parameters,
+    "tied": lambda run: str(run.experiment.model.tied).lower(),
+    "tokens": lambda run: run.tokens,
+    "method": lambda run: run.method,
+    "core": lambda run: run.experiment.optimizer.core.name,
+    "head": lambda run: run.head,
+    "lr": lambda run: run.experiment.schedule.lr,
+    "initial_loss": lambda run: run.initial_loss,
+    "diverged": lambda run: str(run.diverged is not None).lower(),
+    **{name: functools.partial(lambda name, run: run.figures[name], name) for name in LOGITS},
+    "version": lambda run: run.version or "",
+}
+
+
 def table(runs: Sequence[Evaluated]) -> list[dict[str, str | Value]]:
-    """Make one row a run, with the columns of :data:`COLUMNS`; ``Smin/Smax`` is in percent, as in the paper."""
-    return [{c: run.name if f == "name" else run.figures.get(f) for c, f in COLUMNS.items()} for run in runs]
+    """Make one row a run: :data:`COLUMNS` (``Smin/Smax`` in percent, as in the paper), then :data:`MORE_COLUMNS`."""
+    family = _families()
+    return [
+        {c: run.name if f == "name" else run.figures.get(f) for c, f in COLUMNS.items()}
+        | {"family": family.get(_experiment_name(run), "")}
+        | {column: value(run) for column, value in MORE_COLUMNS.items()}
+        for run in runs
+    ]
+
+
+def headings() -> list[str]:
+    """List the columns of ``table``."""
+    return [*COLUMNS, "family", *MORE_COLUMNS]
 
 
 def as_csv(runs: Sequence[Evaluated]) -> str:
     """Format the table as comma-separated values with a header; what is not known stays empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, headings(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table(runs))
     return text.getvalue()
@@ -285,14 +363,16 @@ def largest(pairs: Sequence[Comparison]) -> Comparison:
 def sweep(found: Sequence[SeedGroup], name: str) -> list[list[SeedGroup]]:
     """Return, for every setting with more than one value of it, the groups by coupling_scale or lr_factor, ascending.
 
-    ``coupling_scale`` is that of Coupled Adam (1 for the plain one), ``lr_factor`` that of SGD.
+    ``coupling_scale`` is that of Coupled Adam (1 for the plain one), ``lr_factor`` that of SGD; neither is taken with
+    other methods on top.
     """
     optimizer = {"coupling_scale": "coupled_adam", "lr_factor": "sgd"}[name]
 
     def value(group: SeedGroup) -> float:
         return float(getattr(group.first.experiment.optimizer.embedding, name))
 
-    matching = [g for g in found if g.first.experiment.optimizer.embedding.name == optimizer]
+    plain = [g for g in found if g.first.method == g.first.experiment.optimizer.embedding.label]
+    matching = [g for g in plain if g.first.experiment.optimizer.embedding.name == optimizer]
     matching.sort(key=lambda group: (group.first.setting, value(group)))
     lines = [list(same) for _, same in itertools.groupby(matching, key=lambda group: group.first.setting)]
     return [line for line in lines if len({value(group) for group in line}) > 1]

@@ -11,12 +11,12 @@ from coupled_adam.figures import FIGURES, Figure, cell, figures
 from coupled_adam.files import write_text
 from coupled_adam.report.aggregate import (
     ADAMW,
-    COLUMNS,
     Comparison,
     Evaluated,
     as_csv,
     comparisons,
     groups,
+    headings,
     largest,
     read_runs,
     short,
@@ -25,6 +25,7 @@ from coupled_adam.report.aggregate import (
 )
 from coupled_adam.report.page import write_page
 from coupled_adam.report.sections import sections
+from coupled_adam.report.sweeps import Sweeps, sweeps
 from coupled_adam.report.table import published_value
 
 #: A one-sided t-test below this is called significant, as in the paper.
@@ -67,27 +68,30 @@ def report(directories: Sequence[Path], out: Path) -> list[Evaluated]:
             f"{directories[0]}: none of its {len(runs)} runs has been evaluated; `coupled-adam evaluate` does"
         )
     found = groups(runs)
-    pairs = comparisons(found)
+    swept = sweeps(found)
+    in_sweeps = {id(group) for each in swept for line in each.lines for group in line.groups}
+    pairs = comparisons([group for group in found if id(group) not in in_sweeps])
     columns = figures(COLUMN_NAMES)
     if all(run.figures["downstream_accuracy"] is None for run in runs):
         columns = [figure for figure in columns if figure.name != "downstream_accuracy"]
-    drawn_sections = sections(found, pairs)
+    drawn_sections = sections(found, pairs, swept)
     write_text(out / "aggregate.csv", as_csv(runs))
     write_page(
         out / "report.html",
         __name__,
-        {f"{i}-{j}": c.figure for i, (_, drawn) in enumerate(drawn_sections) for j, c in enumerate(drawn)},
-        headline=_headline(pairs),
+        {f"{i}-{j}": c.figure for i, section in enumerate(drawn_sections) for j, c in enumerate(section.charts)},
+        headline=_headline(pairs, swept),
         scale=_scale(runs),
         columns=columns,
         lines=comparison_lines(pairs, columns),
         published=published_lines(columns),
         sections=drawn_sections,
-        rows=[[_number(row[column]) for column in COLUMNS] for row in table(runs)],
-        headings=list(COLUMNS),
+        rows=[[_number(row[column]) for column in headings()] for row in table(runs)],
+        headings=headings(),
         downstream=_downstream(runs),
         similarity=_similarity(pairs),
-        missing=[run.name for run in runs if not (run.embeddings and run.validation)],
+        missing=[run.name for run in runs if not (run.embeddings and run.validation) and not run.diverged],
+        diverged=[run.name for run in runs if run.diverged],
     )
     return runs
 
@@ -120,7 +124,10 @@ def _number(value: str | float | None) -> str:
     return value if isinstance(value, str) else cell(value)
 
 
-def _headline(pairs: Sequence[Comparison]) -> str:
+def _headline(pairs: Sequence[Comparison], swept: Sequence[Sweeps]) -> str:
+    if not pairs and swept:
+        names = dict.fromkeys(line.first.method for each in swept for line in each.lines)
+        return f"How much the loss depends on the learning rate, and what becomes of the logits: {', '.join(names)}."
     if not pairs:
         return "These runs hold no pair of AdamW and Coupled Adam that differs in nothing else."
     better = [pair for pair in pairs if all(_improves(pair, f) for f in figures(("mean_shift_ratio", "isotropy")))]
@@ -142,9 +149,8 @@ def _improves(pair: Comparison, figure: Figure) -> bool:
 
 def _scale(runs: Sequence[Evaluated]) -> str:
     sizes, tokens = [run.parameters for run in runs], [run.tokens for run in runs]
-    return (
-        f"{short(min(sizes))} to {short(max(sizes))} parameters on {short(min(tokens))} to {short(max(tokens))} tokens"
-    )
+    ranges = [" to ".join(dict.fromkeys(short(f(values)) for f in (min, max))) for values in (sizes, tokens)]
+    return f"{ranges[0]} parameters on {ranges[1]} tokens"
 
 
 def _downstream(runs: Sequence[Evaluated]) -> dict[str, Any] | None:

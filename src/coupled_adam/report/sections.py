@@ -2,30 +2,56 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
 from coupled_adam import experiments
 from coupled_adam.figures import FIGURES
 from coupled_adam.lm.config import OPTIMIZER_LABELS
-from coupled_adam.report import charts
+from coupled_adam.report import charts, sweep_sections
 from coupled_adam.report.aggregate import ADAMW, COUPLED, Comparison, SeedGroup, largest, spread, sweep
 from coupled_adam.report.charts import Chart
+from coupled_adam.report.sweep_sections import TextTable
+from coupled_adam.report.sweeps import Sweeps
 
 
-def sections(found: Sequence[SeedGroup], pairs: Sequence[Comparison]) -> list[tuple[str, list[Chart]]]:
-    """Headings and their charts, of what the runs hold."""
-    made: list[tuple[str, list[Chart]]] = []
+@dataclass(frozen=True)
+class Section:
+    """A heading, and what stands under it in this order."""
+
+    heading: str
+    charts: Sequence[Chart] = ()
+    text: str = ""
+    table: TextTable | None = None
+
+
+def sections(found: Sequence[SeedGroup], pairs: Sequence[Comparison], swept: Sequence[Sweeps]) -> list[Section]:
+    """Make the sections for what the runs hold.
+
+    Args:
+        found: all groups of runs.
+        pairs: AdamW and Coupled Adam, as far as they are compared.
+        swept: sweeps over learning rates.
+    """
+    made: list[Section] = []
     if pairs:
-        made.append((f"During training: {largest(pairs).setting}", _curves(largest(pairs))))
-        made.append((f"Why the mean embedding moves: {largest(pairs).setting}", _drifts(largest(pairs))))
+        made.append(Section(f"During training: {largest(pairs).setting}", _curves(largest(pairs))))
+        made.append(Section(f"Why the mean embedding moves: {largest(pairs).setting}", _drifts(largest(pairs))))
     if len(pairs) > 1:
-        made.append(("Model and data size", _sizes(pairs)))
-    made += [(f"Scaled Coupled Adam: {line[0].setting}", _scaled(line)) for line in sweep(found, "coupling_scale")]
-    made += [(f"SGD on the embedding: {line[0].setting}", _sgd(line, found)) for line in sweep(found, "lr_factor")]
+        made.append(Section("Model and data size", _sizes(pairs)))
+    scaled, sgd = sweep(found, "coupling_scale"), sweep(found, "lr_factor")
+    made += [Section(f"Scaled Coupled Adam: {line[0].setting}", _scaled(line)) for line in scaled]
+    made += [Section(f"SGD on the embedding: {line[0].setting}", _sgd(line, found)) for line in sgd]
+    for each in swept:
+        text, table = sweep_sections.sentences(each), sweep_sections.table(each)
+        made.append(Section(sweep_sections.heading(each), sweep_sections.drawn(each), text, table))
+    if swept:
+        heading = "Learning-rate sensitivity in the paper on output embedding centering, arXiv 2601.02031"
+        made.append(Section(heading, table=sweep_sections.published()))
     if pairs:
-        made.append((f"The embeddings: {largest(pairs).setting}", _embeddings(largest(pairs))))
-    return [(heading, drawn) for heading, drawn in made if drawn]
+        made.append(Section(f"The embeddings: {largest(pairs).setting}", _embeddings(largest(pairs))))
+    return [section for section in made if section.charts or section.table]
 
 
 def _curves(pair: Comparison) -> list[Chart]:

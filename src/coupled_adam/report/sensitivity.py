@@ -1,0 +1,38 @@
+"""How much a method's loss depends on the learning rate."""
+
+import math
+from collections.abc import Sequence
+
+
+def lr_sensitivity(losses: Sequence[float | None], initial_loss: float) -> float:
+    """Compute the learning-rate sensitivity (LRS) of a method from its losses over a grid of learning rates.
+
+    LRS = Σ_k [min(ℓ_k, ℓ_0) − min_k ℓ_k] / (n − 1)
+
+    as the tables of arXiv 2601.02031 (Output Embedding Centering) have it. Wortsman et al., arXiv 2309.14322, who
+    introduced it, take the mean over the learning rates, with n in the place of n − 1: with seven rates these figures
+    are 7/6 of theirs. It says nothing of how low the loss is, and depends on the grid: compare methods over one grid,
+    and beside their best losses.
+
+    Args:
+        losses: final losses in nats per token, one a learning rate, in any order. NaN, infinity or None for a run that
+            diverged; it counts with ``initial_loss``, as does a loss above that.
+        initial_loss: ℓ_0, the loss before the first step.
+
+    Returns:
+        Nats per token, from 0 (the same loss at every rate) upwards.
+
+    Raises:
+        ValueError: fewer than two losses, or an initial loss that is not finite.
+    """
+    if len(losses) < 2:
+        raise ValueError(f"{len(losses)} loss(es): a sensitivity needs those of two learning rates or more")
+    if not math.isfinite(initial_loss):
+        raise ValueError(f"initial_loss {initial_loss} is not finite")
+    bounded = [counted(loss, initial_loss) for loss in losses]
+    return math.fsum(loss - min(bounded) for loss in bounded) / (len(bounded) - 1)
+
+
+def counted(loss: float | None, initial_loss: float) -> float:
+    """Return the loss that a run counts with: its own, or ``initial_loss`` if that is lower or the run diverged."""
+    return initial_loss if loss is None or not math.isfinite(loss) else min(loss, initial_loss)
