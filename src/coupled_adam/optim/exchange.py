@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from coupled_adam.optim import clipping, dispatch, reductions
+from coupled_adam.optim.eight_bit import Moment
 from coupled_adam.optim.equations import Coefficients, Number
 from coupled_adam.optim.reductions import ProcessGroups, Reduction, local, run_one
+from coupled_adam.optim.state import local_moment
 from coupled_adam.optim.update import RankOne
 
 ParamGroup = dict[str, Any]
@@ -51,8 +53,13 @@ class Work:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This process's part of the parameter, its gradient, and its first and second moment."""
+        """This process's part of a parameter that is not coupled, its gradient, and its first and second moment."""
         return local(self.param), local(self.grad), local(self.state["exp_avg"]), local(self.state["exp_avg_sq"])
+
+    @property
+    def moment(self) -> Moment:
+        """This process's part of the first moment, in whatever form."""
+        return local_moment(self.state)
 
     def coefficients(self, step: Number, clip: Number) -> Coefficients:
         """Fold the hyperparameters at ``step``, for a gradient that is multiplied by ``clip``."""
@@ -182,7 +189,7 @@ def shared_over(param: Tensor, state: dict[str, Any], group: ParamGroup) -> Proc
 def _sum_of_squares(item: Work, clip: Number) -> Tensor:
     """Compute this rank's part of the sum over the vocabulary."""
     c = item.coefficients(1, clip)  # the step does not count here
-    return dispatch.sum_of_squares(local(item.grad), local(item.state["exp_avg"]), c)
+    return dispatch.sum_of_squares(local(item.grad), item.moment, c)
 
 
 def _mean_square(item: Work, clip: Number) -> Reduction[Tensor]:
