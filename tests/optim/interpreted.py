@@ -23,6 +23,7 @@ from torch import Tensor
 from coupled_adam import Adams, CoupledAdam
 from coupled_adam.optim import dispatch, triton_launch, update
 from coupled_adam.optim.directions import DIRECTION, Direction
+from coupled_adam.optim.eight_bit import EightBit, quantized
 from coupled_adam.optim.equations import Coefficients
 from coupled_adam.optim.rounding import dice_of, seed_of
 
@@ -100,6 +101,31 @@ def test_matrices(
         agree(found, expected)
         assert torch.equal(found[1], expected[1]), "first moments to the bit"
     assert "move_matrix" in launched and set(launched) <= {"sum_rows", "root_of_rows", "move_matrix"}
+
+
+@pytest.mark.parametrize("direction", sorted(DIRECTION))
+@pytest.mark.parametrize("shape", [*MATRICES, (9, 256)])
+def test_moments_in_eight_bits(shape: tuple[int, int], direction: str, launched: list[str]) -> None:
+    for step, halt in ((1, None), (2, torch.tensor(0.0)), (3, torch.tensor(1.0))):
+        param, grad, exp_avg, noise = tensors(shape, 4, seed=step)
+        exp_avg, exp_avg_sq = exp_avg * noise.exp() ** 3, noise.square().mean(0, keepdim=True)
+        exp_avg[0] = grad[0] = 0
+        if step > 1:
+            grad[-1, -1] = float("inf")
+        kept = quantized(exp_avg, 0)
+        c = Coefficients.of(step=step, grad_factor=0.37, **HOST)
+        plain, found = ((param.clone(), EightBit(*(x.clone() for x in kept))) for _ in range(2))
+        square = update.sum_of_squares(tensors(shape, 1)[0], kept, c) / len(grad)
+        torch.testing.assert_close(dispatch.sum_of_squares(tensors(shape, 1)[0], kept, c) / len(grad), square)
+        root = update.root_of_rows_(exp_avg_sq, square, c)
+        if step < 3:
+            update.move_rows_(*plain, grad, root, c, direction, step)
+        numbers = (on_device(c), direction, torch.tensor(float(step))) if step > 1 else (c, direction, step)
+        dispatch.move_rows_(*found, grad, root, *numbers, None, halt)
+        torch.testing.assert_close(found[0], plain[0], rtol=1e-6, atol=1e-6, equal_nan=True)
+        assert torch.equal(found[1].codes, plain[1].codes), "to the bit"
+        torch.testing.assert_close(found[1].scales, plain[1].scales, rtol=0, atol=0, equal_nan=True)
+    assert launched == ["sum_rows", "move_matrix"] * 3
 
 
 def test_a_batch_of_matrices_with_spectral_decay(launched: list[str]) -> None:
@@ -205,6 +231,7 @@ STEPS = {
     "coupled": lambda groups: CoupledAdam(groups, lr=0.01),
     "clipped": lambda groups: CoupledAdam(groups, lr=torch.tensor(0.01), max_grad_norm=0.5),
     "narrow": lambda groups: CoupledAdam(groups, lr=0.01, state_dtype=torch.bfloat16, max_grad_norm=0.5),
+    "eight bits": lambda groups: CoupledAdam(groups, lr=0.01, state_dtype="8bit"),
     "factor": lambda groups: CoupledAdam(groups, lr=0.01, coupling_factor=0.1, max_grad_norm=0.5),
     "adams": lambda groups: Adams(groups, lr=0.01, max_grad_norm=0.5),
     "narrow adams": lambda groups: Adams(groups, lr=0.01, state_dtype=torch.bfloat16),

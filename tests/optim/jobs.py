@@ -36,6 +36,7 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "clipped": (CoupledAdam, {"max_grad_norm": 0.5}),
     "factor": (CoupledAdam, {"coupling_factor": 0.1}),
     "clipped factor": (CoupledAdam, {"coupling_factor": 0.1, "max_grad_norm": 0.5, "maximize": True}),
+    "clipped 8bit": (CoupledAdam, {"max_grad_norm": 0.5, "state_dtype": "8bit"}),
     "adams": (Adams, {}),
     "clipped adams": (Adams, {"max_grad_norm": 0.5}),
 }

@@ -227,7 +227,7 @@ def test_drift_reads_it() -> None:
 
 def test_what_cannot_be_is_said() -> None:
     parameter = nn.Parameter(torch.zeros(30, 8))
-    with pytest.raises(ValueError, match="Invalid state_dtype: '4bit'; choose torch.bfloat16, '8bit', or None"):
+    with pytest.raises(ValueError, match=r"Invalid state_dtype: '4bit'; choose torch.bfloat16, '8bit', or None"):
         coupled(parameter, state_dtype="4bit")
     optimizer = coupled(parameter)
     steps(optimizer, parameter, range(1))

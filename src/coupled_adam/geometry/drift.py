@@ -76,8 +76,8 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
 
     Call it after ``optimizer.step()`` and before the learning rate changes: the group's learning rate and weight decay
     are taken as those of the step. The three vectors add up to the movement, to the rounding of the parameter; with a
-    first moment in bfloat16 or eight bits, which the state holds rounded, to that rounding. Clipping and ``maximize`` are in the
-    moments already. ``DriftMonitor`` sums over steps, and knows when a step left the parameter alone.
+    first moment in bfloat16 or eight bits, which the state holds rounded, to that rounding. Clipping and ``maximize``
+    are in the moments already. ``DriftMonitor`` sums over steps, and knows when a step left the parameter alone.
 
     Args:
         optimizer: ``torch.optim.AdamW`` or ``Adam`` in any implementation, with ``amsgrad`` or without;

@@ -4,7 +4,6 @@ The equations, as they are computed, are in equations.py and directions.py; the 
 iteration behind spectral decay in reductions.py.
 """
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 

@@ -5,7 +5,6 @@ The equations, as they are computed, are in equations.py; the step that applies 
 
 import warnings
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 

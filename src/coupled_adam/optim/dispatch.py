@@ -136,7 +136,8 @@ def sum_of_squares(grad: Tensor, exp_avg: Moment, c: Coefficients) -> Tensor:
         total = torch.empty(threads, grad.shape[1], dtype=torch.float64)
         _run(_kernels().sum_of_squares_kernel, grad.detach().numpy(), total.numpy(), threads=threads)
         return (total.sum(0, keepdim=True) * float(c.grad_factor) ** 2).to(torch.float32)
-    if isinstance(exp_avg, Tensor) and triton_launch.apply(grad, moment=exp_avg):
+    unread = c.coupling_factor == 0 and isinstance(exp_avg, EightBit)
+    if triton_launch.apply(grad, moment=None if unread else exp_avg):
         return triton_launch.sum_of_squares(grad, exp_avg, c)
     if not _in_blocks(grad):
         return update.sum_of_squares(grad, exp_avg, c)

@@ -1,10 +1,10 @@
 """CPU kernels: the equations compiled by numba. Import this only where numba is installed; dispatch.py decides, checks
 and prepares the arguments.
 
-Arrays are C-contiguous and float32. A first moment in bfloat16 comes as uint16, its bits, with ``seed`` set; one in eight
-bits as int8, with ``seed`` and ``scales`` set. An
-argument of None switches a part off: the compiler prunes it, so each combination is a kernel of its own, compiled on
-first use and kept on disk. ``threads`` is the number of parts in which the work is done.
+Arrays are C-contiguous and float32. A first moment in bfloat16 comes as uint16, its bits, with ``seed`` set; one in
+eight bits as int8, with ``seed`` and ``scales`` set. An argument of None switches a part off: the compiler prunes it,
+so each combination is a kernel of its own, compiled on first use and kept on disk. ``threads`` is the number of parts
+in which the work is done.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
