@@ -102,7 +102,8 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
     state = optimizer.state.get(param)
     if not state or "exp_avg_sq" not in state:
         raise ValueError("the parameter has no moments yet; drift looks at the last step: call optimizer.step()")
-    m = state["exp_avg"] if "exp_avg" in state else optimizer.first_moment(param)  # ours may keep it in another form
+    # Ours may keep it in another form.
+    m = state["exp_avg"] if "exp_avg" in state else optimizer.first_moment(param)  # type: ignore[attr-defined]
     v = state.get("max_exp_avg_sq", state["exp_avg_sq"])
     coupled = "direction" in group and group["second_moment"] == "vocabulary"  # AdamW may have groups of param_groups
     if m.shape != param.shape or v.shape != (torch.Size([1, param.shape[1]]) if coupled else param.shape):

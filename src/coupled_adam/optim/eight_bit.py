@@ -84,7 +84,7 @@ class EightBit(NamedTuple):
 
     def split(self, rows: int) -> "list[EightBit]":
         """Split as ``Tensor.split`` does."""
-        return list(map(EightBit, self.codes.split(rows), self.scales.split(rows)))
+        return list(map(EightBit, torch.split(self.codes, rows), torch.split(self.scales, rows)))
 
 
 #: A first moment, in whatever form.
@@ -114,10 +114,11 @@ def quantized(x: Tensor, step: float | Tensor, first: int = 0) -> EightBit:
     columns, blocks = x.shape[1], blocks_of(x.shape[1])
     padded = torch.nn.functional.pad(x.abs(), (0, blocks * BLOCK - columns))
     scales = padded.view(len(x), blocks, BLOCK).amax(-1)
-    scales = torch.where(scales < float(SMALLEST), 0, scales).masked_fill(~scales.isfinite(), torch.nan)
+    scales = scales.masked_fill(scales < float(SMALLEST), 0).masked_fill(scales == torch.inf, torch.nan)
     scale = _spread(scales, columns)
-    x = torch.where(scale > 0, x, 0)
-    n = _chosen(torch.minimum, x.abs() / torch.where(scale > 0, scale, 1), LINES)
+    dead = (scale > 0).logical_not()
+    x = x.masked_fill(dead, 0)
+    n = _chosen(torch.minimum, x.abs() / scale.masked_fill(dead, 1), LINES)
     index = torch.arange(first, first + x.numel(), device=x.device).view(x.shape)
     n = (n + dice_of(index, seed_of(step)).to(torch.float32) * float(PER_FACE)).floor()
     return EightBit((x.sign() * n).to(torch.int8), scales)
