@@ -2,9 +2,9 @@
 checks and launches.
 
 Tensors are contiguous; parameters and gradients are float32, bfloat16 or float16, first moments float32, bfloat16 (then
-with a ``seed``) or int8 (then with ``scales`` too), the rest float32, and so is all arithmetic. An argument of None switches a part off: each
-combination is a kernel of its own. The numbers of a step are floats, or lie on the device as tensors of one element:
-the host never waits for them. Where ``halt`` points to a number that is not 0, nothing changes.
+with a ``seed``) or int8 (then with ``scales`` too), the rest float32, and so is all arithmetic. An argument of None
+switches a part off: each combination is a kernel of its own. The numbers of a step are floats, or lie on the device as
+tensors of one element: the host never waits for them. Where ``halt`` points to a number that is not 0, nothing changes.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,name-defined"
