@@ -73,6 +73,13 @@ def narrow(shape: tuple[int, int], state_dtype: object) -> tuple[Step, Step]:
     return ours.step, theirs.step
 
 
+def centered(shape: tuple[int, int], clip: bool) -> tuple[Step, Step]:
+    bound = MAX_NORM if clip else None
+    ours, theirs = (coupled(embedding(shape), max_grad_norm=bound) for _ in range(2))
+    ours.param_groups[0]["center"] = True
+    return ours.step, theirs.step
+
+
 def clipped(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Step:
     def step() -> None:
         clip_grad_norm_(parameters, MAX_NORM)
@@ -117,6 +124,12 @@ def comparisons() -> Iterator[Comparison]:
             f"clip + coupled ÷ clip + fused AdamW, {label}",
             lambda s=shape: one_matrix(s, clip=True, **fused),
             0.70 if first else None,
+        )
+        yield Comparison(f"coupled, centered ÷ coupled, {label}", lambda s=shape: centered(s, False))
+        yield Comparison(
+            f"clip + coupled, centered ÷ clip + coupled, {label}",
+            lambda s=shape: centered(s, True),
+            1.10 if first else None,
         )
     for label, dtype in (("bf16", torch.bfloat16), ("8-bit", "8bit")):
         name = f"clip + coupled, {label} first moment ÷ float32, {EMBEDDINGS[0][0]:,} × {EMBEDDINGS[0][1]:,}"

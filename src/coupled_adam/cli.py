@@ -145,7 +145,7 @@ def experiments_command(
         shape = f"{e.model.family} {e.model.n_layers}/{e.model.n_heads}/{e.model.hidden_size}"
         sizes = (short(estimates[n].parameters), short(estimates[n].tokens), f"{e.train.steps:,}")
         hours = estimates[n].gpu_hours
-        optimizers = (e.optimizer.embedding.label, e.optimizer.core.name)
+        optimizers = (e.method, e.optimizer.core.name)
         table.add_row(n, shape, *sizes, *optimizers, f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}")
     _console().print(table)
     if name:

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from coupled_adam import geometry
 from coupled_adam.evaluation.embedding_figures import figures_while_training
 from coupled_adam.evaluation.validation import validate
+from coupled_adam.figures import FIGURES
 from coupled_adam.lm.batches import Batches
-from coupled_adam.lm.config import Model
+from coupled_adam.lm.config import Loss, Model
 from coupled_adam.lm.model import build_model
 
 BENCHMARK = geometry.Benchmark("small", tuple((f"w{i}", f"w{i + 1}", float(i % 5)) for i in range(15)))
@@ -33,6 +34,24 @@ def test_the_validation_loss_is_the_mean_over_all_tokens() -> None:
         "one pass is all there is"
     )
     assert validate(model, batches, 1)["validation_loss"] != pytest.approx(expected, rel=1e-5)
+
+
+def test_a_capped_and_rounded_model_is_measured_as_it_predicts_and_without_penalties() -> None:
+    config = Model(n_layers=1, n_heads=2, hidden_size=8, logits="bfloat16")
+    model = build_model(config, 64, 8, seed=0, loss=Loss(z_loss=1.0, mu_loss=10.0, softcap=0.1))
+    tokens = np.random.default_rng(0).integers(64, size=8 * 6 + 1).astype(np.uint16)
+    found = validate(model, Batches([tokens], sequence_length=8, batch_size=2, seed=0), 3)
+    logits = model(torch.tensor(tokens[:-1].astype(np.int64)).view(6, 8)).flatten(0, 1).detach()
+    expected = {
+        "validation_loss": F.cross_entropy(logits, torch.tensor(tokens[1:].astype(np.int64))),
+        "logit_mean": logits.mean(1).mean(),
+        "logit_std": logits.std(1, correction=0).mean(),
+        "logit_max": logits.abs().amax(1).mean(),
+        "log_z_squared": logits.logsumexp(1).square().mean(),
+    }
+    assert found == {name: pytest.approx(value.item(), rel=1e-5, abs=1e-7) for name, value in expected.items()}
+    assert set(found) <= set(FIGURES)
+    assert 0.05 < found["logit_max"] < 0.1
 
 
 def test_the_figures_are_those_of_the_metrics() -> None:

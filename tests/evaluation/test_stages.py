@@ -52,6 +52,8 @@ def test_the_stages_measure_what_training_measured_and_more(run_dir: Path) -> No
     assert validation["loss"] == pytest.approx(last["validation_loss"], rel=1e-6)
     assert validation["perplexity"] == pytest.approx(math.exp(validation["loss"]))
     assert validation["tokens"] == 2 * 64
+    for name in ("logit_mean", "logit_std", "logit_max", "log_z_squared"):
+        assert validation[name] == pytest.approx(last[name], rel=1e-6)
     for name in ("isotropy", "mean_shift_ratio", "inverse_condition", "norm_frequency_spearman"):
         assert figures[name] == pytest.approx(last[name], rel=1e-6)
     run = open_run(run_dir)
@@ -70,7 +72,7 @@ def test_the_stages_measure_what_training_measured_and_more(run_dir: Path) -> No
 def test_a_second_call_computes_nothing_and_other_weights_everything(run_dir: Path, monkeypatch) -> None:
     first = stages.evaluate(run_dir, only=OFFLINE)
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "validation_loss", lambda *args: pytest.fail("validated again"))
+        patched.setattr(stages, "validate", lambda *args: pytest.fail("validated again"))
         patched.setattr(geometry, "measure", lambda *args, **kwargs: pytest.fail("measured again"))
         assert stages.evaluate(run_dir, only=OFFLINE) == first
     for file in (run_dir / "checkpoints/step-00000024").glob("**/*"):  # back to what was kept of step 20
@@ -80,6 +82,13 @@ def test_a_second_call_computes_nothing_and_other_weights_everything(run_dir: Pa
     assert second["validation"]["inputs"]["weights"] != first["validation"]["inputs"]["weights"]
     assert second["validation"]["loss"] != first["validation"]["loss"]
     assert second["embeddings"]["figures"] != first["embeddings"]["figures"]
+
+
+def test_a_validation_from_before_there_were_figures_of_the_logits_is_done_again(run_dir: Path) -> None:
+    first = stages.evaluate(run_dir, only=["validation"])["validation"]
+    older = {key: value for key, value in first.items() if not key.startswith("log")}
+    (run_dir / "evaluation" / "validation.json").write_text(json.dumps(older))
+    assert stages.evaluate(run_dir, only=["validation"])["validation"] == first
 
 
 def test_other_benchmarks_are_measured_anew(run_dir: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from coupled_adam.lm.parallel import World, init_distributed
 
 
 def run(toml: str, corpus_directory: Path, run_dir: Path, stop_at: int | None = None) -> dict[str, Any]:
-    """Train; at ``stop_at`` steps the last process is asked to stop. The final embedding and validation loss."""
+    """Train; at ``stop_at`` steps the last process is asked to stop. The final embedding and held-out figures."""
     experiment, corpus = Experiment.from_toml(toml), open_corpus(corpus_directory)
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_world_size()) if dist.is_initialized() else World()
     held_out = Batches(corpus.shards("validation"), experiment.data.sequence_length, experiment.batch_size, seed=0)
@@ -38,7 +38,7 @@ def run(toml: str, corpus_directory: Path, run_dir: Path, stop_at: int | None = 
         calls += 1
         if stop_at == calls and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return {"validation_loss": validate(model, held_out, 2, world)["validation_loss"]}
+        return {**validate(model, held_out, 2, world)}
 
     try:
         model = loop.train(experiment, corpus, run_dir, evaluate, world)
@@ -46,7 +46,7 @@ def run(toml: str, corpus_directory: Path, run_dir: Path, stop_at: int | None = 
         return {"stopped": str(stopped), "signal": stopped.signal_number}
     if experiment.train.precision == "float32":
         assert all(p.dtype == torch.float32 for p in model.parameters())
-    return {"embedding": output_embedding(model), "loss": validate(model, held_out, 2, world)["validation_loss"]}
+    return {"embedding": output_embedding(model), "figures": validate(model, held_out, 2, world)}
 
 
 def evaluated(run_dir: Path) -> dict[str, Any]:

@@ -4,13 +4,16 @@ import json
 import math
 import os
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.nn import functional as F
 
 from coupled_adam.errors import InputError
+from coupled_adam.lm import checkpoint
 from coupled_adam.lm import train as loop
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.checkpoint import latest_checkpoint
@@ -106,10 +109,13 @@ def test_milestones_are_kept(tiny: Experiment, corpus: Corpus, tmp_path: Path) -
     assert names == ["step-00000008", "step-00000016", "step-00000020"]
 
 
-def test_the_losses_are_those_of_a_textbook_loop(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
-    experiment = tiny.with_values(optimizer__embedding__name="adamw", train__steps=100, train__micro_batch=2)
+@pytest.mark.parametrize("terms", [{}, {"z_loss": 0.01, "mu_loss": 300.0, "softcap": 2.0}])
+def test_the_losses_are_those_of_a_textbook_loop(terms: dict, tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
+    settings = {"optimizer__embedding__name": "adamw", "train__steps": 100, "train__micro_batch": 2}
+    settings |= {f"loss__{name}": value for name, value in terms.items()}
+    experiment = tiny.with_values(**settings)
     loop.train(experiment, corpus, tmp_path / "run", no_figures)
-    found = [line["loss"] for line in MetricsLog(tmp_path / "run" / "metrics.jsonl").read()[1:]]
+    lines = MetricsLog(tmp_path / "run" / "metrics.jsonl").read()[1:]
 
     model = build_model(experiment.model, corpus.vocab_size, 16, seed=3)
     decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and n != "token_embedding.weight"]
@@ -120,18 +126,66 @@ def test_the_losses_are_those_of_a_textbook_loop(tiny: Experiment, corpus: Corpu
         optimizer, lambda step: loop.learning_rate(step, experiment.schedule, 100) / optimizer.defaults["lr"]
     )
     batches = Batches(corpus.shards("train"), 16, 4, seed=3)
-    expected = []
+    expected, penalties = [], []
     for step in range(100):
         tokens, targets = batches.batch(step)
-        loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        logits, penalty = model(tokens).flatten(0, 1), torch.zeros(())
+        if terms:
+            logits = terms["softcap"] * torch.tanh(logits / terms["softcap"])
+            penalty = terms["z_loss"] * logits.logsumexp(1).square().mean()
+            penalty = penalty + terms["mu_loss"] * model.token_embedding.weight.mean(0).square().sum()
+        loss = torch.nn.functional.cross_entropy(logits, targets.flatten())
         optimizer.zero_grad()
-        loss.backward()
+        (loss + penalty).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         expected.append(loss.item())
+        penalties.append(penalty.item())
+    found = [line["loss"] for line in lines]
     assert found == pytest.approx(expected, abs=1e-4)
     assert found[-1] < found[0] - 0.3
+    if terms:
+        assert [line["penalty"] for line in lines] == pytest.approx(penalties, rel=1e-3)
+    assert bool(terms) == all("penalty" in line for line in lines) == any("penalty" in line for line in lines)
+
+
+def test_what_centering_changes_is_said_once(
+    tiny: Experiment, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = tiny.with_values(optimizer__embedding__center=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = loop.train(experiment, corpus, tmp_path / "run", no_figures)
+    assert mean_of(model).abs().max() < 1e-8
+    said = capsys.readouterr().err
+    assert said.count("tiny: optimizer.embedding.center changes what the model predicts, as the embeddings are") == 1
+    loop.train(experiment, corpus, tmp_path / "run", no_figures)
+    loop.train(experiment.with_values(model__tied=False), corpus, tmp_path / "untied", no_figures)
+    assert "changes what the model predicts" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_before_a_setting_of_the_optimizer_resumes(
+    tiny: Experiment, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def older(*arguments: object) -> tuple:
+        model_state, optimizer_state = get_state_dict(*arguments)
+        for group in optimizer_state["param_groups"]:
+            del group["center"], group["maximize"]
+        return model_state, optimizer_state
+
+    def stop(model: LanguageModel, last: bool) -> loop.Figures:
+        if (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    experiment = tiny.with_values(optimizer__embedding__center=True)
+    whole = loop.train(experiment, corpus, tmp_path / "whole", no_figures)
+    with monkeypatch.context() as patch, pytest.raises(loop.Interrupted):
+        patch.setattr(checkpoint, "get_state_dict", older)
+        loop.train(experiment, corpus, tmp_path / "run", stop)
+    resumed = loop.train(experiment, corpus, tmp_path / "run", no_figures)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 class Killed(BaseException):
@@ -196,8 +250,9 @@ def test_the_drift_is_no_figure_where_steps_are_not_known(tiny: Experiment, corp
     for name in ("sgd", "adams"):
         loop.train(tiny.with_values(optimizer__embedding__name=name), corpus, tmp_path / name, no_figures)
         assert drawn(name) == []
-    loop.train(tiny.with_values(evaluation__drift=False), corpus, tmp_path / "off", no_figures)
-    assert drawn("off") == []
+    for name in ("evaluation__drift", "optimizer__embedding__center"):
+        loop.train(tiny.with_values(**{name: name.endswith("center")}), corpus, tmp_path / name, no_figures)
+        assert drawn(name) == []
 
     def interrupt(model: LanguageModel, last: bool) -> loop.Figures:
         if MetricsLog(tmp_path / "old" / "metrics.jsonl").read()[-1:] and not drawn("old")[1:]:

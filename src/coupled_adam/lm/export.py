@@ -78,7 +78,7 @@ def exported_digest(directory: Path) -> str | None:
 
 
 def transformers_config(experiment: Experiment, corpus: Corpus) -> dict[str, Any]:
-    """Return the fields of a configuration, ``model_type`` too. Raises InputError where transformers has no such model."""
+    """Return the fields of a configuration, ``model_type`` too. Raises InputError if transformers has no such model."""
     model, kind = experiment.model, _model_type(experiment)
     end, size = int(corpus.meta["end_of_document"]), model.hidden_size // model.n_heads
     common = {

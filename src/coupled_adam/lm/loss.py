@@ -87,7 +87,7 @@ def linear_cross_entropy(
 
 
 def head_logits(hidden: Tensor, weight: Tensor, softcap: float | None, logits: Rounding | None) -> Tensor:
-    """Return the logits that the loss sees, (…, vocabulary) of (…, width): rounded, then capped, in float32 or better."""
+    """Return the logits that the loss sees, (…, vocabulary) of (…, width): rounded, then capped; float32 at least."""
     dtype = _head_dtype(weight, logits)
     with torch.autocast(hidden.device.type, enabled=False):
         s = _product(_rounded(hidden, dtype), _rounded(weight, dtype).T, dtype)
@@ -221,7 +221,7 @@ def _head_dtype(weight: Tensor, logits: Rounding | None) -> torch.dtype:
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to ``dtype``. A CPU that does not multiply bfloat16 gets its numbers in float32: their products are exact."""
+    """Round to ``dtype``. CPUs that do not multiply bfloat16 get its numbers in float32, where products are exact."""
     rounded = x.to(dtype)
     held = dtype == torch.bfloat16 and x.device.type == "cpu" and not _cpu_multiplies_bfloat16()
     return rounded.float() if held else rounded

@@ -57,7 +57,9 @@ def build_optimizers(model: LanguageModel, experiment: Experiment) -> Optimizers
 def _built(model: LanguageModel, experiment: Experiment) -> Optimizers:
     core, embedding = experiment.optimizer.core, experiment.optimizer.embedding
     max_grad_norm = experiment.train.max_grad_norm
-    groups = param_groups(model, weight_decay=core.weight_decay, center=embedding.center)
+    groups = param_groups(model, weight_decay=core.weight_decay)
+    if embedding.center:  # what it changes, the experiment's caveats have said
+        groups[0]["center"] = True
     if core.name == "adamw" and embedding.name in ("adamw", "coupled_adam") and embedding.lr_factor == 1:
         return Optimizers([_adam(groups, core, embedding, max_grad_norm)], [1.0], max_grad_norm)
     if core.name == embedding.name == "adams" and embedding.lr_factor == 1:

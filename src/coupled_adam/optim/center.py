@@ -1,14 +1,18 @@
 """Centering: the mean of a matrix's rows, its mean embedding, is subtracted from all of them."""
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from coupled_adam.optim import reductions
-from coupled_adam.optim.exchange import Work
+from coupled_adam.optim import dispatch, reductions
 from coupled_adam.optim.reductions import Reduction, local, run_one, vocabulary_mean
 from coupled_adam.optim.state import state_dtype
+
+#: By first moment, which is another tensor in every optimizer and after every resume: the stamp and the column sums.
+_kept: MutableMapping[Tensor, tuple[tuple[int, ...], Tensor]] = WeakTensorKeyDictionary()
 
 
 @torch.no_grad()
@@ -50,12 +54,36 @@ def center_(weight: Tensor) -> Tensor:
     return weight
 
 
-def center_moved_(work: Sequence[Work]) -> None:
-    """Center what a step has moved, of groups with ``center``: a pass that reads, one that writes, one all-reduce."""
-    centered = [item for item in work if item.group["center"]]
-    (means,) = reductions.run([_mean_row(item.param) for item in centered])
-    for item, mean in zip(centered, means, strict=True):
-        local(item.param).sub_(mean if item.halt is None else torch.where(item.halt > 0, 0, mean))
+def center_all_(matrices: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """Center matrices: a pass that reads, one that writes, one all-reduce for all. Beside each stands its ``halt``."""
+    (means,) = reductions.run([_mean_row(matrix) for matrix, _ in matrices])
+    for (matrix, halt), mean in zip(matrices, means, strict=True):
+        local(matrix).sub_(mean if halt is None else torch.where(halt > 0, 0, mean))
+
+
+def column_sums(param: Tensor, exp_avg: Tensor) -> Tensor:
+    """Sum the rows that this process holds, of a matrix and of its first moment: (2, H).
+
+    What the last step has summed as it wrote them is taken if nobody has changed either since. So rounding is in the
+    sums, the next step takes it off, and nothing adds up. A change past the version counter (``param.data``) is not
+    seen: the mean is off by it for one step, whose own sums then hold it.
+    """
+    if not is_compiling():
+        found = _kept.get(exp_avg)
+        if found is not None and found[0] == _stamp(param, exp_avg):
+            return found[1]
+    return dispatch.column_sums(local(param), local(exp_avg))
+
+
+def keep_column_sums(param: Tensor, exp_avg: Tensor, sums: Tensor | None) -> None:
+    """Keep what a step has summed as it wrote them; None if it has not."""
+    if sums is not None:
+        _kept[exp_avg] = _stamp(param, exp_avg), sums
+
+
+def _stamp(*tensors: Tensor) -> tuple[int, ...]:
+    """Return numbers that are others once one of the tensors is changed in place or lies elsewhere."""
+    return tuple(number for x in map(local, tensors) for number in (x._version, x.data_ptr()))
 
 
 def _mean_row(matrix: Tensor) -> Reduction[Tensor]:

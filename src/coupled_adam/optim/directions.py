@@ -19,6 +19,8 @@ class Direction(NamedTuple):
     numbers: Callable[[Any, Any, Any], Any] | None = None
     """The same for a single number, in Python that numba compiles; Triton too, if it is made of operators, conditional
     expressions, ``abs``, ``min`` and ``max``. None: the plain functions take this direction."""
+    linear: bool = False
+    """Whether it is proportional to m̂: the mean of rows that share √ν̂ then moves as if it were one of them."""
 
 
 def ratio(m_hat: Any, root: Any, eps: Any) -> Any:
@@ -52,6 +54,6 @@ def atan2_of_numbers(m_hat: Any, root: Any, eps: Any) -> Any:
 
 
 DIRECTION: dict[str, Direction] = {
-    "ratio": Direction(tensors=ratio, numbers=ratio),
+    "ratio": Direction(tensors=ratio, numbers=ratio, linear=True),
     "atan2": Direction(tensors=atan2, numbers=atan2_of_numbers),
 }

@@ -134,7 +134,7 @@ def sum_of_squares(grad: Tensor, exp_avg: Moment, c: Coefficients) -> Tensor:
     if c.coupling_factor == 0 and grad.numel() > 0 and kernels_apply(grad):
         threads = _threads(grad)
         total = torch.empty(threads, grad.shape[1], dtype=torch.float64)
-        _run(_kernels().sum_of_squares_kernel, grad.detach().numpy(), total.numpy(), threads=threads)
+        _run(_kernels().sum_of_squares_kernel, grad.detach().numpy(), total.numpy(), None, threads=threads)
         return (total.sum(0, keepdim=True) * float(c.grad_factor) ** 2).to(torch.float32)
     unread = c.coupling_factor == 0 and isinstance(exp_avg, EightBit)
     if triton_launch.apply(grad, moment=None if unread else exp_avg):
@@ -143,6 +143,33 @@ def sum_of_squares(grad: Tensor, exp_avg: Moment, c: Coefficients) -> Tensor:
         return update.sum_of_squares(grad, exp_avg, c)
     blocks = zip(*(x.split(_block(grad)) for x in (grad, exp_avg)), strict=True)
     return torch.cat([update.sum_of_squares(g, m, c) for g, m in blocks]).sum(0, keepdim=True)
+
+
+def sums_of_gradient(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
+    """Return what ``sum_of_squares`` does and, from the same pass where there is a kernel for it, Σ g: (2, H)."""
+    if not (c.coupling_factor == 0 and grad.numel() > 0 and kernels_apply(grad)):
+        squares = sum_of_squares(grad, exp_avg, c)
+        return torch.cat([squares, grad.sum(0, keepdim=True, dtype=squares.dtype)])
+    check_shapes(grad, exp_avg)
+    threads = _threads(grad)
+    total = torch.empty(2, threads, grad.shape[1], dtype=torch.float64)
+    squares, plain = total
+    _run(_kernels().sum_of_squares_kernel, grad.detach().numpy(), squares.numpy(), plain.numpy(), threads=threads)
+    squares *= float(c.grad_factor) ** 2
+    return total.sum(1).to(torch.float32)
+
+
+def column_sums(param: Tensor, exp_avg: Tensor) -> Tensor:
+    """Sum a matrix and its first moment over the rows: (2, H), of float64, or of float32 where there is no kernel."""
+    check_shapes(param, exp_avg)
+    if param.ndim == 2 and param.numel() > 0 and kernels_apply(param, moment=exp_avg):
+        threads = _threads(param)
+        sums = torch.empty(threads, 2, param.shape[1], dtype=torch.float64)
+        moment, _, seed = _moment(exp_avg, 0)
+        _run(_kernels().column_sums_kernel, param.detach().numpy(), moment, seed, sums.numpy(), threads=threads)
+        return sums.sum(0)
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    return torch.cat([x.sum(0, keepdim=True, dtype=dtype) for x in (param, exp_avg)])
 
 
 def root_of_rows_(exp_avg_sq: Tensor, square: Tensor, c: Coefficients, halt: Tensor | None = None) -> Tensor:
@@ -163,10 +190,18 @@ def move_rows_(
     step: Number,
     spectral: RankOne | None = None,
     halt: Tensor | None = None,
-) -> None:
-    """As ``coupled_adam.optim.update.move_rows_``, in one pass and without temporary tensors of that size."""
-    check_shapes(param, exp_avg, grad, rows=root, spectral=spectral)
-    if param.numel() > 0 and has_kernel(direction) and kernels_apply(param, grad, root, moment=exp_avg):
+    mean: Tensor | None = None,
+) -> Tensor | None:
+    """As ``coupled_adam.optim.update.move_rows_``, in one pass and without temporary tensors of that size.
+
+    Returns:
+        Given ``mean``, what ``column_sums`` gives of the tensors as they are now, if the pass has found it out.
+    """
+    check_shapes(param, exp_avg, grad, rows=root, spectral=spectral, mean=mean)
+    rows = (root,) if mean is None else (root, mean)
+    if param.numel() > 0 and has_kernel(direction) and kernels_apply(param, grad, *rows, moment=exp_avg):
+        if mean is not None and spectral is None and isinstance(exp_avg, Tensor):
+            return _move_centered_(param, exp_avg, grad, root, c, direction, step, mean)
         kernel = _kernels().rows_kernel(DIRECTION[direction].numbers)
         moment, scales, seed = _moment(exp_avg, step)
         arrays = (param.detach().numpy(), moment, scales, grad.detach().numpy(), root.detach().numpy()[0])
@@ -175,19 +210,40 @@ def move_rows_(
         # The kernels write past autograd, which must know, to refuse a backward pass through what has changed.
         increment_version([param, *_parts(exp_avg)])
     elif root.dtype == torch.float32 and triton_launch.apply(param, grad, moment=exp_avg, direction=direction):
-        triton_launch.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral, halt)
+        triton_launch.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral, halt, mean)
     elif spectral is not None or not _in_blocks(param):
         grad, c = _halted(grad, c, halt)
         before = [x.clone() for x in exp_avg] if halt is not None and isinstance(exp_avg, EightBit) else []
-        update.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral)
+        update.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral, mean=mean)
         for kept, old in zip(_parts(exp_avg) if before else (), before, strict=True):  # codes were rounded again
             kept.copy_(torch.where(cast(Tensor, halt) > 0, old, kept))
     else:
         first = 0
         blocks = (x.split(_block(param)) for x in (param, exp_avg, grad))
         for theta, m, g in zip(*blocks, strict=True):
-            update.move_rows_(theta, m, g, root, c, direction, step, first=first)
+            update.move_rows_(theta, m, g, root, c, direction, step, first=first, mean=mean)
             first += len(theta)
+    return None
+
+
+def _move_centered_(
+    param: Tensor,
+    exp_avg: Tensor,
+    grad: Tensor,
+    root: Tensor,
+    c: Coefficients,
+    direction: str,
+    step: Number,
+    mean: Tensor,
+) -> Tensor:
+    """Move checked tensors by the kernel that subtracts ``mean``; return the column sums that it has found."""
+    kernel, threads = _kernels().centered_rows_kernel(DIRECTION[direction].numbers), _threads(param)
+    moment, _, seed = _moment(exp_avg, step)
+    sums = torch.empty(threads, 2, param.shape[1], dtype=torch.float64)
+    arrays = (param.detach().numpy(), moment, grad.detach().numpy(), root.detach().numpy()[0])
+    _run(kernel, *arrays, _float32(c), seed, mean.numpy()[0], sums.numpy(), threads=threads)
+    increment_version([param, exp_avg])
+    return sums.sum(0)
 
 
 def move_elements_(
@@ -233,19 +289,28 @@ def _halted(grad: Tensor, c: Coefficients, halt: Tensor | None) -> tuple[Tensor,
     return (grad, c) if halt is None else (torch.where(halt > 0, 0, grad), c.halted(halt))
 
 
-def check_shapes(first: Tensor, *others: Moment, rows: Tensor | None = None, spectral: RankOne | None = None) -> None:
-    """Raise RuntimeError unless all have one shape, ``rows`` is (1, H) beside a matrix, and ``spectral`` fits it."""
+def check_shapes(
+    first: Tensor,
+    *others: Moment,
+    rows: Tensor | None = None,
+    spectral: RankOne | None = None,
+    mean: Tensor | None = None,
+) -> None:
+    """Raise RuntimeError unless all have one shape, ``rows`` and ``mean`` are (1, H) beside a matrix, and ``spectral``
+    fits it."""
     fit = all(x.shape == first.shape for x in others)
     for x in others:
         if isinstance(x, EightBit):
             fit = fit and first.ndim == 2 and x.scales.shape == (len(first), blocks_of(first.shape[1]))
+    if mean is not None:
+        fit = fit and rows is not None and mean.shape == rows.shape
     if rows is not None:
         fit = fit and first.ndim == 2 and rows.shape == (1, first.shape[1])
     if spectral is not None:
         fit = fit and spectral.column.shape == first.shape[:-1]
         fit = fit and spectral.row.shape == (*first.shape[:-2], first.shape[-1])
     if not fit:
-        tensors = (first, *others, *([] if rows is None else [rows]), *(spectral or ()))
+        tensors = (first, *others, *(x for x in (rows, mean) if x is not None), *(spectral or ()))
         shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
         raise RuntimeError(f"parameter, gradient and state do not fit together: they have the shapes {shapes}")
 

@@ -40,6 +40,12 @@ def moved(theta: Any, shrink: Any, decay: Any, lr: Any, direction: Any) -> Any:
     return theta
 
 
+def centered(theta: Any, mean: Any) -> Any:
+    """θ ← θ − mean, with the ``mean`` of the moved rows."""
+    theta -= mean
+    return theta
+
+
 class Coefficients(NamedTuple):
     """What the hyperparameters of a group come to at a step. A kernel that has one number type takes all of them in it.
 

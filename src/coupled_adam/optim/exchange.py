@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from coupled_adam.optim import clipping, dispatch, reductions
+from coupled_adam.optim.center import column_sums
+from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import Moment
 from coupled_adam.optim.equations import Coefficients, Number
 from coupled_adam.optim.reductions import ProcessGroups, Reduction, local, run_one
@@ -50,6 +52,13 @@ class Work:
     def spectral(self) -> bool:
         """Whether the step takes off the leading singular triple."""
         return is_spectral(self.state, self.group)
+
+    @property
+    def foreseen(self) -> bool:
+        """Whether the mean of the rows after the step is known before it, and can be subtracted as they move."""
+        linear = DIRECTION[self.group["direction"]].linear
+        summed = "exp_avg" in self.state  # column sums of a moment in eight bits cost as much as centering by itself
+        return bool(self.group["center"] and self.coupled and linear and summed and not self.spectral)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,15 +117,16 @@ class Known:
 
     work: list[Work]
     """Without the parameters of which no process has a gradient."""
-    mean_squares: dict[Tensor, Tensor]
+    means: dict[Tensor, Tensor]
     triples: dict[Tensor, RankOne]
     norm: Tensor | None
     """Of all gradients; None if nothing bounds it."""
 
-    def mean_square(self, item: Work, clip: Number) -> Tensor:
-        """Return the mean over the vocabulary of g² + κ·m², (1, H), g being the gradient times ``clip``."""
-        found = self.mean_squares.get(item.param)
-        return run_one(_mean_square(item, clip)) if found is None else found
+    def mean(self, item: Work, clip: Number) -> Tensor:
+        """Return means over the vocabulary: of g² + κ·m², (1, H), g being the gradient times ``clip``; if the mean row
+        after the step is to be foreseen, also of the gradient as it is, of parameter and first moment: (4, H)."""
+        found = self.means.get(item.param)
+        return run_one(_mean(item, clip)) if found is None else found
 
     def triple(self, item: Work) -> RankOne:
         """Return the leading singular triple of a parameter, and move its ``u`` on."""
@@ -138,7 +148,8 @@ def exchange(work: list[Work], held: Sequence[Tensor] | None, *, rescaled: bool)
     shared = [item for item in work if item.shared_over]
     spectral = [item for item in shared if item.spectral]
     sums = _early_sums(work, norm=held is not None, rescaled=rescaled)
-    norms = {} if held is None else clipping.partial_norms(held, {item.param: item.grad for item in work}, sums)
+    squares_of = {param: part[:1] for param, part in sums.items()}
+    norms = {} if held is None else clipping.partial_norms(held, {item.param: item.grad for item in work}, squares_of)
     here = norms.pop((), None)
     means, iterations, counts, squares = reductions.run(
         [reductions.vocabulary_mean(part, param) for param, part in sums.items()],
@@ -150,7 +161,7 @@ def exchange(work: list[Work], held: Sequence[Tensor] | None, *, rescaled: bool)
     moving = [(item, found) for item, found in zip(spectral, iterations, strict=True) if item.param not in absent]
     return Known(
         work=[item for item in work if item.param not in absent],
-        mean_squares=dict(zip(sums, means, strict=True)),
+        means=dict(zip(sums, means, strict=True)),
         triples={item.param: _triple(item, *found) for item, found in moving},
         norm=None if held is None else clipping.global_norm(here, squares),
     )
@@ -159,7 +170,7 @@ def exchange(work: list[Work], held: Sequence[Tensor] | None, *, rescaled: bool)
 def _early_sums(work: list[Work], *, norm: bool, rescaled: bool) -> dict[Tensor, Tensor]:
     """Sum squares where this is needed before anything moves: to be exchanged, or for the norm that clips."""
     return {
-        item.param: _sum_of_squares(item, 1.0)
+        item.param: _sums(item, 1.0)
         for item in work
         # With κ the mean square is one of gradients times a factor that may not be known yet.
         if item.coupled and (norm or item.shared_over) and not (rescaled and item.group["coupling_factor"] != 0)
@@ -168,10 +179,10 @@ def _early_sums(work: list[Work], *, norm: bool, rescaled: bool) -> dict[Tensor,
 
 def clipped(known: Known, clip: Number) -> Known:
     """Return the same for gradients times ``clip``. With κ this exchanges once more."""
-    means = {param: mean * _square(clip, mean) for param, mean in known.mean_squares.items()}
+    means = {param: _scaled(mean, clip) for param, mean in known.means.items()}
     late = [item for item in known.work if item.coupled and item.shared_over and item.param not in means]
-    (found,) = reductions.run([_mean_square(item, clip) for item in late])
-    return replace(known, mean_squares=means | {item.param: m for item, m in zip(late, found, strict=True)})
+    (found,) = reductions.run([_mean(item, clip) for item in late])
+    return replace(known, means=means | {item.param: m for item, m in zip(late, found, strict=True)})
 
 
 def is_spectral(state: dict[str, Any], group: ParamGroup) -> bool:
@@ -186,14 +197,19 @@ def shared_over(param: Tensor, state: dict[str, Any], group: ParamGroup) -> Proc
     return reductions.holders(param, 0) if group["second_moment"] == "vocabulary" or group["center"] else ()
 
 
-def _sum_of_squares(item: Work, clip: Number) -> Tensor:
-    """Compute this rank's part of the sum over the vocabulary."""
+def _sums(item: Work, clip: Number) -> Tensor:
+    """Compute this rank's part of the sums over the vocabulary behind ``Known.mean``."""
     c = item.coefficients(1, clip)  # the step does not count here
-    return dispatch.sum_of_squares(local(item.grad), item.moment, c)
+    grad = local(item.grad)
+    if not item.foreseen:
+        return dispatch.sum_of_squares(grad, item.moment, c)
+    exp_avg = item.state["exp_avg"]
+    sums = dispatch.sums_of_gradient(grad, local(exp_avg), c)
+    return torch.cat([sums, column_sums(item.param, exp_avg).to(sums.dtype)])
 
 
-def _mean_square(item: Work, clip: Number) -> Reduction[Tensor]:
-    return reductions.vocabulary_mean(_sum_of_squares(item, clip), item.param)
+def _mean(item: Work, clip: Number) -> Reduction[Tensor]:
+    return reductions.vocabulary_mean(_sums(item, clip), item.param)
 
 
 def _power_iteration(item: Work) -> Reduction[tuple[RankOne, Tensor]]:
@@ -211,6 +227,8 @@ def _flag(item: Work) -> Tensor:
     return local(item.param).new_full((1,), float(item.present), dtype=torch.float32)
 
 
-def _square(clip: Number, x: Tensor) -> Number:
-    factor = dispatch.beside(clip, x)
-    return factor * factor
+def _scaled(mean: Tensor, clip: Number) -> Tensor:
+    """Scale the mean square of gradients to that of gradients times ``clip``."""
+    factor = dispatch.beside(clip, mean)
+    square = mean[:1] * (factor * factor)
+    return square if len(mean) == 1 else torch.cat([square, mean[1:]])

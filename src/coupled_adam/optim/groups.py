@@ -1,11 +1,15 @@
 """Which parameter of a model plays which role. Roles are found by identity, never by a name or a module's type."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 Coupled = nn.Module | Tensor
+
+#: What models call the bound of a soft cap on their logits in their ``config``.
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "logit_cap", "softcap")
 
 
 def param_groups(
@@ -25,8 +29,10 @@ def param_groups(
             language model of transformers has it.
         weight_decay: λ of the matrices.
         coupled: modules with a 2-D ``weight``, or parameters, to couple instead; ``[]`` for none.
-        center: subtract the mean of the coupled matrices' rows in every step. After the step of an optimizer of torch,
-            which takes no notice of this either, call ``coupled_adam.center_``.
+        center: subtract the mean of the coupled matrices' rows in every step (μ-centering, arXiv 2601.02031). With an
+            untied output embedding under a softmax this changes no probability, and a warning tells where it does.
+            After the step of an optimizer of torch, which takes no notice of this key either, call
+            ``coupled_adam.center_`` instead.
 
     Raises:
         ValueError: no output embedding is found (the message lists candidates), or an entry of ``coupled`` is no
@@ -45,6 +51,8 @@ def param_groups(
     chosen = [output_embedding(model)] if coupled is None else coupled
     matrices = [_matrix(item, model) for item in chosen]
     is_coupled = {id(matrix) for matrix in matrices}
+    if center:
+        _warn_where_centering_tells(model, matrices)
     groups: list[dict[str, Any]] = [
         {
             "params": [(n, p) for n, p in named if id(p) in is_coupled],
@@ -77,6 +85,32 @@ def output_embedding(model: nn.Module) -> nn.Module:
             f"Candidates: {_candidates(model.named_parameters())}"
         )
     return head
+
+
+def _warn_where_centering_tells(model: nn.Module, matrices: Sequence[Tensor]) -> None:
+    """Warn of what makes predictions depend on the mean of an output embedding."""
+    modules = list(model.modules())
+    inputs = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
+    if any(id(matrix) in inputs for matrix in matrices):
+        warnings.warn(
+            "center=True shifts the input embeddings too, which are tied to the output: predictions change. Untie them, "
+            "or leave center False if the run must be the same but for the mean",
+            UserWarning,
+            stacklevel=3,
+        )
+    configs = (getattr(m, "config", None) for m in modules)
+    caps = [cap for config in configs for key in CAPS if isinstance(cap := _setting(config, key), int | float) and cap]
+    if caps:
+        warnings.warn(
+            f"center=True changes predictions of a model that caps its logits (at {caps[0]:g}): the cap of a shifted "
+            "logit is no shifted cap. Leave one of the two out",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _setting(config: Any, key: str) -> Any:
+    return config.get(key) if isinstance(config, dict) else getattr(config, key, None)
 
 
 def _matrix(item: Coupled, model: nn.Module) -> Tensor:

@@ -21,8 +21,9 @@ from coupled_adam.optim import directions, eight_bit, equations, rounding
 
 inlined = register_jitable(inline="always")
 first_moment, second_moment = inlined(equations.first_moment), inlined(equations.second_moment)
-squared, moved, dice_of = inlined(equations.squared), inlined(equations.moved), inlined(rounding.dice_of)
+squared, moved, centered = inlined(equations.squared), inlined(equations.moved), inlined(equations.centered)
 number_of, magnitude_of = inlined(eight_bit.number_of), inlined(eight_bit.magnitude_of)
+dice_of = inlined(rounding.dice_of)
 
 #: What is compiled into the kernels from other files.
 SOURCES = b"".join(Path(str(module.__file__)).read_bytes() for module in (equations, directions, rounding, eight_bit))
@@ -31,6 +32,9 @@ SOURCES = b"".join(Path(str(module.__file__)).read_bytes() for module in (equati
 BLOCK = 64
 #: Rows that are walked forwards, as the memory likes it, in the pass that goes backwards over the matrix.
 BACKWARD = 512
+#: Columns that are taken at once where column sums are kept beside them; and what keeps the rows of an array that holds
+#: so many columns from lying at multiples of 4,096 bytes, where processors mix them up.
+TILE, PAD = 1024, 48
 
 ZERO = np.float32(0)
 WIDTH, SMALLEST, PER_FACE = eight_bit.BLOCK, eight_bit.SMALLEST, eight_bit.PER_FACE
@@ -100,21 +104,55 @@ def _pack(m, codes, start, seed):
 
 
 @njit(parallel=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)  # sums in any order, or loops stay scalar
-def sum_of_squares_kernel(grad, total, threads):
-    """Fill ``total`` (threads, H), float64, with Σ g² over each thread's rows of ``grad`` (V, H)."""
+def sum_of_squares_kernel(grad, total, plain, threads):
+    """Fill ``total`` (threads, H), float64, with Σ g² over each thread's rows of ``grad`` (V, H).
+
+    ``plain``, of the same shape, with Σ g; None for nothing.
+    """
     rows, columns = grad.shape
     for t in prange(threads):
         part = np.zeros(columns, np.float32)
         total[t] = 0.0
+        if plain is not None:
+            plain_part = np.zeros(columns, np.float32)
+            plain[t] = 0.0
         first, last = rows * t // threads, rows * (t + 1) // threads
         for i in range(first, last):
             g = grad[i]
             for j in range(columns):
                 part[j] += g[j] * g[j]
+            if plain is not None:
+                for j in range(columns):
+                    plain_part[j] += g[j]
             if (i - first) % BLOCK == BLOCK - 1 or i == last - 1:
                 for j in range(columns):
                     total[t, j] += part[j]
                 part[:] = ZERO
+                if plain is not None:
+                    for j in range(columns):
+                        plain[t, j] += plain_part[j]
+                    plain_part[:] = ZERO
+
+
+@njit(parallel=True, cache=True)
+def column_sums_kernel(param, exp_avg, seed, sums, threads):
+    """Fill ``sums`` (threads, 2, H), float64, as ``move_centered`` does while it writes these tensors, to the bit."""
+    rows, columns = param.shape
+    for t in prange(threads):
+        first, last = rows * t // threads, rows * (t + 1) // threads
+        part = np.zeros((2, columns), np.float32)
+        sums[t] = 0.0
+        for block in range((last - first + BACKWARD - 1) // BACKWARD):
+            stop = last - block * BACKWARD
+            start = max(stop - BACKWARD, first)
+            for i in range(start, stop):
+                for j in range(columns):
+                    part[0, j] += param[i, j]
+                for j in range(columns):
+                    part[1, j] += exp_avg[i, j] if seed is None else _widened(exp_avg[i, j])
+                if (i - start) % BLOCK == BLOCK - 1 or i == stop - 1:
+                    sums[t] += part
+                    part[:] = ZERO
 
 
 @functools.cache
@@ -163,6 +201,51 @@ def rows_kernel(direction):
         return version
 
     return move_rows
+
+
+@functools.cache
+def centered_rows_kernel(direction):
+    """Make the kernel that does what update.move_rows_ does given ``mean`` (C,), and sums what it writes.
+
+    sums: (threads, 2, C), float64, to fill with the column sums of what is in param and exp_avg afterwards. Other
+    arguments as of ``rows_kernel``.
+    """
+    toward, version = inlined(direction), _version(direction)
+
+    @njit(parallel=True, cache=True)
+    def move_centered(param, exp_avg, grad, root, c, seed, mean, sums, threads):
+        rows, columns = param.shape
+        for t in prange(threads):
+            first, last = rows * t // threads, rows * (t + 1) // threads
+            sums[t] = 0.0
+            # √ν̂, the mean and both sums in one array whose layout the compiler knows: it vectorizes the innermost loop
+            # only if it can tell cheaply that what is written there does not overlap with what is read.
+            rest = np.zeros((4, TILE + PAD), np.float32)
+            for block in range((last - first + BACKWARD - 1) // BACKWARD):
+                stop = last - block * BACKWARD
+                start = max(stop - BACKWARD, first)
+                for left in range(0, columns, TILE):
+                    width = min(TILE, columns - left)
+                    rest[0, :width], rest[1, :width] = root[left : left + width], mean[left : left + width]
+                    for i in range(start, stop):
+                        theta, moment = param[i, left : left + width], exp_avg[i, left : left + width]
+                        g = grad[i, left : left + width]
+                        for j in range(width):
+                            m = moment[j] if seed is None else _widened(moment[j])
+                            m = first_moment(m, g[j], c.grad_factor, c.first_rate)
+                            bits = m if seed is None else _rounded(m, i * columns + left + j, seed)
+                            moment[j] = bits
+                            way = toward(c.first_scale * m, rest[0, j], c.eps)
+                            new = centered(moved(theta[j], theta[j], c.decay, c.lr, way), rest[1, j])
+                            theta[j] = new
+                            rest[2, j] += new
+                            rest[3, j] += m if seed is None else _widened(bits)
+                        if (i - start) % BLOCK == BLOCK - 1 or i == stop - 1:
+                            sums[t, :, left : left + width] += rest[2:, :width]
+                            rest[2:, :width] = ZERO
+        return version
+
+    return move_centered
 
 
 @functools.cache

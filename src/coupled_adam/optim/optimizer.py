@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from coupled_adam.optim import clipping, dispatch, reductions, triton_launch
-from coupled_adam.optim.center import center_moved_
+from coupled_adam.optim import clipping, dispatch, reductions, triton_launch, update
+from coupled_adam.optim.center import center_all_, keep_column_sums
 from coupled_adam.optim.checks import check_grad, check_group, check_state, check_still_matrices, parameter_name
 from coupled_adam.optim.equations import Number
 from coupled_adam.optim.exchange import Known, ParamGroup, Work, advance, clipped, exchange, halt_beside, shared_over
@@ -88,7 +88,7 @@ class AdamFamily(Optimizer):
         if rescaled:
             known = clipped(known, factor)
         _move(known, factor)
-        center_moved_(known.work)
+        center_all_([(x.param, x.halt) for x in known.work if x.group["center"] and not x.foreseen])
         self._publish(known.work)
         return loss
 
@@ -282,15 +282,21 @@ def _move_together(items: Sequence[Work], clip: Number) -> None:
 
 
 def _move_one(item: Work, known: Known, clip: Number) -> None:
-    square = known.mean_square(item, clip) if item.coupled else None
+    mean = known.mean(item, clip) if item.coupled else None
     spectral = known.triple(item) if item.spectral else None
     step, direction = item.steps + 1, item.group["direction"]
     c = item.coefficients(step, clip)
-    if square is None:
+    if mean is None:
         param, grad, exp_avg, exp_avg_sq = item.tensors
         dispatch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral, item.halt)
     else:
-        root = dispatch.root_of_rows_(local(item.state["exp_avg_sq"]), square, c, item.halt)
+        root = dispatch.root_of_rows_(local(item.state["exp_avg_sq"]), mean[:1], c, item.halt)
+        after = None
+        if item.foreseen:
+            after = update.mean_moved(mean[1:], root, c, direction)
+            after = after if item.halt is None else torch.where(item.halt > 0, 0, after)
         param, grad = local(item.param), local(item.grad)
-        dispatch.move_rows_(param, item.moment, grad, root, c, direction, step, spectral, item.halt)
+        sums = dispatch.move_rows_(param, item.moment, grad, root, c, direction, step, spectral, item.halt, after)
+        if item.foreseen:
+            keep_column_sums(item.param, item.state["exp_avg"], sums)
     advance([item])

@@ -155,13 +155,13 @@ def rows_like(matrix: Tensor, part: Tensor) -> Tensor:
 
 
 def vocabulary_mean(part: Tensor, matrix: Tensor) -> Reduction[Tensor]:
-    """Average over the rows of ``matrix`` (V, H); ``part``, (1, H), is the sum over those held here."""
+    """Average over the rows of ``matrix`` (V, H); ``part``, (1, H) or several such, are sums over those held here."""
     over = holders(matrix, 0)
     if vocabulary_group(matrix) is None:
         total = yield Sum(part, over)
         yield total / max(matrix.shape[0], 1)
     else:  # no rank knows V
-        both = yield Sum(torch.cat([part, part.new_full((1, 1), len(local(matrix)))], 1), over)
+        both = yield Sum(torch.cat([part, part.new_full((len(part), 1), len(local(matrix)))], 1), over)
         yield both[:, :-1] / both[:, -1:].clamp(min=1)
 
 

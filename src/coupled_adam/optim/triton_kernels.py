@@ -17,7 +17,8 @@ from coupled_adam.optim import eight_bit, equations, rounding
 from coupled_adam.optim.triton_forms import triton_form
 
 first_moment, second_moment = triton_form(equations.first_moment), triton_form(equations.second_moment)
-squared, moved, dice_of = triton_form(equations.squared), triton_form(equations.moved), triton_form(rounding.dice_of)
+squared, moved, centered = map(triton_form, (equations.squared, equations.moved, equations.centered))
+dice_of = triton_form(rounding.dice_of)
 
 number_of, magnitude_of = triton_form(eight_bit.number_of), triton_form(eight_bit.magnitude_of)
 
@@ -143,6 +144,7 @@ def move_matrix(
     root,
     column,
     row,
+    mean,
     halt,
     rows,
     columns,
@@ -164,7 +166,7 @@ def move_matrix(
     """Do what update.move_rows_ does if ``root`` (H,) is given, what update.move_elements_ does if ``exp_avg_sq`` is.
 
     With ``column`` (R,) and ``row`` (R / period, H) the decay is spectral. With ``scales`` (R, ⌈H / WIDTH⌉) a row of a
-    tile is a block of numbers in eight bits.
+    tile is a block of numbers in eight bits. ``mean`` (H,) is subtracted in the end.
     """
     if halt is not None:
         if tl.load(halt) != 0:
@@ -196,6 +198,8 @@ def move_matrix(
     else:
         right = _read(row, (i // period)[:, None] * columns + j[None, :], here)
         theta = moved(theta, _read(column, i, i < rows)[:, None] * right, _number(decay), _number(lr), way)
+    if mean is not None:
+        theta = centered(theta, _read(mean, j, j < columns)[None, :])
     tl.store(param + start + at, theta, mask=here)
 
 

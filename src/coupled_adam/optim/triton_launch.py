@@ -132,6 +132,7 @@ def move_rows_(
     step: Number,
     spectral: RankOne | None,
     halt: Tensor | None,
+    mean: Tensor | None,
 ) -> None:
     """As ``coupled_adam.optim.update.move_rows_``."""
     codes, scales = exp_avg if isinstance(exp_avg, EightBit) else (None, None)
@@ -140,7 +141,9 @@ def move_rows_(
         _check_packed(param, codes, scales)
     if root.shape != (1, param.shape[1]):
         raise RuntimeError(f"√ν̂ has the shape {tuple(root.shape)}, not (1, {param.shape[1]})")
-    _move_matrix_(param, exp_avg, None, grad, root, c, direction, step, spectral, halt)
+    if mean is not None and (mean.shape != root.shape or mean.dtype != torch.float32 or mean.device != param.device):
+        raise RuntimeError(f"the mean row is {mean.dtype} {tuple(mean.shape)}, not float32 {tuple(root.shape)}, or far")
+    _move_matrix_(param, exp_avg, None, grad, root, c, direction, step, spectral, halt, mean)
 
 
 def move_elements_(
@@ -172,6 +175,7 @@ def _move_matrix_(
     step: Number,
     spectral: RankOne | None,
     halt: Tensor | None,
+    mean: Tensor | None = None,
 ) -> None:
     columns, period = param.shape[-1], param.shape[-2]
     rows = param.numel() // columns
@@ -181,7 +185,8 @@ def _move_matrix_(
         if x is not None and (x.shape != shape or x.dtype != torch.float32 or x.device != param.device):
             raise RuntimeError(f"spectral decay needs float32 vectors of {shape} beside the parameter, not {x.shape}")
     moment, scales = exp_avg if isinstance(exp_avg, EightBit) else (exp_avg, None)
-    tensors = (param, moment, scales, exp_avg_sq, grad, root, column, row, halt)
+    middle = None if mean is None else mean.contiguous()
+    tensors = (param, moment, scales, exp_avg_sq, grad, root, column, row, middle, halt)
     numbers = (*_numbers(c, param), _seed(exp_avg, step))
     grid = (-(-rows // tile), -(-columns // width))
     toward = form(DIRECTION[direction].numbers)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import EightBit, Moment, quantized, widened
-from coupled_adam.optim.equations import Coefficients, Number, first_moment, moved, second_moment, squared
+from coupled_adam.optim.equations import Coefficients, Number, centered, first_moment, moved, second_moment, squared
 from coupled_adam.optim.rounding import stochastically_rounded
 
 
@@ -55,6 +55,7 @@ def move_rows_(
     step: float | Tensor,
     spectral: RankOne | None = None,
     first: int = 0,
+    mean: Tensor | None = None,
 ) -> None:
     """Move the rows of a matrix that share √ν̂. Modifies ``param`` and ``exp_avg`` in place.
 
@@ -64,10 +65,22 @@ def move_rows_(
         step: counts from 1; throws the dice of rounding.
         spectral: what one unit of decay η·λ takes off; None for the parameter itself.
         first: the index of the first row in the matrix that these rows are a part of.
+        mean: (1, H), what is subtracted from every row in the end; None for nothing.
     """
     m = first_moment(numbers_of(exp_avg).to(root.dtype), grad.to(root.dtype), c.grad_factor, c.first_rate)
     _keep_moment_(exp_avg, m, step, first * param.shape[1])
-    _move_(param, DIRECTION[direction].tensors(c.first_scale * m, root, c.eps), c, spectral)
+    _move_(param, DIRECTION[direction].tensors(c.first_scale * m, root, c.eps), c, spectral, mean)
+
+
+def mean_moved(means: Tensor, root: Tensor, c: Coefficients, direction: str) -> Tensor:
+    """Return the mean of a matrix's rows after the step, (1, H), from those of gradient, parameter and first moment
+    before it, (3, H).
+
+    The direction is linear, and the rows share √ν̂: their mean moves as if it were one of them.
+    """
+    grad, param, exp_avg = torch.split(means.clone(), 1)
+    move_rows_(param, exp_avg, grad, root, c, direction, step=0.0)
+    return param
 
 
 def move_elements_(
@@ -107,7 +120,9 @@ def _keep_moment_(exp_avg: Moment, m: Tensor, step: float | Tensor, first: int =
         exp_avg.copy_(m)
 
 
-def _move_(param: Tensor, direction: Tensor, c: Coefficients, spectral: RankOne | None) -> None:
+def _move_(
+    param: Tensor, direction: Tensor, c: Coefficients, spectral: RankOne | None, mean: Tensor | None = None
+) -> None:
     theta = param.to(direction.dtype)
     shrink: Tensor | float = theta
     if spectral is not None:
@@ -115,5 +130,7 @@ def _move_(param: Tensor, direction: Tensor, c: Coefficients, spectral: RankOne 
     elif isinstance(c.decay, float) and c.decay == 0:
         shrink = 0.0  # as embeddings have it; saves a pass over them
     theta = moved(theta, shrink, c.decay, c.lr, direction)
+    if mean is not None:
+        theta = centered(theta, mean)
     if theta is not param:  # moved in place
         param.copy_(theta)

@@ -23,6 +23,7 @@ LEAST_NORM = 1e-3
 
 #: Sweeps have more lines than other charts; the colors are those of Okabe and Ito, too.
 SWEEP_COLORS = (*charts.COLORS, "#56b4e9", "#000000", "#e69f00")
+DASHES = ("solid", "dash", "solid", "dash", "dot", "dot", "dashdot")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def sentences(found: Sweeps) -> str:
         text += [
             f"Without rounding {ADAMW} and {CENTERED} would be the same run here, as no gradient depends on the mean.",
             "Their losses differ by " + ", ".join(f"{value:.3f} at {rate:g}" for rate, value in noise.items()) + ":",
-            "smaller differences between two single runs at that learning rate mean nothing.",
+            "differences of this size between two single runs mean nothing.",
         ]
     return " ".join(text)
 
@@ -142,7 +143,7 @@ def published() -> TextTable:
         best = "" if sweep.best_loss is None else f" ({sweep.best_loss:.3f})"
         rows.setdefault(sweep.method + strength, []).append(f"{sweep.lr_sensitivity:.3f}{best}")
         lists = [getattr(sweep, figure.name) for figure in shown]
-        cells = [cell(values[-1] if values else None, figure.form) for values, figure in zip(lists, shown, strict=True)]
+        cells = [cell(values[-1] if values else None, "{:g}") for values in lists]
         largest.setdefault(sweep.method + strength, cells)  # of the first size, of which most is known
     small = f"{sizes[0]} at {rates[-1]:g}"
     return TextTable(
@@ -194,5 +195,5 @@ def _against_rate(
     ticks = sorted({point[0] for _, points in lines for point in points})
     figure.update_xaxes(tickvals=ticks, ticktext=[f"{rate:g}" for rate in ticks])
     for i, trace in enumerate(figure.data):  # dashes, for lines that cover each other
-        trace.line.update(color=SWEEP_COLORS[i % len(SWEEP_COLORS)], dash="dash" if i % 2 else "solid")
+        trace.line.update(color=SWEEP_COLORS[i % len(SWEEP_COLORS)], dash=DASHES[i % len(DASHES)])
     return figure.update_layout(height=340 + 20 * len(lines))
