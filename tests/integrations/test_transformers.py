@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from coupled_adam import Adams, CoupledAdam
+from coupled_adam import Adams, CoupledAdam, center_
 from coupled_adam.integrations.transformers import (
     OptimizerFactory,
     name_checkpoint,
@@ -142,6 +142,25 @@ def test_adams_and_more_options(tmp_path) -> None:
     optimizer = inner(whole)
     assert isinstance(optimizer, Adams) and optimizer.param_groups[0]["coupling_scale"] == 0.25
     assert optimizer.state[whole.model.model.layers[0].mlp.up_proj.weight]["u"].shape == (32,)
+
+
+class Center(TrainerCallback):
+    """That of docs/integrations.md."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **others):
+        center_(model.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("ours", [{"center": True}, None])
+def test_the_output_embedding_is_centered_by_our_step_or_by_a_callback_after_another(tmp_path, ours) -> None:
+    shifted = llama()
+    with torch.no_grad():
+        shifted.lm_head.weight += 1
+    whole = trainer(tmp_path, shifted, ours=ours)
+    if ours is None:
+        whole.add_callback(Center())
+    whole.train()
+    assert whole.model.lm_head.weight.detach().mean(0).abs().max() < 1e-6
 
 
 def test_a_run_of_the_trainers_adamw_goes_on_with_coupled_adam(tmp_path) -> None:

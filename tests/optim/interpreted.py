@@ -230,6 +230,7 @@ def test_what_is_not_finite_is_seen(direction: str, launched: list[str]) -> None
 STEPS = {
     "coupled": lambda groups: CoupledAdam(groups, lr=0.01),
     "clipped": lambda groups: CoupledAdam(groups, lr=torch.tensor(0.01), max_grad_norm=0.5),
+    "centered": lambda groups: CoupledAdam([{**groups[0], "center": True}, groups[1]], lr=0.01, max_grad_norm=0.5),
     "narrow": lambda groups: CoupledAdam(groups, lr=0.01, state_dtype=torch.bfloat16, max_grad_norm=0.5),
     "eight bits": lambda groups: CoupledAdam(groups, lr=0.01, state_dtype="8bit"),
     "factor": lambda groups: CoupledAdam(groups, lr=0.01, coupling_factor=0.1, max_grad_norm=0.5),
@@ -296,10 +297,10 @@ def test_nothing_reaches_a_kernel_unchecked_whoever_calls_it(launched: list[str]
                 triton_launch.move_elements_(*matrices, c, "ratio", 1, rank_one, None)
     good = [torch.zeros(6, 4) for _ in range(3)]
     with pytest.raises(RuntimeError, match=r"has the shape \(1, 5\)"):
-        triton_launch.move_rows_(*good, torch.zeros(1, 5), c, "ratio", 1, None, None)
+        triton_launch.move_rows_(*good, torch.zeros(1, 5), c, "ratio", 1, None, None, None)
     with pytest.raises(RuntimeError, match="spectral decay needs"):
         rank_one = update.RankOne(torch.zeros(5), torch.zeros(4))
-        triton_launch.move_rows_(*good, torch.zeros(1, 4), c, "ratio", 1, rank_one, None)
+        triton_launch.move_rows_(*good, torch.zeros(1, 4), c, "ratio", 1, rank_one, None, None)
     with pytest.raises(RuntimeError, match="do not fit together"):
         triton_launch.sum_of_squares(torch.zeros(6, 4), torch.zeros(7, 4), c)
     assert not launched

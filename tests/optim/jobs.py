@@ -24,10 +24,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, param_groups
+from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, center_, param_groups
 from coupled_adam.lm.config import Model
 from coupled_adam.lm.model import LanguageModel
-from coupled_adam.optim import dispatch, triton_launch
+from coupled_adam.optim import center, dispatch, triton_launch
+from coupled_adam.optim.reductions import local
 
 STEPS = 12
 PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "whole": Replicate()}
@@ -354,6 +355,79 @@ def vocabulary_shards(
         "norm": opt.grad_norm if opt.grad_norm is not None else 0
     }
     return found | {f"embedding {k}": x for k, x in opt.state[params["embedding"]].items()}
+
+
+# ------------------------------------------------------------------ centering
+
+
+def centered_steps(
+    optimizer: str, vocabulary: int, layout: tuple[str, ...] = (), coupled: bool = True
+) -> dict[str, Any]:
+    """A centered matrix after the steps, its largest mean after any, and what every step has sent and measured."""
+    spread = spreader(layout)
+    cls, options = OPTIMIZERS[optimizer]
+    param = nn.Parameter(spread(values(vocabulary, 0)["embedding"]).clone())
+    moment = "vocabulary" if coupled else "elementwise"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing is coupled
+        opt = cls([{"params": [param], "second_moment": moment, "center": True}], lr=1e-2, weight_decay=0.1, **options)
+    sent, means, passes, measure = [], [], [], center.measure
+    center.measure = lambda *x: (passes.append(1), measure(*x))[1]
+    for step in range(STEPS):
+        param.grad = spread(values(vocabulary, step + 1)["embedding"]).clone()
+        with CommDebugMode() as mode:
+            opt.step()
+        sent.append({str(op).split(".")[-1]: n for op, n in mode.get_comm_counts().items()})
+        whole_now = param.full_tensor() if isinstance(param, DTensor) else param
+        means.append(whole_now.detach().mean(0).abs().max().item())
+    center.measure = measure
+    return {
+        "param": whole_now.detach(),
+        "means": max(means),
+        "sent": sent,
+        "passes": len(passes),
+        "rows": len(local(param)),
+    }
+
+
+def centered_training(optimizer: str, wrapping: str = "") -> dict[str, Tensor]:
+    """The tied language model's parameters after training with a centered embedding, and the passes that measured."""
+    model, opt, rank, ranks = trainer(optimizer, wrapping, torch.float64 if "adams" in optimizer else torch.float32)
+    opt.param_groups[0]["center"] = True
+    passes, measure = [], center.measure
+    center.measure = lambda *x: (passes.append(1), measure(*x))[1]
+    for step in range(STEPS):
+        one_step(model, opt, batch(step, rank, ranks))
+    center.measure = measure
+    return whole(model) | {"passes": torch.tensor(len(passes))}
+
+
+def centered_shards(rows: list[int], alone: bool = False) -> Tensor:
+    """This process's rows of a centered matrix after the steps, with ``vocabulary_group``; or all of them."""
+    rank = 0 if alone else dist.get_rank()
+    mine = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+    param = nn.Parameter(values(sum(rows), 0)["embedding"][mine].clone())
+    if not alone:
+        param.vocabulary_group = dist.group.WORLD
+    opt = CoupledAdam([{"params": [param], "second_moment": "vocabulary", "center": True}], lr=1e-2, max_grad_norm=0.5)
+    for step in range(STEPS):
+        param.grad = values(sum(rows), step + 1)["embedding"][mine].clone()
+        opt.step()
+    return param.detach()
+
+
+def centered_by_hand(rows: list[int], alone: bool = False) -> list[Tensor]:
+    """A matrix that ``center_`` has centered: as DTensors over rows and over columns, and as a vocabulary shard."""
+    whole_matrix = values(sum(rows), 0)["embedding"] + 3
+    if alone:
+        return [center_(whole_matrix)]
+    spreads = [center_(nn.Parameter(spreader((cut,))(whole_matrix))).full_tensor().detach() for cut in PLACEMENTS]
+    first = sum(rows[: dist.get_rank()])
+    shard = whole_matrix[first : first + rows[dist.get_rank()]].clone()
+    shard.vocabulary_group = dist.group.WORLD
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, center_(shard).clone())  # without the group
+    return [*spreads, torch.cat(parts)]
 
 
 def adamw_checkpoint(vocabulary: int) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def trainer_optimizer(
         coupled: as of ``coupled_adam.param_groups``; None for the output embedding, or for nothing, with a warning, if
             that is frozen, as with LoRA.
         optimizer: ``coupled_adam.CoupledAdam`` or ``coupled_adam.Adams``.
-        options: more arguments of ``optimizer``, and such as replace those of ``args``.
+        options: more arguments of ``optimizer``, and such as replace those of ``args``; ``center=True`` as of
+            ``coupled_adam.param_groups``.
 
     Examples:
         >>> from transformers import TrainingArguments
@@ -84,6 +85,7 @@ class OptimizerFactory:
         *,
         optimizer: Callable[..., Optimizer] = CoupledAdam,
         coupled: Sequence[Coupled] | None = None,
+        center: bool = False,
         trainer_clips: float | None = None,
         from_adamw: bool = False,
         weight_decay: float = 0.0,
@@ -98,7 +100,7 @@ class OptimizerFactory:
                 stacklevel=2,
             )
             coupled = []
-        groups = param_groups(model, weight_decay=weight_decay, coupled=coupled)
+        groups = param_groups(model, weight_decay=weight_decay, coupled=coupled, center=center)
         with warnings.catch_warnings():
             if coupled is not None and len(coupled) == 0:
                 warnings.filterwarnings("ignore", "nothing is coupled")  # as asked for, or said above

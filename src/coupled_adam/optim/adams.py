@@ -27,7 +27,7 @@ class Adams(AdamFamily):
     η·π/2 beside the decay.
 
     A group with ``second_moment="vocabulary"`` shares the second moment over the rows, as in
-    ``coupled_adam.CoupledAdam``.
+    ``coupled_adam.CoupledAdam``; one with ``center=True`` keeps the mean of the rows at 0, by a pass after the step.
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups; floating point, not complex.

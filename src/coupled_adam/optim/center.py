@@ -4,10 +4,13 @@ from collections.abc import MutableMapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from coupled_adam.optim import dispatch, reductions
+from coupled_adam.optim.directions import DIRECTION
+from coupled_adam.optim.equations import Coefficients, Number
 from coupled_adam.optim.reductions import Reduction, local, run_one, vocabulary_mean
 from coupled_adam.optim.state import state_dtype
 
@@ -72,7 +75,73 @@ def column_sums(param: Tensor, exp_avg: Tensor) -> Tensor:
         found = _kept.get(exp_avg)
         if found is not None and found[0] == _stamp(param, exp_avg):
             return found[1]
-    return dispatch.column_sums(local(param), local(exp_avg))
+    return measure(local(param), local(exp_avg))
+
+
+def measure(param: Tensor, exp_avg: Tensor) -> Tensor:
+    """Sum a matrix and its first moment over the rows: (2, H), of float64, or of float32 where there is no kernel."""
+    dispatch.check_shapes(param, exp_avg)
+    if param.ndim == 2 and param.numel() > 0 and dispatch.kernels_apply(param, moment=exp_avg):
+        threads = dispatch._threads(param)
+        sums = torch.empty(threads, 2, param.shape[1], dtype=torch.float64)
+        moment, _, seed = dispatch._moment(exp_avg, 0)
+        dispatch._run(
+            dispatch._kernels().column_sums_kernel, param.detach().numpy(), moment, seed, sums.numpy(), threads=threads
+        )
+        return sums.sum(0)
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    return torch.cat([x.sum(0, keepdim=True, dtype=dtype) for x in (param, exp_avg)])
+
+
+def sums_of_gradient(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
+    """Return what ``sum_of_squares`` does and, from the same pass where there is a kernel for it, Σ g: (2, H)."""
+    if not (c.coupling_factor == 0 and grad.numel() > 0 and dispatch.kernels_apply(grad)):
+        squares = dispatch.sum_of_squares(grad, exp_avg, c)
+        return torch.cat([squares, grad.sum(0, keepdim=True, dtype=squares.dtype)])
+    dispatch.check_shapes(grad, exp_avg)
+    threads = dispatch._threads(grad)
+    total = torch.empty(2, threads, grad.shape[1], dtype=torch.float64)
+    squares, plain = total
+    dispatch._run(
+        dispatch._kernels().sum_of_squares_kernel,
+        grad.detach().numpy(),
+        squares.numpy(),
+        plain.numpy(),
+        threads=threads,
+    )
+    squares *= float(c.grad_factor) ** 2
+    return total.sum(1).to(torch.float32)
+
+
+def move_centered_(
+    param: Tensor,
+    exp_avg: Tensor,
+    grad: Tensor,
+    root: Tensor,
+    c: Coefficients,
+    direction: str,
+    step: Number,
+    mean: Tensor,
+    halt: Tensor | None = None,
+) -> Tensor | None:
+    """As ``coupled_adam.optim.update.move_rows_`` with ``mean``.
+
+    Returns:
+        What ``measure`` gives of the tensors as they are now, if the pass has found it out.
+    """
+    dispatch.check_shapes(param, exp_avg, grad, rows=root, mean=mean)
+    fit = param.numel() > 0 and dispatch.has_kernel(direction)
+    if not (fit and dispatch.kernels_apply(param, grad, root, mean, moment=exp_avg)):
+        dispatch.move_rows_(param, exp_avg, grad, root, c, direction, step, None, halt, mean)
+        return None
+    kernel = dispatch._kernels().centered_rows_kernel(DIRECTION[direction].numbers)
+    moment, _, seed = dispatch._moment(exp_avg, step)
+    threads = dispatch._threads(param)
+    sums = torch.empty(threads, 2, param.shape[1], dtype=torch.float64)
+    arrays = (param.detach().numpy(), moment, grad.detach().numpy(), root.detach().numpy()[0])
+    dispatch._run(kernel, *arrays, dispatch._float32(c), seed, mean.numpy()[0], sums.numpy(), threads=threads)
+    increment_version([param, exp_avg])
+    return sums.sum(0)
 
 
 def keep_column_sums(param: Tensor, exp_avg: Tensor, sums: Tensor | None) -> None:

@@ -31,6 +31,13 @@ class CoupledAdam(AdamFamily):
     The zero sum $\sum_i g_i = 0$ is a property of the softmax head's gradient. The gradients through a tied input
     embedding break it (strongly), and so do a z-loss, logit soft-capping (slightly) and weight decay on the embedding.
 
+    A group of matrices with ``center=True`` keeps the mean of their rows at 0: the step is followed by E ← E − mean(E).
+    For a coupled matrix that costs no pass of its own and nothing more to send: the mean row moves as if it were one of
+    the rows, so it is known before they move, from column sums that the passes over gradient, parameter and first
+    moment take along. These are sums of what was written, so the rounding of a step is taken off in the next one and
+    nothing adds up: the mean of a column stays within 2^-22 of its largest element. Weights changed between steps are
+    centered by the next step, those changed through ``param.data`` by the one after it.
+
     Args:
         params: parameters, (name, parameter) pairs, or param groups; floating point, not complex.
         lr: learning rate η ≥ 0, a float or a tensor of one element.

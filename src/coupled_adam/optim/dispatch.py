@@ -145,33 +145,6 @@ def sum_of_squares(grad: Tensor, exp_avg: Moment, c: Coefficients) -> Tensor:
     return torch.cat([update.sum_of_squares(g, m, c) for g, m in blocks]).sum(0, keepdim=True)
 
 
-def sums_of_gradient(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
-    """Return what ``sum_of_squares`` does and, from the same pass where there is a kernel for it, Σ g: (2, H)."""
-    if not (c.coupling_factor == 0 and grad.numel() > 0 and kernels_apply(grad)):
-        squares = sum_of_squares(grad, exp_avg, c)
-        return torch.cat([squares, grad.sum(0, keepdim=True, dtype=squares.dtype)])
-    check_shapes(grad, exp_avg)
-    threads = _threads(grad)
-    total = torch.empty(2, threads, grad.shape[1], dtype=torch.float64)
-    squares, plain = total
-    _run(_kernels().sum_of_squares_kernel, grad.detach().numpy(), squares.numpy(), plain.numpy(), threads=threads)
-    squares *= float(c.grad_factor) ** 2
-    return total.sum(1).to(torch.float32)
-
-
-def column_sums(param: Tensor, exp_avg: Tensor) -> Tensor:
-    """Sum a matrix and its first moment over the rows: (2, H), of float64, or of float32 where there is no kernel."""
-    check_shapes(param, exp_avg)
-    if param.ndim == 2 and param.numel() > 0 and kernels_apply(param, moment=exp_avg):
-        threads = _threads(param)
-        sums = torch.empty(threads, 2, param.shape[1], dtype=torch.float64)
-        moment, _, seed = _moment(exp_avg, 0)
-        _run(_kernels().column_sums_kernel, param.detach().numpy(), moment, seed, sums.numpy(), threads=threads)
-        return sums.sum(0)
-    dtype = torch.promote_types(param.dtype, torch.float32)
-    return torch.cat([x.sum(0, keepdim=True, dtype=dtype) for x in (param, exp_avg)])
-
-
 def root_of_rows_(exp_avg_sq: Tensor, square: Tensor, c: Coefficients, halt: Tensor | None = None) -> Tensor:
     """As ``coupled_adam.optim.update.root_of_rows_``."""
     check_shapes(exp_avg_sq, square)
@@ -191,17 +164,14 @@ def move_rows_(
     spectral: RankOne | None = None,
     halt: Tensor | None = None,
     mean: Tensor | None = None,
-) -> Tensor | None:
+) -> None:
     """As ``coupled_adam.optim.update.move_rows_``, in one pass and without temporary tensors of that size.
 
-    Returns:
-        Given ``mean``, what ``column_sums`` gives of the tensors as they are now, if the pass has found it out.
+    Given ``mean``, ``coupled_adam.optim.center.move_centered_`` has a kernel where this has none.
     """
     check_shapes(param, exp_avg, grad, rows=root, spectral=spectral, mean=mean)
-    rows = (root,) if mean is None else (root, mean)
-    if param.numel() > 0 and has_kernel(direction) and kernels_apply(param, grad, *rows, moment=exp_avg):
-        if mean is not None and spectral is None and isinstance(exp_avg, Tensor):
-            return _move_centered_(param, exp_avg, grad, root, c, direction, step, mean)
+    numbers = mean is None and param.numel() > 0 and has_kernel(direction)
+    if numbers and kernels_apply(param, grad, root, moment=exp_avg):
         kernel = _kernels().rows_kernel(DIRECTION[direction].numbers)
         moment, scales, seed = _moment(exp_avg, step)
         arrays = (param.detach().numpy(), moment, scales, grad.detach().numpy(), root.detach().numpy()[0])
@@ -223,27 +193,6 @@ def move_rows_(
         for theta, m, g in zip(*blocks, strict=True):
             update.move_rows_(theta, m, g, root, c, direction, step, first=first, mean=mean)
             first += len(theta)
-    return None
-
-
-def _move_centered_(
-    param: Tensor,
-    exp_avg: Tensor,
-    grad: Tensor,
-    root: Tensor,
-    c: Coefficients,
-    direction: str,
-    step: Number,
-    mean: Tensor,
-) -> Tensor:
-    """Move checked tensors by the kernel that subtracts ``mean``; return the column sums that it has found."""
-    kernel, threads = _kernels().centered_rows_kernel(DIRECTION[direction].numbers), _threads(param)
-    moment, _, seed = _moment(exp_avg, step)
-    sums = torch.empty(threads, 2, param.shape[1], dtype=torch.float64)
-    arrays = (param.detach().numpy(), moment, grad.detach().numpy(), root.detach().numpy()[0])
-    _run(kernel, *arrays, _float32(c), seed, mean.numpy()[0], sums.numpy(), threads=threads)
-    increment_version([param, exp_avg])
-    return sums.sum(0)
 
 
 def move_elements_(

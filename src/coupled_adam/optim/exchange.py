@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coupled_adam.optim import clipping, dispatch, reductions
-from coupled_adam.optim.center import column_sums
+from coupled_adam.optim.center import column_sums, sums_of_gradient
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import Moment
 from coupled_adam.optim.equations import Coefficients, Number
@@ -204,7 +204,7 @@ def _sums(item: Work, clip: Number) -> Tensor:
     if not item.foreseen:
         return dispatch.sum_of_squares(grad, item.moment, c)
     exp_avg = item.state["exp_avg"]
-    sums = dispatch.sums_of_gradient(grad, local(exp_avg), c)
+    sums = sums_of_gradient(grad, local(exp_avg), c)
     return torch.cat([sums, column_sums(item.param, exp_avg).to(sums.dtype)])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 Coupled = nn.Module | Tensor
 
 #: What models call the bound of a soft cap on their logits in their ``config``.
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "logit_cap", "softcap")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def param_groups(
@@ -93,8 +93,8 @@ def _warn_where_centering_tells(model: nn.Module, matrices: Sequence[Tensor]) ->
     inputs = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
     if any(id(matrix) in inputs for matrix in matrices):
         warnings.warn(
-            "center=True shifts the input embeddings too, which are tied to the output: predictions change. Untie them, "
-            "or leave center False if the run must be the same but for the mean",
+            "center=True shifts the input embeddings too, which are tied to the output: predictions change. Untie "
+            "them, or leave center False if the run must be the same but for the mean",
             UserWarning,
             stacklevel=3,
         )

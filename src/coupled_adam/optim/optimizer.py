@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from coupled_adam.optim import clipping, dispatch, reductions, triton_launch, update
-from coupled_adam.optim.center import center_all_, keep_column_sums
+from coupled_adam.optim.center import center_all_, keep_column_sums, move_centered_
 from coupled_adam.optim.checks import check_grad, check_group, check_state, check_still_matrices, parameter_name
 from coupled_adam.optim.equations import Number
 from coupled_adam.optim.exchange import Known, ParamGroup, Work, advance, clipped, exchange, halt_beside, shared_over
@@ -290,13 +290,14 @@ def _move_one(item: Work, known: Known, clip: Number) -> None:
         param, grad, exp_avg, exp_avg_sq = item.tensors
         dispatch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral, item.halt)
     else:
+        param, grad = local(item.param), local(item.grad)
         root = dispatch.root_of_rows_(local(item.state["exp_avg_sq"]), mean[:1], c, item.halt)
-        after = None
-        if item.foreseen:
+        if not item.foreseen:
+            dispatch.move_rows_(param, item.moment, grad, root, c, direction, step, spectral, item.halt)
+        else:
+            exp_avg = local(item.state["exp_avg"])
             after = update.mean_moved(mean[1:], root, c, direction)
             after = after if item.halt is None else torch.where(item.halt > 0, 0, after)
-        param, grad = local(item.param), local(item.grad)
-        sums = dispatch.move_rows_(param, item.moment, grad, root, c, direction, step, spectral, item.halt, after)
-        if item.foreseen:
+            sums = move_centered_(param, exp_avg, grad, root, c, direction, step, after, item.halt)
             keep_column_sums(item.param, item.state["exp_avg"], sums)
     advance([item])
