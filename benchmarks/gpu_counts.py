@@ -219,7 +219,7 @@ def kernel_bytes(name: str, arguments: Any) -> tuple[list[Tensor], list[Tensor]]
     writes = {
         "sum_rows": ["total"],
         "root_of_rows": ["exp_avg_sq", "root"],
-        "move_matrix": ["param", "exp_avg", "exp_avg_sq"],
+        "move_matrix": ["param", "exp_avg", "scales", "exp_avg_sq"],
         "move_many": ["parameters", "exp_avgs", "exp_avg_sqs"],
     }[name]
     only = {"total", "root"} if name in ("sum_rows", "root_of_rows") else set()

@@ -67,6 +67,12 @@ def one_matrix(shape: tuple[int, int], clip: bool = False, **flags: object) -> t
     return optimizer.step, clipped([theirs], peer) if clip else peer.step
 
 
+def narrow(shape: tuple[int, int], state_dtype: object) -> tuple[Step, Step]:
+    """A clipped step with a narrower first moment, and one with float32."""
+    ours, theirs = (coupled(embedding(shape), max_grad_norm=MAX_NORM, state_dtype=d) for d in (state_dtype, None))
+    return ours.step, theirs.step
+
+
 def centered(shape: tuple[int, int], clip: bool) -> tuple[Step, Step]:
     bound = MAX_NORM if clip else None
     ours, theirs = (coupled(embedding(shape), max_grad_norm=bound) for _ in range(2))
@@ -125,6 +131,9 @@ def comparisons() -> Iterator[Comparison]:
             lambda s=shape: centered(s, True),
             1.10 if first else None,
         )
+    for label, dtype in (("bf16", torch.bfloat16), ("8-bit", "8bit")):
+        name = f"clip + coupled, {label} first moment ÷ float32, {EMBEDDINGS[0][0]:,} × {EMBEDDINGS[0][1]:,}"
+        yield Comparison(name, lambda d=dtype: narrow(EMBEDDINGS[0], d))
     yield Comparison("GPT-2 124M: step ÷ fused AdamW", lambda: whole_gpt2(False, **fused))
     yield Comparison("GPT-2 124M: clip + step ÷ clip + fused AdamW", lambda: whole_gpt2(True, **fused), 0.85)
     yield Comparison("GPT-2 124M: clip + step ÷ clip + foreach AdamW", lambda: whole_gpt2(True, **foreach))
@@ -166,7 +175,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def memory_rows() -> Iterator[str]:
     shape = EMBEDDINGS[0]
     theirs = state_bytes(torch.optim.AdamW([embedding(shape)], fused=True))
-    for label, dtype, target in (("", None, 0.51), (", bf16 first moment", torch.bfloat16, 0.26)):
+    forms = (("", None, 0.51), (", bf16 first moment", torch.bfloat16, 0.26), (", 8-bit first moment", "8bit", 0.13))
+    for label, dtype, target in forms:
         ours = state_bytes(coupled(embedding(shape), state_dtype=dtype))
         sizes = f"{ours / 2**20:.1f} MiB", f"{theirs / 2**20:.1f} MiB"
         yield row(f"state of a coupled matrix{label} ÷ AdamW", *sizes, f"{ours / theirs:.3f}", "", target)

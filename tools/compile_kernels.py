@@ -60,6 +60,8 @@ def variants() -> Iterator[Variant]:
         yield Variant(f"rows, {direction}", "move_matrix", moves | coupled, {"toward": direction})
     narrow = coupled | {"exp_avg": "*bf16", "seed": "i32"}
     yield Variant("rows, bfloat16 moment", "move_matrix", moves | narrow, {"toward": "ratio"})
+    narrow = coupled | {"exp_avg": "*i8", "scales": "*fp32", "seed": "i32"}
+    yield Variant("rows, moment in eight bits", "move_matrix", moves | narrow, {"toward": "ratio"})
     narrow = coupled | {"param": "*bf16", "grad": "*bf16"}
     yield Variant("rows, bfloat16 parameter", "move_matrix", moves | narrow, {"toward": "ratio"})
     halted = elementwise | spectral | {"halt": "*fp32"}

@@ -5,20 +5,30 @@ A program of its own (``test_triton.py`` runs it): the interpreter is chosen bef
 
 import itertools
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+import jobs
+import processes
 import pytest
 import torch
+from processes import Processes
 from torch import Tensor
 
 from coupled_adam import Adams, CoupledAdam
 from coupled_adam.optim import dispatch, triton_launch, update
 from coupled_adam.optim.directions import DIRECTION, Direction
+from coupled_adam.optim.eight_bit import EightBit, quantized
 from coupled_adam.optim.equations import Coefficients
 from coupled_adam.optim.rounding import dice_of, seed_of
 
 dispatch.HAS_NUMBA = False
+processes.PRELOADED = ["torch.distributed.fsdp", "triton", "jobs"]
 
 #: Rows of any length: one, not a power of two, longer than a tile is wide; one row; more rows than a tile has.
 MATRICES = [(5, 1), (1, 3), (40, 24), (3, 300)]
@@ -91,6 +101,31 @@ def test_matrices(
         agree(found, expected)
         assert torch.equal(found[1], expected[1]), "first moments to the bit"
     assert "move_matrix" in launched and set(launched) <= {"sum_rows", "root_of_rows", "move_matrix"}
+
+
+@pytest.mark.parametrize("direction", sorted(DIRECTION))
+@pytest.mark.parametrize("shape", [*MATRICES, (9, 256)])
+def test_moments_in_eight_bits(shape: tuple[int, int], direction: str, launched: list[str]) -> None:
+    for step, halt in ((1, None), (2, torch.tensor(0.0)), (3, torch.tensor(1.0))):
+        param, grad, exp_avg, noise = tensors(shape, 4, seed=step)
+        exp_avg, exp_avg_sq = exp_avg * noise.exp() ** 3, noise.square().mean(0, keepdim=True)
+        exp_avg[0] = grad[0] = 0
+        if step > 1:
+            grad[-1, -1] = float("inf")
+        kept = quantized(exp_avg, 0)
+        c = Coefficients.of(step=step, grad_factor=0.37, **HOST)
+        plain, found = ((param.clone(), EightBit(*(x.clone() for x in kept))) for _ in range(2))
+        square = update.sum_of_squares(tensors(shape, 1)[0], kept, c) / len(grad)
+        torch.testing.assert_close(dispatch.sum_of_squares(tensors(shape, 1)[0], kept, c) / len(grad), square)
+        root = update.root_of_rows_(exp_avg_sq, square, c)
+        if step < 3:
+            update.move_rows_(*plain, grad, root, c, direction, step)
+        numbers = (on_device(c), direction, torch.tensor(float(step))) if step > 1 else (c, direction, step)
+        dispatch.move_rows_(*found, grad, root, *numbers, None, halt)
+        torch.testing.assert_close(found[0], plain[0], rtol=1e-6, atol=1e-6, equal_nan=True)
+        assert torch.equal(found[1].codes, plain[1].codes), "to the bit"
+        torch.testing.assert_close(found[1].scales, plain[1].scales, rtol=0, atol=0, equal_nan=True)
+    assert launched == ["sum_rows", "move_matrix"] * 3
 
 
 def test_a_batch_of_matrices_with_spectral_decay(launched: list[str]) -> None:
@@ -197,6 +232,7 @@ STEPS = {
     "clipped": lambda groups: CoupledAdam(groups, lr=torch.tensor(0.01), max_grad_norm=0.5),
     "centered": lambda groups: CoupledAdam([{**groups[0], "center": True}, groups[1]], lr=0.01, max_grad_norm=0.5),
     "narrow": lambda groups: CoupledAdam(groups, lr=0.01, state_dtype=torch.bfloat16, max_grad_norm=0.5),
+    "eight bits": lambda groups: CoupledAdam(groups, lr=0.01, state_dtype="8bit"),
     "factor": lambda groups: CoupledAdam(groups, lr=0.01, coupling_factor=0.1, max_grad_norm=0.5),
     "adams": lambda groups: Adams(groups, lr=0.01, max_grad_norm=0.5),
     "narrow adams": lambda groups: Adams(groups, lr=0.01, state_dtype=torch.bfloat16),
@@ -268,6 +304,26 @@ def test_nothing_reaches_a_kernel_unchecked_whoever_calls_it(launched: list[str]
     with pytest.raises(RuntimeError, match="do not fit together"):
         triton_launch.sum_of_squares(torch.zeros(6, 4), torch.zeros(7, 4), c)
     assert not launched
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Processes]:
+    """Two processes in Triton's interpreter, as this one."""
+    processes = Processes(2)
+    yield processes
+    processes.stop()
+
+
+@pytest.mark.parametrize("optimizer", ["clipped", "clipped factor", "clipped adams"])
+def test_shards_of_two_processes_uneven_and_empty_ones_step_as_the_whole(optimizer: str, pair: Processes) -> None:
+    expected, _ = jobs.sharded(optimizer)
+    results = pair.run(jobs.sharded, optimizer, 2)
+    for found, names in results:
+        assert found.keys() == expected.keys()
+        for name, x in expected.items():
+            torch.testing.assert_close(found[name], x, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        assert {"sum_rows", "root_of_rows", "move_matrix"} <= names
+    assert "move_many" in results[0][1], "of the other process not all shards lie at multiples of 16 bytes"
 
 
 def test_dice_fall_alike_beyond_32_bits_of_index() -> None:

@@ -1,9 +1,11 @@
 """What the processes of the distributed tests run. Gradients are made up, or those of a small tied language model."""
 
+import contextlib
 import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -25,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, center_, param_groups
 from coupled_adam.lm.config import Model
 from coupled_adam.lm.model import LanguageModel
-from coupled_adam.optim import center
+from coupled_adam.optim import center, dispatch, triton_launch
 from coupled_adam.optim.reductions import local
 
 STEPS = 12
@@ -35,6 +37,7 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "clipped": (CoupledAdam, {"max_grad_norm": 0.5}),
     "factor": (CoupledAdam, {"coupling_factor": 0.1}),
     "clipped factor": (CoupledAdam, {"coupling_factor": 0.1, "max_grad_norm": 0.5, "maximize": True}),
+    "clipped 8bit": (CoupledAdam, {"max_grad_norm": 0.5, "state_dtype": "8bit"}),
     "adams": (Adams, {}),
     "clipped adams": (Adams, {"max_grad_norm": 0.5}),
 }
@@ -436,3 +439,46 @@ def adamw_checkpoint(vocabulary: int) -> dict[str, Any]:
     opt = torch.optim.AdamW([{"params": named[:1]}, {"params": named[1:]}], lr=1e-2, weight_decay=0.1)
     opt.step()
     return opt.state_dict()
+
+
+# ------------------------------------------------------------------ shards that GPU kernels take
+
+
+class Uneven(nn.Module):
+    """A tied language model whose shards over two processes are uneven, and some of them empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(7, 6)
+        self.gate = nn.Parameter(torch.ones(1, 6))  # coupled too: one process has no row of it
+        self.inner = nn.Linear(6, 5)
+        self.outer = nn.Linear(5, 6, bias=False)
+        self.one = nn.Linear(6, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) * self.gate
+        x = x + self.outer(self.inner(x).tanh()) * self.one(x)
+        return x @ self.embedding.weight.t()
+
+
+def sharded(optimizer: str, ranks: int = 1) -> tuple[dict[str, Tensor], set[str]]:
+    """What an optimizer makes of :class:`Uneven`, whole; on several ranks by Triton's kernels, whose names come too."""
+    names, rank, model = set(), 0, Uneven()
+    with contextlib.ExitStack() as stack:
+        if ranks > 1:
+            launch, rank = triton_launch.launch, dist.get_rank()
+            fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+            stack.enter_context(patch.object(dispatch, "HAS_NUMBA", False))
+            stack.enter_context(patch.object(triton_launch, "DEVICES", ["cpu"]))
+            noted = stack.enter_context(patch.object(triton_launch, "launch", side_effect=launch))
+        params = dict(model.named_parameters())
+        cls, options = OPTIMIZERS[optimizer]
+        coupled = [params["embedding.weight"], params["gate"]]
+        opt = cls(param_groups(model, coupled=coupled), lr=1e-2, **options)
+        for step in range(4):
+            tokens = torch.randint(7, (8, 5), generator=torch.Generator().manual_seed(step))
+            one_step(model, opt, tokens[rank::ranks])
+        if ranks > 1:
+            names = {call.args[0] for call in noted.call_args_list}
+    return contents(model, opt), names

@@ -76,8 +76,8 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
 
     Call it after ``optimizer.step()`` and before the learning rate changes: the group's learning rate and weight decay
     are taken as those of the step. The three vectors add up to the movement, to the rounding of the parameter; with a
-    first moment in bfloat16, which the state holds rounded, to that rounding. Clipping and ``maximize`` are in the
-    moments already. ``DriftMonitor`` sums over steps, and knows when a step left the parameter alone.
+    first moment in bfloat16 or eight bits, which the state holds rounded, to that rounding. Clipping and ``maximize``
+    are in the moments already. ``DriftMonitor`` sums over steps, and knows when a step left the parameter alone.
 
     Args:
         optimizer: ``torch.optim.AdamW`` or ``Adam`` in any implementation, with ``amsgrad`` or without;
@@ -100,9 +100,11 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
     optimizer = _inner(optimizer)
     group = _group_of(optimizer, param)
     state = optimizer.state.get(param)
-    if not state or "exp_avg" not in state:
+    if not state or "exp_avg_sq" not in state:
         raise ValueError("the parameter has no moments yet; drift looks at the last step: call optimizer.step()")
-    m, v = state["exp_avg"], state.get("max_exp_avg_sq", state["exp_avg_sq"])
+    # Ours may keep it in another form.
+    m = state["exp_avg"] if "exp_avg" in state else optimizer.first_moment(param)  # type: ignore[attr-defined]
+    v = state.get("max_exp_avg_sq", state["exp_avg_sq"])
     coupled = "direction" in group and group["second_moment"] == "vocabulary"  # AdamW may have groups of param_groups
     if m.shape != param.shape or v.shape != (torch.Size([1, param.shape[1]]) if coupled else param.shape):
         raise ValueError(

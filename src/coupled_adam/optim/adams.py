@@ -4,10 +4,10 @@ The equations, as they are computed, are in equations.py and directions.py; the 
 iteration behind spectral decay in reductions.py.
 """
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from coupled_adam.optim.checks import StateDtype
 from coupled_adam.optim.optimizer import AdamFamily
 
 
@@ -70,7 +70,7 @@ class Adams(AdamFamily):
         coupling_factor: float = 0.0,
         max_grad_norm: float | None = None,
         maximize: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
         capturable: bool = False,
     ) -> None:
         defaults = {

@@ -84,7 +84,7 @@ def measure(param: Tensor, exp_avg: Tensor) -> Tensor:
     if param.ndim == 2 and param.numel() > 0 and dispatch.kernels_apply(param, moment=exp_avg):
         threads = dispatch._threads(param)
         sums = torch.empty(threads, 2, param.shape[1], dtype=torch.float64)
-        moment, seed = dispatch._moment(exp_avg, 0)
+        moment, _, seed = dispatch._moment(exp_avg, 0)
         dispatch._run(
             dispatch._kernels().column_sums_kernel, param.detach().numpy(), moment, seed, sums.numpy(), threads=threads
         )
@@ -135,7 +135,7 @@ def move_centered_(
         dispatch.move_rows_(param, exp_avg, grad, root, c, direction, step, None, halt, mean)
         return None
     kernel = dispatch._kernels().centered_rows_kernel(DIRECTION[direction].numbers)
-    moment, seed = dispatch._moment(exp_avg, step)
+    moment, _, seed = dispatch._moment(exp_avg, step)
     threads = dispatch._threads(param)
     sums = torch.empty(threads, 2, param.shape[1], dtype=torch.float64)
     arrays = (param.detach().numpy(), moment, grad.detach().numpy(), root.detach().numpy()[0])

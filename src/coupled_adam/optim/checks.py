@@ -3,7 +3,7 @@
 import difflib
 import math
 import numbers
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +16,16 @@ SECOND_MOMENT = ("elementwise", "vocabulary")
 #: What the decay takes off: θ itself, or the leading singular triple of a matrix.
 DECAY = ("decoupled", "spectral")
 
+#: What first moments are kept in; None: float32. Those of parameters that are not coupled are float32 with "8bit" too.
+StateDtype = torch.dtype | Literal["8bit"] | None
+STATE_DTYPE: tuple[StateDtype, ...] = (None, torch.bfloat16, "8bit")
+
 #: Where the step and its count may lie together, for a graph of kernels to be captured.
 CAPTURE_DEVICES = ("cuda", "xpu")
+
+#: The keys of a state whose first moment is in eight bits: codes and scales. They are not called "exp_avg", so that
+#: nobody takes the codes for a moment.
+EIGHT_BIT = ("exp_avg_codes", "exp_avg_scales")
 
 #: The keys of torch's own optimizers and schedulers that a group may carry beside ours, without effect here.
 FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "swa_lr", "name"})
@@ -43,8 +51,10 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any], optimizer: str)
     for key in ("center", "maximize", "capturable"):
         if not isinstance(group[key], bool):
             raise TypeError(f"Invalid {key}: {group[key]!r}; it must be True or False")
-    if group["state_dtype"] not in (None, torch.bfloat16):
-        raise ValueError(f"Invalid state_dtype: {group['state_dtype']}; choose torch.bfloat16, or None for float32")
+    if group["state_dtype"] not in STATE_DTYPE:
+        raise ValueError(
+            f"Invalid state_dtype: {group['state_dtype']!r}; choose torch.bfloat16, '8bit', or None for float32"
+        )
     for key, known in (("second_moment", SECOND_MOMENT), ("direction", DIRECTION), ("decay", DECAY)):
         if group[key] not in known:
             raise ValueError(f"Invalid {key}: {group[key]!r}; choose from {sorted(known)}")
@@ -97,7 +107,7 @@ def check_state(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
         raise RuntimeError(_flattened(group, i, "no rows to center"))
     if not state:
         return
-    made_for: torch.Size = state["exp_avg"].shape
+    made_for: torch.Size = state[EIGHT_BIT[0] if EIGHT_BIT[0] in state else "exp_avg"].shape
     row = torch.Size((1, *made_for[1:])) if coupled else made_for
     master: torch.Size = state["master"].shape if "master" in state else made_for
     fits = shape == master == made_for and state["exp_avg_sq"].shape == row

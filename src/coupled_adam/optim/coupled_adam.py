@@ -5,10 +5,10 @@ The equations, as they are computed, are in equations.py; the step that applies 
 
 import warnings
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from coupled_adam.optim.checks import StateDtype
 from coupled_adam.optim.optimizer import AdamFamily
 
 
@@ -51,8 +51,9 @@ class CoupledAdam(AdamFamily):
             fewer passes. ``optimizer.grad_norm`` holds the norm of the last step, before it was bounded; ``p.grad``
             keeps the gradients as they were. None: no bound.
         maximize: maximize the objective.
-        state_dtype: ``torch.bfloat16`` keeps the first moment in two bytes a number, stochastically rounded; None: in
-            float32 (float64 for float64 parameters).
+        state_dtype: ``torch.bfloat16`` keeps the first moment in two bytes a number, stochastically rounded; ``"8bit"``
+            that of coupled matrices in about one, with a scale for every 256 numbers of a row (eight_bit.py has the
+            code), and those of other parameters in float32; None: in float32 (float64 for float64 parameters).
         capturable: keep the step count on the GPU, so that a step can be captured in a CUDA graph, as in torch. A
             learning rate that is to change between replays must be a tensor there.
 
@@ -92,7 +93,7 @@ class CoupledAdam(AdamFamily):
         coupling_factor: float = 0.0,
         max_grad_norm: float | None = None,
         maximize: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
         capturable: bool = False,
     ) -> None:
         defaults = {

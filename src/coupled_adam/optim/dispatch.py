@@ -23,6 +23,7 @@ from torch.optim.adamw import adamw
 from coupled_adam.optim import triton_launch, update
 from coupled_adam.optim.checks import CAPTURE_DEVICES
 from coupled_adam.optim.directions import DIRECTION
+from coupled_adam.optim.eight_bit import EightBit, Moment, blocks_of
 from coupled_adam.optim.equations import Coefficients, Number
 from coupled_adam.optim.rounding import seed_of
 from coupled_adam.optim.state import is_plain_adamw
@@ -38,6 +39,8 @@ FLAT_ROW = 4096
 BLOCK_DEVICES = ("cpu",)
 #: Elements of a block: few beside the matrix, many to a call.
 BLOCK_ELEMENTS = 2**18
+#: What a first moment that a kernel takes is made of.
+KERNEL_MOMENTS = ((torch.float32,), (torch.bfloat16,), (torch.int8, torch.float32))
 #: Below this many elements a second thread costs more than it brings.
 ELEMENTS_PER_THREAD = 65536
 
@@ -125,7 +128,7 @@ def beside(number: Number, x: Tensor) -> Number:
 # ---------------------------------------------------------------------------------------------------------- our steps
 
 
-def sum_of_squares(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
+def sum_of_squares(grad: Tensor, exp_avg: Moment, c: Coefficients) -> Tensor:
     """As ``coupled_adam.optim.update.sum_of_squares``, without a temporary tensor of that size."""
     check_shapes(grad, exp_avg)
     if c.coupling_factor == 0 and grad.numel() > 0 and kernels_apply(grad):
@@ -133,11 +136,12 @@ def sum_of_squares(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
         total = torch.empty(threads, grad.shape[1], dtype=torch.float64)
         _run(_kernels().sum_of_squares_kernel, grad.detach().numpy(), total.numpy(), None, threads=threads)
         return (total.sum(0, keepdim=True) * float(c.grad_factor) ** 2).to(torch.float32)
-    if triton_launch.apply(grad, moment=exp_avg):
+    unread = c.coupling_factor == 0 and isinstance(exp_avg, EightBit)
+    if triton_launch.apply(grad, moment=None if unread else exp_avg):
         return triton_launch.sum_of_squares(grad, exp_avg, c)
     if not _in_blocks(grad):
         return update.sum_of_squares(grad, exp_avg, c)
-    blocks = zip(*(torch.split(x, _block(grad)) for x in (grad, exp_avg)), strict=True)
+    blocks = zip(*(x.split(_block(grad)) for x in (grad, exp_avg)), strict=True)
     return torch.cat([update.sum_of_squares(g, m, c) for g, m in blocks]).sum(0, keepdim=True)
 
 
@@ -151,7 +155,7 @@ def root_of_rows_(exp_avg_sq: Tensor, square: Tensor, c: Coefficients, halt: Ten
 
 def move_rows_(
     param: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Moment,
     grad: Tensor,
     root: Tensor,
     c: Coefficients,
@@ -169,20 +173,23 @@ def move_rows_(
     numbers = mean is None and param.numel() > 0 and has_kernel(direction)
     if numbers and kernels_apply(param, grad, root, moment=exp_avg):
         kernel = _kernels().rows_kernel(DIRECTION[direction].numbers)
-        moment, seed = _moment(exp_avg, step)
-        arrays = (param.detach().numpy(), moment, grad.detach().numpy(), root.detach().numpy()[0])
+        moment, scales, seed = _moment(exp_avg, step)
+        arrays = (param.detach().numpy(), moment, scales, grad.detach().numpy(), root.detach().numpy()[0])
         column, row = _arrays(spectral)
         _run(kernel, *arrays, _float32(c), seed, column, None if row is None else row[0], threads=_threads(param))
         # The kernels write past autograd, which must know, to refuse a backward pass through what has changed.
-        increment_version([param, exp_avg])
+        increment_version([param, *_parts(exp_avg)])
     elif root.dtype == torch.float32 and triton_launch.apply(param, grad, moment=exp_avg, direction=direction):
         triton_launch.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral, halt, mean)
     elif spectral is not None or not _in_blocks(param):
         grad, c = _halted(grad, c, halt)
+        before = [x.clone() for x in exp_avg] if halt is not None and isinstance(exp_avg, EightBit) else []
         update.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral, mean=mean)
+        for kept, old in zip(_parts(exp_avg) if before else (), before, strict=True):  # codes were rounded again
+            kept.copy_(torch.where(cast(Tensor, halt) > 0, old, kept))
     else:
         first = 0
-        blocks = (torch.split(x, _block(param)) for x in (param, exp_avg, grad))
+        blocks = (x.split(_block(param)) for x in (param, exp_avg, grad))
         for theta, m, g in zip(*blocks, strict=True):
             update.move_rows_(theta, m, g, root, c, direction, step, first=first, mean=mean)
             first += len(theta)
@@ -203,7 +210,7 @@ def move_elements_(
     check_shapes(param, exp_avg, exp_avg_sq, grad, spectral=spectral)
     if param.numel() > 0 and has_kernel(direction) and kernels_apply(param, grad, exp_avg_sq, moment=exp_avg):
         kernel = _kernels().elements_kernel(DIRECTION[direction].numbers)
-        moment, seed = _moment(exp_avg.view(-1), step)
+        moment, _, seed = _moment(exp_avg.view(-1), step)
         theta, second, g = (x.detach().view(-1).numpy() for x in (param, exp_avg_sq, grad))
         column, row = _arrays(spectral)
         row = row if row is not None else torch.empty(1, min(FLAT_ROW, param.numel())).numpy()  # only its length counts
@@ -233,7 +240,7 @@ def _halted(grad: Tensor, c: Coefficients, halt: Tensor | None) -> tuple[Tensor,
 
 def check_shapes(
     first: Tensor,
-    *others: Tensor,
+    *others: Moment,
     rows: Tensor | None = None,
     spectral: RankOne | None = None,
     mean: Tensor | None = None,
@@ -241,6 +248,9 @@ def check_shapes(
     """Raise RuntimeError unless all have one shape, ``rows`` and ``mean`` are (1, H) beside a matrix, and ``spectral``
     fits it."""
     fit = all(x.shape == first.shape for x in others)
+    for x in others:
+        if isinstance(x, EightBit):
+            fit = fit and first.ndim == 2 and x.scales.shape == (len(first), blocks_of(first.shape[1]))
     if mean is not None:
         fit = fit and rows is not None and mean.shape == rows.shape
     if rows is not None:
@@ -309,27 +319,35 @@ def has_kernel(direction: str) -> bool:
     return DIRECTION[direction].numbers is not None
 
 
-def kernels_apply(*tensors: Tensor, moment: Tensor | None = None) -> bool:
-    """Return whether all are plain, contiguous float32 tensors on the CPU; the first ``moment`` may be bfloat16."""
+def kernels_apply(*tensors: Tensor, moment: Moment | None = None) -> bool:
+    """Return whether all are plain, contiguous float32 tensors on the CPU; the first ``moment`` may be narrower."""
     if not HAS_NUMBA or is_compiling():
         return False
     fit = all(map(_is_plain, tensors)) and all(x.dtype == torch.float32 for x in tensors)
     if moment is not None:
-        fit = fit and _is_plain(moment) and moment.dtype in (torch.float32, torch.bfloat16)
+        fit = fit and all(map(_is_plain, _parts(moment))) and tuple(x.dtype for x in _parts(moment)) in KERNEL_MOMENTS
     if fit and _forked:
         _warn_of_fork()
     return fit and not _forked and _kernels() is not None
+
+
+def _parts(moment: Moment) -> tuple[Tensor, ...]:
+    """Return the tensors that a first moment is made of."""
+    return tuple(moment) if isinstance(moment, EightBit) else (moment,)
 
 
 def _is_plain(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.is_contiguous() and type(x) in (Tensor, torch.nn.Parameter)
 
 
-def _moment(exp_avg: Tensor, step: Number) -> tuple[Any, int | None]:
-    """Return a first moment as an array, and the seed of the dice if it is bfloat16."""
+def _moment(exp_avg: Moment, step: Number) -> tuple[Any, Any, int | None]:
+    """Return a first moment as an array, that of its scales if it is in eight bits, and the seed of the dice if any."""
+    if isinstance(exp_avg, EightBit):
+        codes, scales = (x.detach().numpy() for x in exp_avg)
+        return codes, scales, int(seed_of(float(step)))
     if exp_avg.dtype == torch.bfloat16:
-        return exp_avg.detach().view(torch.uint16).numpy(), int(seed_of(float(step)))
-    return exp_avg.detach().numpy(), None
+        return exp_avg.detach().view(torch.uint16).numpy(), None, int(seed_of(float(step)))
+    return exp_avg.detach().numpy(), None, None
 
 
 def _float32(c: Coefficients) -> Coefficients:

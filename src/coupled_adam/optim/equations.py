@@ -94,7 +94,8 @@ class Coefficients(NamedTuple):
             root_scale=((1 - beta2**step) / coupling_scale) ** -0.5,
             eps=eps,
             lr=lr,
-            decay=lr * weight_decay,
+            # Known to be 0 whatever device lr lies on.
+            decay=0.0 if isinstance(weight_decay, int | float) and weight_decay == 0 else lr * weight_decay,
         )
 
     def halted(self, halt: Tensor) -> "Coefficients":

@@ -10,8 +10,10 @@ from torch import Tensor
 from coupled_adam.optim import clipping, dispatch, reductions
 from coupled_adam.optim.center import column_sums, sums_of_gradient
 from coupled_adam.optim.directions import DIRECTION
+from coupled_adam.optim.eight_bit import Moment
 from coupled_adam.optim.equations import Coefficients, Number
 from coupled_adam.optim.reductions import ProcessGroups, Reduction, local, run_one
+from coupled_adam.optim.state import local_moment
 from coupled_adam.optim.update import RankOne
 
 ParamGroup = dict[str, Any]
@@ -55,12 +57,18 @@ class Work:
     def foreseen(self) -> bool:
         """Whether the mean of the rows after the step is known before it, and can be subtracted as they move."""
         linear = DIRECTION[self.group["direction"]].linear
-        return bool(self.group["center"] and self.coupled and linear and not self.spectral)
+        summed = "exp_avg" in self.state  # column sums of a moment in eight bits cost as much as centering by itself
+        return bool(self.group["center"] and self.coupled and linear and summed and not self.spectral)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This process's part of the parameter, its gradient, and its first and second moment."""
+        """This process's part of a parameter that is not coupled, its gradient, and its first and second moment."""
         return local(self.param), local(self.grad), local(self.state["exp_avg"]), local(self.state["exp_avg_sq"])
+
+    @property
+    def moment(self) -> Moment:
+        """This process's part of the first moment, in whatever form."""
+        return local_moment(self.state)
 
     def coefficients(self, step: Number, clip: Number) -> Coefficients:
         """Fold the hyperparameters at ``step``, for a gradient that is multiplied by ``clip``."""
@@ -192,11 +200,12 @@ def shared_over(param: Tensor, state: dict[str, Any], group: ParamGroup) -> Proc
 def _sums(item: Work, clip: Number) -> Tensor:
     """Compute this rank's part of the sums over the vocabulary behind ``Known.mean``."""
     c = item.coefficients(1, clip)  # the step does not count here
-    grad, exp_avg = local(item.grad), local(item.state["exp_avg"])
+    grad = local(item.grad)
     if not item.foreseen:
-        return dispatch.sum_of_squares(grad, exp_avg, c)
-    sums = sums_of_gradient(grad, exp_avg, c)
-    return torch.cat([sums, column_sums(item.param, item.state["exp_avg"]).to(sums.dtype)])
+        return dispatch.sum_of_squares(grad, item.moment, c)
+    exp_avg = item.state["exp_avg"]
+    sums = sums_of_gradient(grad, local(exp_avg), c)
+    return torch.cat([sums, column_sums(item.param, exp_avg).to(sums.dtype)])
 
 
 def _mean(item: Work, clip: Number) -> Reduction[Tensor]:

@@ -1,9 +1,10 @@
 """CPU kernels: the equations compiled by numba. Import this only where numba is installed; dispatch.py decides, checks
 and prepares the arguments.
 
-Arrays are C-contiguous and float32. A first moment in bfloat16 comes as uint16, its bits, with ``seed`` set. An
-argument of None switches a part off: the compiler prunes it, so each combination is a kernel of its own, compiled on
-first use and kept on disk. ``threads`` is the number of parts in which the work is done.
+Arrays are C-contiguous and float32. A first moment in bfloat16 comes as uint16, its bits, with ``seed`` set; one in
+eight bits as int8, with ``seed`` and ``scales`` set. An argument of None switches a part off: the compiler prunes it,
+so each combination is a kernel of its own, compiled on first use and kept on disk. ``threads`` is the number of parts
+in which the work is done.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -16,15 +17,16 @@ import numpy as np
 from numba import njit, prange
 from numba.extending import register_jitable
 
-from coupled_adam.optim import directions, equations, rounding
+from coupled_adam.optim import directions, eight_bit, equations, rounding
 
 inlined = register_jitable(inline="always")
 first_moment, second_moment = inlined(equations.first_moment), inlined(equations.second_moment)
 squared, moved, centered = inlined(equations.squared), inlined(equations.moved), inlined(equations.centered)
+number_of, magnitude_of = inlined(eight_bit.number_of), inlined(eight_bit.magnitude_of)
 dice_of = inlined(rounding.dice_of)
 
 #: What is compiled into the kernels from other files.
-SOURCES = b"".join(Path(str(module.__file__)).read_bytes() for module in (equations, directions, rounding))
+SOURCES = b"".join(Path(str(module.__file__)).read_bytes() for module in (equations, directions, rounding, eight_bit))
 
 #: Rows that are summed in float32 before they enter the float64 sum.
 BLOCK = 64
@@ -35,9 +37,12 @@ BACKWARD = 512
 TILE, PAD = 1024, 48
 
 ZERO = np.float32(0)
+WIDTH, SMALLEST, PER_FACE = eight_bit.BLOCK, eight_bit.SMALLEST, eight_bit.PER_FACE
 
 #: The bits of a float32 that are all set in NaN and infinity alone.
 EXPONENT = np.uint32(0x7F800000)
+#: All of its bits but the sign.
+SIZE = np.uint32(0x7FFFFFFF)
 
 
 def _version(direction):
@@ -58,6 +63,44 @@ def _rounded(x, index, seed):
     bits = np.float32(x).view(np.uint32)
     dice = np.uint32(0) if (bits & EXPONENT) == EXPONENT else np.uint32(dice_of(index, seed))  # NaN and infinity stay
     return np.uint16((bits + dice) >> np.uint32(16))
+
+
+@njit
+def _float32_of(bits):
+    return np.uint32(bits).view(np.float32)
+
+
+@njit(inline="always")
+def _unpacked(code, scale):
+    """Return the number of a code, as eight_bit.widened does."""
+    size = magnitude_of(np.float32(abs(np.int32(code))))
+    return (-size if code < 0 else size) * scale
+
+
+@njit
+def _pack(m, codes, start, seed):
+    """Fill ``codes`` as eight_bit.quantized does, bit for bit, from the numbers of a block, and return its scale.
+
+    ``start`` is the index of the block's first number.
+    """
+    bits = m.view(np.uint32)
+    largest = np.uint32(0)
+    for j in range(len(bits)):  # sizes are ordered as their bits are, infinity and NaN last
+        size = np.uint32(bits[j] & SIZE)
+        largest = size if size > largest else largest
+    scale = _float32_of(largest)
+    if largest >= EXPONENT:
+        scale = np.float32(np.nan)
+    elif scale < SMALLEST:
+        scale = ZERO
+    if not scale > ZERO:
+        codes[:] = 0
+        return scale
+    for j in range(len(m)):
+        n = number_of(abs(m[j]) / scale) + np.float32(np.int32(dice_of(start + j, seed))) * PER_FACE
+        code = np.int32(n)
+        codes[j] = np.int8(-code if m[j] < ZERO else code)
+    return scale
 
 
 @njit(parallel=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)  # sums in any order, or loops stay scalar
@@ -116,16 +159,18 @@ def column_sums_kernel(param, exp_avg, seed, sums, threads):
 def rows_kernel(direction):
     """Make the kernel that does what update.move_rows_ does, for the ``numbers`` of a Direction.
 
-    param, exp_avg, grad: (R, C); root: (C,); c: Coefficients of float32; column: (R,) and row: (C,) of spectral
-    decay, or None; seed: int64, or None where the first moment is float32.
+    param, exp_avg, grad: (R, C); scales: (R, ⌈C / 256⌉), or None; root: (C,); c: Coefficients of float32; column: (R,)
+    and row: (C,) of spectral decay, or None; seed: int64, or None where the first moment is float32.
     """
     toward, version = inlined(direction), _version(direction)
 
     @njit(parallel=True, cache=True)
-    def move_rows(param, exp_avg, grad, root, c, seed, column, row, threads):
+    def move_rows(param, exp_avg, scales, grad, root, c, seed, column, row, threads):
         rows, columns = param.shape
+        width = columns if scales is None else WIDTH
         for t in prange(threads):
             first, last = rows * t // threads, rows * (t + 1) // threads
+            numbers = np.empty(0 if scales is None else WIDTH, np.float32)
             # The last blocks first: their gradient was read just now, for the second moment, and may still be in cache.
             for block in range((last - first + BACKWARD - 1) // BACKWARD):
                 stop = last - block * BACKWARD
@@ -133,13 +178,26 @@ def rows_kernel(direction):
                     theta, moment, g = param[i], exp_avg[i], grad[i]
                     if column is not None:
                         factor = column[i]
-                    for j in range(columns):
-                        m = moment[j] if seed is None else _widened(moment[j])
-                        m = first_moment(m, g[j], c.grad_factor, c.first_rate)
-                        moment[j] = m if seed is None else _rounded(m, i * columns + j, seed)
-                        shrink = theta[j] if column is None else factor * row[j]
-                        way = toward(c.first_scale * m, root[j], c.eps)
-                        theta[j] = moved(theta[j], shrink, c.decay, c.lr, way)
+                    for part in range((columns + width - 1) // width):
+                        start, end = part * width, min((part + 1) * width, columns)
+                        if scales is not None:
+                            scale = scales[i, part]
+                        for j in range(start, end):
+                            if scales is not None:
+                                m = _unpacked(moment[j], scale)
+                            else:
+                                m = moment[j] if seed is None else _widened(moment[j])
+                            m = first_moment(m, g[j], c.grad_factor, c.first_rate)
+                            if scales is not None:
+                                numbers[j - start] = m
+                            else:
+                                moment[j] = m if seed is None else _rounded(m, i * columns + j, seed)
+                            shrink = theta[j] if column is None else factor * row[j]
+                            way = toward(c.first_scale * m, root[j], c.eps)
+                            theta[j] = moved(theta[j], shrink, c.decay, c.lr, way)
+                        if scales is not None:
+                            m = numbers[: end - start]
+                            scales[i, part] = _pack(m, moment[start:end], i * columns + start, seed)
         return version
 
     return move_rows

@@ -18,7 +18,8 @@ from coupled_adam.optim.center import center_all_, keep_column_sums, move_center
 from coupled_adam.optim.checks import check_grad, check_group, check_state, check_still_matrices, parameter_name
 from coupled_adam.optim.equations import Number
 from coupled_adam.optim.exchange import Known, ParamGroup, Work, advance, clipped, exchange, halt_beside, shared_over
-from coupled_adam.optim.state import new_state, prepare, restore
+from coupled_adam.optim.reductions import local
+from coupled_adam.optim.state import new_state, numbers_of_moment, prepare, restore
 
 
 class AdamFamily(Optimizer):
@@ -189,6 +190,16 @@ class AdamFamily(Optimizer):
                 stacklevel=6,
             )
 
+    def first_moment(self, param: Tensor) -> Tensor:
+        """Return the first moment of a parameter as floating-point numbers, in whatever form the state keeps it.
+
+        Raises:
+            ValueError: it has no state yet.
+        """
+        if not self.state.get(param):
+            raise ValueError(f"the parameter of shape {tuple(param.shape)} has no moments yet: call step() first")
+        return numbers_of_moment(self.state[param])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class, of ``torch.optim.AdamW``, or of the authors' reference implementation.
 
@@ -230,10 +241,11 @@ def _move_group(items: Sequence[Work], known: Known, clip: Number) -> None:
     together: dict[Any, list[Work]] = {}
     alone: list[Work] = []
     for item in items:
-        tensors = item.tensors
-        if dispatch.takes_torchs_adamw(*tensors, group, clip, item.halt):
+        if item.coupled or item.spectral:
+            alone.append(item)
+        elif dispatch.takes_torchs_adamw(*item.tensors, group, clip, item.halt):
             torchs.append(item)
-        elif not (item.coupled or item.spectral) and dispatch.moves_together(*tensors, group["direction"]):
+        elif dispatch.moves_together(*item.tensors, group["direction"]):
             together.setdefault(_likeness(item), []).append(item)
         else:
             alone.append(item)
@@ -270,18 +282,20 @@ def _move_together(items: Sequence[Work], clip: Number) -> None:
 
 
 def _move_one(item: Work, known: Known, clip: Number) -> None:
-    param, grad, exp_avg, exp_avg_sq = item.tensors
     mean = known.mean(item, clip) if item.coupled else None
     spectral = known.triple(item) if item.spectral else None
     step, direction = item.steps + 1, item.group["direction"]
     c = item.coefficients(step, clip)
     if mean is None:
+        param, grad, exp_avg, exp_avg_sq = item.tensors
         dispatch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral, item.halt)
     else:
-        root = dispatch.root_of_rows_(exp_avg_sq, mean[:1], c, item.halt)
+        param, grad = local(item.param), local(item.grad)
+        root = dispatch.root_of_rows_(local(item.state["exp_avg_sq"]), mean[:1], c, item.halt)
         if not item.foreseen:
-            dispatch.move_rows_(param, exp_avg, grad, root, c, direction, step, spectral, item.halt)
+            dispatch.move_rows_(param, item.moment, grad, root, c, direction, step, spectral, item.halt)
         else:
+            exp_avg = local(item.state["exp_avg"])
             after = update.mean_moved(mean[1:], root, c, direction)
             after = after if item.halt is None else torch.where(item.halt > 0, 0, after)
             sums = move_centered_(param, exp_avg, grad, root, c, direction, step, after, item.halt)

@@ -142,6 +142,18 @@ def reduced_like(param: Tensor, part: Tensor, dim: int) -> Tensor:
     return DTensor.from_local(part, param.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
+def rows_like(matrix: Tensor, part: Tensor) -> Tensor:
+    """Wrap ``part``, which has the rows of ``matrix`` held here, as the kind of tensor that the matrix is.
+
+    A DTensor must have whole rows here.
+    """
+    if not (torch.distributed.is_available() and isinstance(matrix, DTensor)):
+        return part
+    shape, mesh = torch.Size([len(matrix), *part.shape[1:]]), matrix.device_mesh
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, mesh, matrix.placements, run_check=False, shape=shape, stride=stride)
+
+
 def vocabulary_mean(part: Tensor, matrix: Tensor) -> Reduction[Tensor]:
     """Average over the rows of ``matrix`` (V, H); ``part``, (1, H) or several such, are sums over those held here."""
     over = holders(matrix, 0)

@@ -7,10 +7,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from coupled_adam.optim.checks import check_group, parameter_name
-from coupled_adam.optim.reductions import local, placed_like, reduced_like, run_one, vocabulary_group, vocabulary_mean
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from coupled_adam.optim.checks import EIGHT_BIT, check_group, parameter_name
+from coupled_adam.optim.eight_bit import EightBit, Moment, blocks_of, quantized
+from coupled_adam.optim.reductions import (
+    holders,
+    local,
+    placed_like,
+    reduced_like,
+    rows_like,
+    run_one,
+    vocabulary_group,
+    vocabulary_mean,
+)
+from coupled_adam.optim.update import numbers_of
 
 #: What a group of torch.optim.AdamW holds beside the hyperparameters that we share.
 ADAMW_FLAGS = frozenset({"amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"})
@@ -34,7 +43,7 @@ def is_plain_adamw(param: Tensor, group: dict[str, Any]) -> bool:
         and group["coupling_factor"] == 0
         and group["direction"] == "ratio"
         and group["decay"] == "decoupled"
-        and group["state_dtype"] is None
+        and group["state_dtype"] != torch.bfloat16
         and param.dtype == state_dtype(param)
     )
 
@@ -47,7 +56,7 @@ def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     row = reduced_like(param, part.new_zeros((1, *part.shape[1:]), dtype=dtype), 0) if coupled else None
     state = {
         "step": torch.zeros((), dtype=torch.float32, device=step_device(param, group)),
-        "exp_avg": torch.zeros_like(param, dtype=group["state_dtype"] or dtype),
+        **_new_moment(param, group),
         "exp_avg_sq": torch.zeros_like(param, dtype=dtype) if row is None else row,
     }
     if group["decay"] == "spectral" and takes_spectral_decay(param):
@@ -58,6 +67,36 @@ def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
             )
         state["u"] = _first_u(param)
     return state
+
+
+def _new_moment(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """Make a first moment of 0, in the form that the group keeps it in."""
+    if group["state_dtype"] != "8bit" or group["second_moment"] != "vocabulary":
+        dtype = torch.bfloat16 if group["state_dtype"] == torch.bfloat16 else state_dtype(param)
+        return {"exp_avg": torch.zeros_like(param, dtype=dtype)}
+    if holders(param, 1):
+        raise ValueError(
+            f"a coupled parameter of shape {tuple(param.shape)} is sharded over its columns, and state_dtype='8bit' "
+            "needs whole rows: shard it over the vocabulary, or choose state_dtype=torch.bfloat16"
+        )
+    part = local(param)
+    scales = part.new_zeros((len(part), blocks_of(part.shape[1])), dtype=torch.float32)
+    return dict(zip(EIGHT_BIT, (torch.zeros_like(param, dtype=torch.int8), rows_like(param, scales)), strict=True))
+
+
+def local_moment(state: dict[str, Any]) -> Moment:
+    """Return this process's part of a first moment."""
+    if EIGHT_BIT[0] in state:
+        return EightBit(*(local(state[key]) for key in EIGHT_BIT))
+    return local(state["exp_avg"])
+
+
+def numbers_of_moment(state: dict[str, Any]) -> Tensor:
+    """Return a first moment as floating-point numbers, a DTensor if it is one."""
+    if EIGHT_BIT[0] in state:
+        return rows_like(state[EIGHT_BIT[0]], numbers_of(local_moment(state)))
+    moment: Tensor = state["exp_avg"]
+    return moment
 
 
 def _first_u(param: Tensor) -> Tensor:
@@ -157,9 +196,10 @@ def bare(name: str) -> str:
 def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]:
     """Return the saved state of the group's i-th parameter, its second moment folded if it is coupled here."""
     param, name = group["params"][i], parameter_name(group, i)
-    if missing := [key for key in ("step", *MOMENTS) if key not in saved]:
+    first = EIGHT_BIT if EIGHT_BIT[0] in saved else ("exp_avg",)
+    if missing := [key for key in ("step", *first, "exp_avg_sq") if key not in saved]:
         raise ValueError(f"The checkpoint's state of {name} has no {missing[0]!r}; it is not one of an Adam optimizer")
-    fitted = {key: saved[key] for key in ("step", *MOMENTS)}
+    fitted = {key: saved[key] for key in ("step", *first, "exp_avg_sq")}
     if "master" in saved:
         fitted["master"] = saved["master"]
     if group["decay"] == "spectral" and takes_spectral_decay(param):
@@ -168,8 +208,10 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
             raise ValueError(_misfit(name, "u", fitted["u"], tuple(param.shape[:-1])))
     # A copy: torch's loading leaves the step count to be shared with whoever saved it.
     fitted["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).clone()
-    if saved["exp_avg"].shape != param.shape:
-        raise ValueError(_misfit(name, "exp_avg", saved["exp_avg"], tuple(param.shape)))
+    shapes = [tuple(param.shape), (len(param), blocks_of(param.shape[-1]))] if len(first) > 1 else [tuple(param.shape)]
+    for key, shape in zip(first, shapes, strict=True):
+        if tuple(saved[key].shape) != shape:
+            raise ValueError(_misfit(name, key, saved[key], shape))
     square = saved["exp_avg_sq"]
     if group["second_moment"] == "vocabulary":
         expected = (1, *param.shape[1:])
@@ -209,9 +251,22 @@ def restore(
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             if saved := prepared["state"].get(key):
                 state = new_state(param, group)
+                saved = _in_form_of(state, saved)
                 tensors = {name: x for name, x in state.items() if name != "step"}
                 for name in tensors.keys() & saved.keys():
                     fresh = tensors[name]
                     state[name] = placed_like(fresh, saved[name].to(fresh.device, fresh.dtype)).clone()
                 state["step"] = saved["step"].to(step_device(param, group))
                 optimizer.state[param] = state
+
+
+def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved state whose first moment is in eight bits where that of ``fresh`` is, and in numbers elsewhere."""
+    codes = EIGHT_BIT[0]
+    if (codes in fresh) == (codes in saved):
+        return saved
+    if codes in saved:
+        return {**saved, "exp_avg": numbers_of_moment(saved)}
+    moment = placed_like(fresh[codes], saved["exp_avg"].to(fresh[codes].device))
+    new = quantized(local(moment), saved["step"].item())
+    return {**saved, **{key: rows_like(fresh[codes], part) for key, part in zip(EIGHT_BIT, new, strict=True)}}

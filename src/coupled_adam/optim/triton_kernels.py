@@ -1,10 +1,10 @@
 """GPU kernels: the equations compiled by Triton. Import this only where triton is installed; triton_launch.py decides,
 checks and launches.
 
-Tensors are contiguous; parameters and gradients are float32, bfloat16 or float16, first moments float32 or bfloat16
-(then with a ``seed``), the rest float32, and so is all arithmetic. An argument of None switches a part off: each
-combination is a kernel of its own. The numbers of a step are floats, or lie on the device as tensors of one element:
-the host never waits for them. Where ``halt`` points to a number that is not 0, nothing changes.
+Tensors are contiguous; parameters and gradients are float32, bfloat16 or float16, first moments float32, bfloat16 (then
+with a ``seed``) or int8 (then with ``scales`` too), the rest float32, and so is all arithmetic. An argument of None
+switches a part off: each combination is a kernel of its own. The numbers of a step are floats, or lie on the device as
+tensors of one element: the host never waits for them. Where ``halt`` points to a number that is not 0, nothing changes.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,name-defined"
@@ -13,18 +13,21 @@ the host never waits for them. Where ``halt`` points to a number that is not 0, 
 import triton
 import triton.language as tl
 
-from coupled_adam.optim import equations, rounding
+from coupled_adam.optim import eight_bit, equations, rounding
 from coupled_adam.optim.triton_forms import triton_form
 
 first_moment, second_moment = triton_form(equations.first_moment), triton_form(equations.second_moment)
 squared, moved, centered = map(triton_form, (equations.squared, equations.moved, equations.centered))
 dice_of = triton_form(rounding.dice_of)
 
+number_of, magnitude_of = triton_form(eight_bit.number_of), triton_form(eight_bit.magnitude_of)
+
 #: Tensors that one launch of ``move_many`` takes.
 MANY = 32
 
 #: The bits of a float32 that are all set in NaN and infinity alone.
 EXPONENT = tl.constexpr(0x7F800000)
+SMALLEST, PER_FACE = tl.constexpr(float(eight_bit.SMALLEST)), tl.constexpr(float(eight_bit.PER_FACE))
 
 
 @triton.jit
@@ -57,6 +60,31 @@ def _write_moment(pointer, at, mask, m, index, seed):
         dice = dice_of(index.to(tl.uint32), tl.cast(_value(seed), tl.uint32))
         dice = tl.where((bits & EXPONENT) == EXPONENT, 0, dice)  # NaN and infinity stay
         tl.store(pointer + at, ((bits + dice) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+
+
+@triton.jit
+def _unpacked(pointer, at, mask, scale):
+    """Read numbers in eight bits, as eight_bit.widened does."""
+    code = tl.load(pointer + at, mask=mask, other=0).to(tl.float32)
+    size = magnitude_of(tl.abs(code))
+    return tl.where(code < 0, -size, size) * scale
+
+
+@triton.jit
+def _pack(pointer, at, mask, m, index, seed):
+    """Store rows of a tile, a block each, as eight_bit.quantized does, bit for bit, and return their scales."""
+    size = tl.abs(m)
+    # Sizes are ordered as their bits are, infinity and NaN last.
+    largest = tl.max(tl.where(mask, size.to(tl.int32, bitcast=True), 0), 1)
+    scale = largest.to(tl.float32, bitcast=True)
+    scale = tl.where(largest >= EXPONENT, float("nan"), tl.where(scale < SMALLEST, 0.0, scale))
+    live = (scale > 0)[:, None]
+    dice = dice_of(index.to(tl.uint32), tl.cast(_value(seed), tl.uint32)).to(tl.float32)
+    n = number_of(tl.div_rn(tl.where(live, size, 0.0), tl.where(scale > 0, scale, 1.0)[:, None])) + dice * PER_FACE
+    code = n.to(tl.int32)
+    code = tl.where(live, tl.where(m < 0, -code, code), 0)
+    tl.store(pointer + at, code.to(tl.int8), mask=mask)
+    return scale
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -110,6 +138,7 @@ def root_of_rows(exp_avg_sq, square, root, halt, columns, second_rate, root_scal
 def move_matrix(
     param,
     exp_avg,
+    scales,
     exp_avg_sq,
     grad,
     root,
@@ -136,7 +165,8 @@ def move_matrix(
 ):
     """Do what update.move_rows_ does if ``root`` (H,) is given, what update.move_elements_ does if ``exp_avg_sq`` is.
 
-    With ``column`` (R,) and ``row`` (R / period, H) the decay is spectral; ``mean`` (H,) is subtracted in the end.
+    With ``column`` (R,) and ``row`` (R / period, H) the decay is spectral. With ``scales`` (R, ⌈H / WIDTH⌉) a row of a
+    tile is a block of numbers in eight bits. ``mean`` (H,) is subtracted in the end.
     """
     if halt is not None:
         if tl.load(halt) != 0:
@@ -148,8 +178,14 @@ def move_matrix(
     start = first * columns
     at = tl.arange(0, TILE)[:, None] * columns + j[None, :]
     g, theta = _read(grad + start, at, here), _read(param + start, at, here)
-    m = first_moment(_read(exp_avg + start, at, here), g, _number(grad_factor), first_rate)
-    _write_moment(exp_avg + start, at, here, m, start + at, seed)
+    if scales is None:
+        m = first_moment(_read(exp_avg + start, at, here), g, _number(grad_factor), first_rate)
+        _write_moment(exp_avg + start, at, here, m, start + at, seed)
+    else:
+        block = i * tl.num_programs(1) + tl.program_id(1)
+        m = _unpacked(exp_avg + start, at, here, _read(scales, block, i < rows)[:, None])
+        m = first_moment(m, g, _number(grad_factor), first_rate)
+        tl.store(scales + block, _pack(exp_avg + start, at, here, m, start + at, seed), mask=i < rows)
     if root is None:
         v = _read(exp_avg_sq + start, at, here)
         v = second_moment(v, squared(g, m, _number(grad_factor), _number(coupling_factor)), second_rate)

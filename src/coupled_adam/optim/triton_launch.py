@@ -16,9 +16,10 @@ from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from coupled_adam.optim.directions import DIRECTION
+from coupled_adam.optim.eight_bit import BLOCK, EightBit, Moment, blocks_of
 from coupled_adam.optim.equations import Coefficients, Number
 from coupled_adam.optim.rounding import seed_of
-from coupled_adam.optim.update import RankOne
+from coupled_adam.optim.update import RankOne, times_square
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -33,8 +34,8 @@ MOMENTS = (torch.float32, torch.bfloat16)
 MOVED, SUMMED = 1024, 2048
 #: Rows that one program sums.
 ROWS = 256
-#: The longest stretch of a row that is taken at once.
-WIDTH = 256
+#: The longest stretch of a row that is taken at once: a block of a moment in eight bits.
+WIDTH = BLOCK
 #: What must divide a size for the widest accesses to memory.
 EVEN = 8
 #: What the second dimension of a grid may have.
@@ -63,7 +64,7 @@ def form(numbers: Any) -> Any:
         return None
 
 
-def apply(*tensors: Tensor, moment: Tensor | None = None, direction: str | None = None, many: bool = False) -> bool:
+def apply(*tensors: Tensor, moment: Moment | None = None, direction: str | None = None, many: bool = False) -> bool:
     """Return whether the kernels take these tensors, all on one device, with this first moment and this direction.
 
     Args:
@@ -72,11 +73,13 @@ def apply(*tensors: Tensor, moment: Tensor | None = None, direction: str | None 
     """
     if not HAS_TRITON or is_compiling() or tensors[0].device.type not in DEVICES or tensors[0].numel() == 0:
         return False
-    alike = (*tensors, *([] if moment is None else [moment]))
+    packed = isinstance(moment, EightBit)
+    alike = (*tensors, *([] if moment is None else moment if isinstance(moment, EightBit) else [moment]))
     fit = (
         all(type(x) in PLAIN and x.is_contiguous() and x.device == tensors[0].device for x in alike)
         and all(x.dtype in FLOATS for x in tensors)
-        and (moment is None or moment.dtype in MOMENTS)
+        and (moment is None or isinstance(moment, EightBit) or moment.dtype in MOMENTS)
+        and not (packed and direction is None)  # sums with κ are not made for it
         and (_fit_together(alike) if many else tensors[0].ndim >= 2 and tensors[0].shape[-1] <= GRID * WIDTH)
     )
     if not fit or kernels() is None:
@@ -91,11 +94,13 @@ def _fit_together(tensors: Sequence[Tensor]) -> bool:
     return all(_address(x) % 16 == 0 for x in tensors) and tensors[0].numel() < 2**31 - 1
 
 
-def sum_of_squares(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
+def sum_of_squares(grad: Tensor, exp_avg: Moment, c: Coefficients) -> Tensor:
     """As ``coupled_adam.optim.update.sum_of_squares``: in two stages of a fixed order, the same every time."""
-    _check(grad, exp_avg, matrices=True)
-    rows, columns = grad.shape
     simple = c.coupling_factor == 0
+    if isinstance(exp_avg, EightBit) and not simple:
+        raise RuntimeError("a GPU kernel does not sum κ·m² of moments in eight bits")
+    _check(grad, *([exp_avg] if isinstance(exp_avg, Tensor) else []), matrices=True)
+    rows, columns = grad.shape
     width, tile = tile_of(columns, SUMMED if simple else MOVED)
     blocks = -(-rows // max(ROWS, tile))
     total = torch.empty(blocks, columns, dtype=torch.float32, device=grad.device)
@@ -103,9 +108,7 @@ def sum_of_squares(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
     arguments = (grad, None if simple else exp_avg, total, rows, columns, f, rate, factor)
     launch("sum_rows", (blocks, -(-columns // width)), *arguments, ROWS=max(ROWS, tile), TILE=tile, WIDTH=width)
     whole = total.sum(0, keepdim=True, dtype=torch.float64)
-    if simple and not (isinstance(f, float) and abs(f) == 1):
-        whole *= f * f
-    return whole.to(torch.float32)
+    return (times_square(whole, f) if simple else whole).to(torch.float32)
 
 
 def root_of_rows_(exp_avg_sq: Tensor, square: Tensor, c: Coefficients, halt: Tensor | None) -> Tensor:
@@ -121,7 +124,7 @@ def root_of_rows_(exp_avg_sq: Tensor, square: Tensor, c: Coefficients, halt: Ten
 
 def move_rows_(
     param: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Moment,
     grad: Tensor,
     root: Tensor,
     c: Coefficients,
@@ -132,7 +135,10 @@ def move_rows_(
     mean: Tensor | None,
 ) -> None:
     """As ``coupled_adam.optim.update.move_rows_``."""
-    _check(param, exp_avg, grad, matrices=True)
+    codes, scales = exp_avg if isinstance(exp_avg, EightBit) else (None, None)
+    _check(param, grad, *([exp_avg] if isinstance(exp_avg, Tensor) else []), matrices=True)
+    if codes is not None and scales is not None:
+        _check_packed(param, codes, scales)
     if root.shape != (1, param.shape[1]):
         raise RuntimeError(f"√ν̂ has the shape {tuple(root.shape)}, not (1, {param.shape[1]})")
     if mean is not None and (mean.shape != root.shape or mean.dtype != torch.float32 or mean.device != param.device):
@@ -160,7 +166,7 @@ def move_elements_(
 
 def _move_matrix_(
     param: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Moment,
     exp_avg_sq: Tensor | None,
     grad: Tensor,
     root: Tensor | None,
@@ -178,12 +184,14 @@ def _move_matrix_(
     for x, shape in ((column, param.shape[:-1]), (row, (*param.shape[:-2], columns))):
         if x is not None and (x.shape != shape or x.dtype != torch.float32 or x.device != param.device):
             raise RuntimeError(f"spectral decay needs float32 vectors of {shape} beside the parameter, not {x.shape}")
-    tensors = (param, exp_avg, exp_avg_sq, grad, root, column, row, None if mean is None else mean.contiguous(), halt)
+    moment, scales = exp_avg if isinstance(exp_avg, EightBit) else (exp_avg, None)
+    middle = None if mean is None else mean.contiguous()
+    tensors = (param, moment, scales, exp_avg_sq, grad, root, column, row, middle, halt)
     numbers = (*_numbers(c, param), _seed(exp_avg, step))
     grid = (-(-rows // tile), -(-columns // width))
     toward = form(DIRECTION[direction].numbers)
     launch("move_matrix", grid, *tensors, rows, columns, period, *numbers, toward=toward, TILE=tile, WIDTH=width)
-    increment_version([x for x in (param, exp_avg, exp_avg_sq) if x is not None])
+    increment_version([x for x in (param, moment, scales, exp_avg_sq) if x is not None])
 
 
 def move_many_(
@@ -255,9 +263,9 @@ def _numbers(numbers: Sequence[Number], beside: Tensor) -> tuple[Number, ...]:
     )
 
 
-def _seed(exp_avg: Tensor, step: Number) -> int | Tensor | None:
-    """Return the seed of the dice for a moment in bfloat16: 32 bits of a signed number, or the tensor."""
-    if exp_avg.dtype != torch.bfloat16:
+def _seed(exp_avg: Moment, step: Number) -> int | Tensor | None:
+    """Return the seed of the dice for a moment that is rounded: 32 bits of a signed number, or the tensor."""
+    if isinstance(exp_avg, Tensor) and exp_avg.dtype != torch.bfloat16:
         return None
     seed = seed_of(step)
     return seed if isinstance(seed, Tensor) else (seed ^ 0x80000000) - 0x80000000
@@ -267,11 +275,23 @@ def _address(x: Tensor) -> int:
     return x.data_ptr()
 
 
-def _check(param: Tensor, exp_avg: Tensor, *others: Tensor, matrices: bool = False) -> None:
+def _check(param: Tensor, *others: Tensor, matrices: bool = False) -> None:
     """Raise RuntimeError unless the tensors have one shape and device, are contiguous, and of dtypes for kernels."""
-    tensors = (param, exp_avg, *others)
+    tensors = (param, *others)
     if any(x.shape != param.shape for x in tensors) or (matrices and param.ndim != 2) or param.numel() == 0:
         raise RuntimeError(f"parameter, gradient and state do not fit together: {[tuple(x.shape) for x in tensors]}")
     if not all(x.is_contiguous() and x.device == param.device and x.dtype in FLOATS for x in tensors):
         layouts = [f"{x.dtype}, {x.device}, strides {x.stride()}" for x in tensors]
         raise RuntimeError(f"a GPU kernel takes contiguous tensors of 16 or 32 bits on one device, not {layouts}")
+
+
+def _check_packed(param: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """Raise RuntimeError unless codes and scales in eight bits are those of the parameter, beside it and contiguous."""
+    rows, columns = param.shape
+    fit = codes.shape == param.shape and scales.shape == (rows, blocks_of(columns))
+    fit = fit and codes.dtype == torch.int8 and scales.dtype == torch.float32
+    if not fit or not all(x.is_contiguous() and x.device == param.device for x in (codes, scales)):
+        raise RuntimeError(
+            f"parameter and moment in eight bits do not fit together: {tuple(param.shape)} on {param.device}, "
+            f"{codes.dtype} {tuple(codes.shape)} and {scales.dtype} {tuple(scales.shape)} on {scales.device}"
+        )

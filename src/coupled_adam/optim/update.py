@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from coupled_adam.optim.directions import DIRECTION
-from coupled_adam.optim.equations import Coefficients, centered, first_moment, moved, second_moment, squared
+from coupled_adam.optim.eight_bit import EightBit, Moment, quantized, widened
+from coupled_adam.optim.equations import Coefficients, Number, centered, first_moment, moved, second_moment, squared
 from coupled_adam.optim.rounding import stochastically_rounded
 
 
@@ -23,14 +24,19 @@ class RankOne(NamedTuple):
     """v, (…, N)."""
 
 
-def sum_of_squares(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
+def sum_of_squares(grad: Tensor, exp_avg: Moment, c: Coefficients) -> Tensor:
     """Sum (f·g)² + κ·m² over the rows, m after this step's update: (V, H) -> (1, H), float32 or float64."""
     dtype = torch.promote_types(grad.dtype, torch.float32)
     g = grad.to(dtype)
     if c.coupling_factor == 0:
-        return g.square().sum(0, keepdim=True) * (c.grad_factor * c.grad_factor)
-    m = first_moment(exp_avg.to(dtype, copy=True), g, c.grad_factor, c.first_rate)
+        return times_square(g.square().sum(0, keepdim=True), c.grad_factor)
+    m = first_moment(numbers_of(exp_avg).to(dtype, copy=True), g, c.grad_factor, c.first_rate)
     return squared(g, m, c.grad_factor, c.coupling_factor).sum(0, keepdim=True)  # type: ignore[no-any-return]
+
+
+def times_square(total: Tensor, factor: Number) -> Tensor:
+    """Return f²·total; where f is known to be ±1, without an operation."""
+    return total if isinstance(factor, float) and abs(factor) == 1 else total * (factor * factor)
 
 
 def root_of_rows_(exp_avg_sq: Tensor, square: Tensor, c: Coefficients) -> Tensor:
@@ -41,7 +47,7 @@ def root_of_rows_(exp_avg_sq: Tensor, square: Tensor, c: Coefficients) -> Tensor
 
 def move_rows_(
     param: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Moment,
     grad: Tensor,
     root: Tensor,
     c: Coefficients,
@@ -54,14 +60,14 @@ def move_rows_(
     """Move the rows of a matrix that share √ν̂. Modifies ``param`` and ``exp_avg`` in place.
 
     Args:
-        param: (R, H) of any floating dtype, as are ``grad`` and ``exp_avg``.
+        param: (R, H) of any floating dtype, as are ``grad`` and ``exp_avg``; the latter may be in eight bits.
         root: √ν̂, (1, H), float32 or float64; all arithmetic is done in this dtype.
         step: counts from 1; throws the dice of rounding.
         spectral: what one unit of decay η·λ takes off; None for the parameter itself.
         first: the index of the first row in the matrix that these rows are a part of.
         mean: (1, H), what is subtracted from every row in the end; None for nothing.
     """
-    m = first_moment(exp_avg.to(root.dtype), grad.to(root.dtype), c.grad_factor, c.first_rate)
+    m = first_moment(numbers_of(exp_avg).to(root.dtype), grad.to(root.dtype), c.grad_factor, c.first_rate)
     _keep_moment_(exp_avg, m, step, first * param.shape[1])
     _move_(param, DIRECTION[direction].tensors(c.first_scale * m, root, c.eps), c, spectral, mean)
 
@@ -99,8 +105,16 @@ def move_elements_(
     _move_(param, DIRECTION[direction].tensors(c.first_scale * m, c.root_scale * v.sqrt(), c.eps), c, spectral)
 
 
-def _keep_moment_(exp_avg: Tensor, m: Tensor, step: float | Tensor, first: int = 0) -> None:
-    if exp_avg.dtype == torch.bfloat16:
+def numbers_of(exp_avg: Moment) -> Tensor:
+    """Return a first moment as a floating-point tensor."""
+    return widened(exp_avg) if isinstance(exp_avg, EightBit) else exp_avg
+
+
+def _keep_moment_(exp_avg: Moment, m: Tensor, step: float | Tensor, first: int = 0) -> None:
+    if isinstance(exp_avg, EightBit):
+        for kept, new in zip(exp_avg, quantized(m, step, first), strict=True):
+            kept.copy_(new)
+    elif exp_avg.dtype == torch.bfloat16:
         exp_avg.copy_(stochastically_rounded(m, step, first))
     elif m is not exp_avg:  # updated in place
         exp_avg.copy_(m)
@@ -110,7 +124,11 @@ def _move_(
     param: Tensor, direction: Tensor, c: Coefficients, spectral: RankOne | None, mean: Tensor | None = None
 ) -> None:
     theta = param.to(direction.dtype)
-    shrink = theta if spectral is None else spectral.column.unsqueeze(-1) * spectral.row.unsqueeze(-2)
+    shrink: Tensor | float = theta
+    if spectral is not None:
+        shrink = spectral.column.unsqueeze(-1) * spectral.row.unsqueeze(-2)
+    elif isinstance(c.decay, float) and c.decay == 0:
+        shrink = 0.0  # as embeddings have it; saves a pass over them
     theta = moved(theta, shrink, c.decay, c.lr, direction)
     if mean is not None:
         theta = centered(theta, mean)

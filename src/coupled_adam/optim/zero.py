@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from coupled_adam.optim.adams import Adams
-from coupled_adam.optim.checks import check_grad, parameter_name
+from coupled_adam.optim.checks import StateDtype, check_grad, parameter_name
 from coupled_adam.optim.equations import Number
 from coupled_adam.optim.exchange import ParamGroup, Work, shared_over
 from coupled_adam.optim.reductions import placed_like
@@ -66,7 +66,7 @@ class Adams_ZeRO(Adams):
         coupling_factor: float = 0.0,
         max_grad_norm: float | None = None,
         maximize: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
     ) -> None:
         if not (isinstance(master_dtype, torch.dtype) and master_dtype.is_floating_point):
             raise ValueError(f"Invalid master_dtype: {master_dtype}; choose torch.float32 or another floating dtype")
