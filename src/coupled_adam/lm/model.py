@@ -159,7 +159,10 @@ class LanguageModel(nn.Module):
         """
         weight, cap, rounding = self.head.weight, self.loss.softcap, self.config.logits
         if targets is None:
-            return head_logits(self.hidden(tokens), weight, cap, rounding)
+            hidden = self.hidden(tokens)
+            if cap is None and rounding is None:
+                return self.head(hidden)  # type: ignore[no-any-return]  # the module has the hooks of tensor parallelism
+            return head_logits(hidden, weight, cap, rounding)
         tied = TiedGradient() if self.config.tied else None
         return linear_cross_entropy(
             self.hidden(tokens, tied).flatten(0, 1),
