@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from coupled_adam import cli
 from coupled_adam.errors import InputError
@@ -214,7 +215,7 @@ def test_wandb_is_told_how_the_run_ended_and_no_step_twice(
     monkeypatch.setattr(wandb, "init", Run)
     run, experiment = tmp_path / "run", tracked(tiny, "wandb")
     if end == "diverged":
-        monkeypatch.setattr(loop, "backward", lambda *_: float("nan"))
+        monkeypatch.setattr(loop, "backward", lambda *_: torch.full((2,), float("nan")))
     if end == "killed":
         train_killed_at(10, experiment, corpus, run)
     else:
