@@ -172,10 +172,11 @@ def move_rows_(
     check_shapes(param, exp_avg, grad, rows=root, spectral=spectral, mean=mean)
     numbers = mean is None and param.numel() > 0 and has_kernel(direction)
     if numbers and kernels_apply(param, grad, root, moment=exp_avg):
-        kernel = _kernels().rows_kernel(DIRECTION[direction].numbers)
         moment, scales, seed = _moment(exp_avg, step)
-        arrays = (param.detach().numpy(), moment, scales, grad.detach().numpy(), root.detach().numpy()[0])
-        column, row = _arrays(spectral)
+        made = _kernels().rows_kernel if scales is None else _kernels().eight_bit_rows_kernel
+        moments = [moment] if scales is None else [moment, scales]
+        arrays = (param.detach().numpy(), *moments, grad.detach().numpy(), root.detach().numpy()[0])
+        kernel, (column, row) = made(DIRECTION[direction].numbers), _arrays(spectral)
         _run(kernel, *arrays, _float32(c), seed, column, None if row is None else row[0], threads=_threads(param))
         # The kernels write past autograd, which must know, to refuse a backward pass through what has changed.
         increment_version([param, *_parts(exp_avg)])

@@ -159,18 +159,16 @@ def column_sums_kernel(param, exp_avg, seed, sums, threads):
 def rows_kernel(direction):
     """Make the kernel that does what update.move_rows_ does, for the ``numbers`` of a Direction.
 
-    param, exp_avg, grad: (R, C); scales: (R, ⌈C / 256⌉), or None; root: (C,); c: Coefficients of float32; column: (R,)
-    and row: (C,) of spectral decay, or None; seed: int64, or None where the first moment is float32.
+    param, exp_avg, grad: (R, C); root: (C,); c: Coefficients of float32; column: (R,) and row: (C,) of spectral
+    decay, or None; seed: int64, or None where the first moment is float32.
     """
     toward, version = inlined(direction), _version(direction)
 
     @njit(parallel=True, cache=True)
-    def move_rows(param, exp_avg, scales, grad, root, c, seed, column, row, threads):
+    def move_rows(param, exp_avg, grad, root, c, seed, column, row, threads):
         rows, columns = param.shape
-        width = columns if scales is None else WIDTH
         for t in prange(threads):
             first, last = rows * t // threads, rows * (t + 1) // threads
-            numbers = np.empty(0 if scales is None else WIDTH, np.float32)
             # The last blocks first: their gradient was read just now, for the second moment, and may still be in cache.
             for block in range((last - first + BACKWARD - 1) // BACKWARD):
                 stop = last - block * BACKWARD
@@ -178,26 +176,49 @@ def rows_kernel(direction):
                     theta, moment, g = param[i], exp_avg[i], grad[i]
                     if column is not None:
                         factor = column[i]
-                    for part in range((columns + width - 1) // width):
-                        start, end = part * width, min((part + 1) * width, columns)
-                        if scales is not None:
-                            scale = scales[i, part]
+                    for j in range(columns):
+                        m = moment[j] if seed is None else _widened(moment[j])
+                        m = first_moment(m, g[j], c.grad_factor, c.first_rate)
+                        moment[j] = m if seed is None else _rounded(m, i * columns + j, seed)
+                        shrink = theta[j] if column is None else factor * row[j]
+                        way = toward(c.first_scale * m, root[j], c.eps)
+                        theta[j] = moved(theta[j], shrink, c.decay, c.lr, way)
+        return version
+
+    return move_rows
+
+
+@functools.cache
+def eight_bit_rows_kernel(direction):
+    """Make the kernel that does what update.move_rows_ does to a moment in eight bits.
+
+    exp_avg: (R, C), int8; scales: (R, ⌈C / 256⌉); seed: int64. Other arguments as of ``rows_kernel``, which is a kernel
+    of its own since the compiler vectorizes its innermost loop only where that runs over whole rows.
+    """
+    toward, version = inlined(direction), _version(direction)
+
+    @njit(parallel=True, cache=True)
+    def move_rows(param, exp_avg, scales, grad, root, c, seed, column, row, threads):
+        rows, columns = param.shape
+        for t in prange(threads):
+            first, last = rows * t // threads, rows * (t + 1) // threads
+            numbers = np.empty(WIDTH, np.float32)
+            for block in range((last - first + BACKWARD - 1) // BACKWARD):
+                stop = last - block * BACKWARD
+                for i in range(max(stop - BACKWARD, first), stop):
+                    theta, codes, g = param[i], exp_avg[i], grad[i]
+                    if column is not None:
+                        factor = column[i]
+                    for part in range((columns + WIDTH - 1) // WIDTH):
+                        start, end = part * WIDTH, min((part + 1) * WIDTH, columns)
+                        scale = scales[i, part]
                         for j in range(start, end):
-                            if scales is not None:
-                                m = _unpacked(moment[j], scale)
-                            else:
-                                m = moment[j] if seed is None else _widened(moment[j])
-                            m = first_moment(m, g[j], c.grad_factor, c.first_rate)
-                            if scales is not None:
-                                numbers[j - start] = m
-                            else:
-                                moment[j] = m if seed is None else _rounded(m, i * columns + j, seed)
+                            m = first_moment(_unpacked(codes[j], scale), g[j], c.grad_factor, c.first_rate)
+                            numbers[j - start] = m
                             shrink = theta[j] if column is None else factor * row[j]
                             way = toward(c.first_scale * m, root[j], c.eps)
                             theta[j] = moved(theta[j], shrink, c.decay, c.lr, way)
-                        if scales is not None:
-                            m = numbers[: end - start]
-                            scales[i, part] = _pack(m, moment[start:end], i * columns + start, seed)
+                        scales[i, part] = _pack(numbers[: end - start], codes[start:end], i * columns + start, seed)
         return version
 
     return move_rows
