@@ -202,6 +202,7 @@ def test_a_step_without_numba_is_the_same(
     torch.testing.assert_close(*outcomes, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.long
 def test_a_changed_equation_is_not_served_from_the_cache_of_compiled_kernels(tmp_path) -> None:
     # numba looks at the file of the kernel alone, and the equations are in another.
     package = tmp_path / "coupled_adam"

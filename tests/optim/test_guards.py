@@ -206,6 +206,7 @@ def run(program: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.long
 def test_a_forked_process_steps_without_the_kernels_and_says_so_once() -> None:
     done = run(
         """
@@ -231,6 +232,7 @@ def test_a_forked_process_steps_without_the_kernels_and_says_so_once() -> None:
     assert "spawn" in done.stderr
 
 
+@pytest.mark.long
 def test_threads_may_step_optimizers_at_the_same_time_where_numba_cannot() -> None:
     done = run(
         """
