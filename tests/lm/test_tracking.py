@@ -142,6 +142,11 @@ def test_wandb_offline_holds_one_run_however_often_it_is_resumed(
         train(experiment, corpus, run, stop_at=4)
     time.sleep(1.1)  # W&B names directories by the second
     train(experiment, corpus, run)
+    for _ in range(100):  # a process of W&B's own writes, and may be late on a busy machine
+        written = [r for file in run.glob("wandb/offline-run-*/run-*.wandb") for r in records(file)]
+        if sum(r.WhichOneof("record_type") == "exit" for r in written) == 2:
+            break
+        time.sleep(0.1)
     started, losses, exits = [], {}, []
     for file in sorted(run.glob("wandb/offline-run-*/run-*.wandb")):
         content = records(file)
