@@ -126,14 +126,14 @@ def half_of_ratio(m_hat, root, eps):
 def test_an_unusable_numba_is_said_once_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "coupled_adam.optim.kernels", None)
     monkeypatch.delattr("coupled_adam.optim.kernels", raising=False)
-    dispatch._kernels.cache_clear()
+    dispatch.compiled.cache_clear()
     parameter = torch.ones(4, 3, requires_grad=True)
     parameter.grad = torch.ones_like(parameter)
     optimizer = CoupledAdam([{"params": [parameter], "second_moment": "vocabulary"}], lr=0.1)
     with pytest.warns(UserWarning, match="numba cannot be used"):
         optimizer.step()
     optimizer.step()
-    dispatch._kernels.cache_clear()
+    dispatch.compiled.cache_clear()
     assert parameter[0, 0].item() == pytest.approx(0.8)
 
 
@@ -170,8 +170,10 @@ def test_the_layout_in_memory_makes_no_difference(kind: str, param_layout: str, 
 
 
 def test_the_kernels_are_taken_where_they_apply(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken, run = [], dispatch._run
-    monkeypatch.setattr(dispatch, "_run", lambda kernel, *a, **k: (taken.append(kernel.__name__), run(kernel, *a, **k)))
+    taken, run = [], dispatch.launch
+    monkeypatch.setattr(
+        dispatch, "launch", lambda kernel, *a, **k: (taken.append(kernel.__name__), run(kernel, *a, **k))
+    )
     matrix, vector = torch.zeros(30, 4, requires_grad=True), torch.zeros(4, requires_grad=True)
     matrix.grad, vector.grad = torch.ones(30, 4), torch.ones(4)
     CoupledAdam([{"params": [matrix], "second_moment": "vocabulary"}, {"params": [vector]}]).step()

@@ -82,11 +82,11 @@ def measure(param: Tensor, exp_avg: Tensor) -> Tensor:
     """Sum a matrix and its first moment over the rows: (2, H), of float64, or of float32 where there is no kernel."""
     dispatch.check_shapes(param, exp_avg)
     if param.ndim == 2 and param.numel() > 0 and dispatch.kernels_apply(param, moment=exp_avg):
-        threads = dispatch._threads(param)
+        threads = dispatch.threads_for(param)
         sums = torch.empty(threads, 2, param.shape[1], dtype=torch.float64)
-        moment, _, seed = dispatch._moment(exp_avg, 0)
-        dispatch._run(
-            dispatch._kernels().column_sums_kernel, param.detach().numpy(), moment, seed, sums.numpy(), threads=threads
+        moment, _, seed = dispatch.moment_arrays(exp_avg, 0)
+        dispatch.launch(
+            dispatch.compiled().column_sums_kernel, param.detach().numpy(), moment, seed, sums.numpy(), threads=threads
         )
         return sums.sum(0)
     dtype = torch.promote_types(param.dtype, torch.float32)
@@ -99,11 +99,11 @@ def sums_of_gradient(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
         squares = dispatch.sum_of_squares(grad, exp_avg, c)
         return torch.cat([squares, grad.sum(0, keepdim=True, dtype=squares.dtype)])
     dispatch.check_shapes(grad, exp_avg)
-    threads = dispatch._threads(grad)
+    threads = dispatch.threads_for(grad)
     total = torch.empty(2, threads, grad.shape[1], dtype=torch.float64)
     squares, plain = total
-    dispatch._run(
-        dispatch._kernels().sum_of_squares_kernel,
+    dispatch.launch(
+        dispatch.compiled().sum_of_squares_kernel,
         grad.detach().numpy(),
         squares.numpy(),
         plain.numpy(),
@@ -134,12 +134,12 @@ def move_centered_(
     if not (fit and dispatch.kernels_apply(param, grad, root, mean, moment=exp_avg)):
         dispatch.move_rows_(param, exp_avg, grad, root, c, direction, step, None, halt, mean)
         return None
-    kernel = dispatch._kernels().centered_rows_kernel(DIRECTION[direction].numbers)
-    moment, _, seed = dispatch._moment(exp_avg, step)
-    threads = dispatch._threads(param)
+    kernel = dispatch.compiled().centered_rows_kernel(DIRECTION[direction].numbers)
+    moment, _, seed = dispatch.moment_arrays(exp_avg, step)
+    threads = dispatch.threads_for(param)
     sums = torch.empty(threads, 2, param.shape[1], dtype=torch.float64)
     arrays = (param.detach().numpy(), moment, grad.detach().numpy(), root.detach().numpy()[0])
-    dispatch._run(kernel, *arrays, dispatch._float32(c), seed, mean.numpy()[0], sums.numpy(), threads=threads)
+    dispatch.launch(kernel, *arrays, dispatch.as_float32(c), seed, mean.numpy()[0], sums.numpy(), threads=threads)
     increment_version([param, exp_avg])
     return sums.sum(0)
 

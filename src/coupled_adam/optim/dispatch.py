@@ -132,9 +132,9 @@ def sum_of_squares(grad: Tensor, exp_avg: Moment, c: Coefficients) -> Tensor:
     """As ``coupled_adam.optim.update.sum_of_squares``, without a temporary tensor of that size."""
     check_shapes(grad, exp_avg)
     if c.coupling_factor == 0 and grad.numel() > 0 and kernels_apply(grad):
-        threads = _threads(grad)
+        threads = threads_for(grad)
         total = torch.empty(threads, grad.shape[1], dtype=torch.float64)
-        _run(_kernels().sum_of_squares_kernel, grad.detach().numpy(), total.numpy(), None, threads=threads)
+        launch(compiled().sum_of_squares_kernel, grad.detach().numpy(), total.numpy(), None, threads=threads)
         return (total.sum(0, keepdim=True) * float(c.grad_factor) ** 2).to(torch.float32)
     unread = c.coupling_factor == 0 and isinstance(exp_avg, EightBit)
     if triton_launch.apply(grad, moment=None if unread else exp_avg):
@@ -172,12 +172,14 @@ def move_rows_(
     check_shapes(param, exp_avg, grad, rows=root, spectral=spectral, mean=mean)
     numbers = mean is None and param.numel() > 0 and has_kernel(direction)
     if numbers and kernels_apply(param, grad, root, moment=exp_avg):
-        moment, scales, seed = _moment(exp_avg, step)
-        made = _kernels().rows_kernel if scales is None else _kernels().eight_bit_rows_kernel
+        moment, scales, seed = moment_arrays(exp_avg, step)
+        made = compiled().rows_kernel if scales is None else compiled().eight_bit_rows_kernel
         moments = [moment] if scales is None else [moment, scales]
         arrays = (param.detach().numpy(), *moments, grad.detach().numpy(), root.detach().numpy()[0])
         kernel, (column, row) = made(DIRECTION[direction].numbers), _arrays(spectral)
-        _run(kernel, *arrays, _float32(c), seed, column, None if row is None else row[0], threads=_threads(param))
+        launch(
+            kernel, *arrays, as_float32(c), seed, column, None if row is None else row[0], threads=threads_for(param)
+        )
         # The kernels write past autograd, which must know, to refuse a backward pass through what has changed.
         increment_version([param, *_parts(exp_avg)])
     elif root.dtype == torch.float32 and triton_launch.apply(param, grad, moment=exp_avg, direction=direction):
@@ -210,13 +212,13 @@ def move_elements_(
     """As ``coupled_adam.optim.update.move_elements_``, in one pass and without temporary tensors of that size."""
     check_shapes(param, exp_avg, exp_avg_sq, grad, spectral=spectral)
     if param.numel() > 0 and has_kernel(direction) and kernels_apply(param, grad, exp_avg_sq, moment=exp_avg):
-        kernel = _kernels().elements_kernel(DIRECTION[direction].numbers)
-        moment, _, seed = _moment(exp_avg.view(-1), step)
+        kernel = compiled().elements_kernel(DIRECTION[direction].numbers)
+        moment, _, seed = moment_arrays(exp_avg.view(-1), step)
         theta, second, g = (x.detach().view(-1).numpy() for x in (param, exp_avg_sq, grad))
         column, row = _arrays(spectral)
         row = row if row is not None else torch.empty(1, min(FLAT_ROW, param.numel())).numpy()  # only its length counts
         period = param.shape[-2] if spectral is not None else 1
-        _run(kernel, theta, moment, second, g, _float32(c), seed, column, row, period, threads=_threads(param))
+        launch(kernel, theta, moment, second, g, as_float32(c), seed, column, row, period, threads=threads_for(param))
         increment_version([param, exp_avg, exp_avg_sq])
     elif exp_avg_sq.dtype == torch.float32 and triton_launch.apply(param, grad, moment=exp_avg, direction=direction):
         triton_launch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral, halt)
@@ -295,7 +297,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @functools.cache
-def _kernels() -> Any:
+def compiled() -> Any:
     """Import the kernels; None if they cannot be used. At their first use, as numba takes a second to load."""
     try:
         from coupled_adam.optim import kernels
@@ -329,7 +331,7 @@ def kernels_apply(*tensors: Tensor, moment: Moment | None = None) -> bool:
         fit = fit and all(map(_is_plain, _parts(moment))) and tuple(x.dtype for x in _parts(moment)) in KERNEL_MOMENTS
     if fit and _forked:
         _warn_of_fork()
-    return fit and not _forked and _kernels() is not None
+    return fit and not _forked and compiled() is not None
 
 
 def _parts(moment: Moment) -> tuple[Tensor, ...]:
@@ -341,7 +343,7 @@ def _is_plain(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.is_contiguous() and type(x) in (Tensor, torch.nn.Parameter)
 
 
-def _moment(exp_avg: Moment, step: Number) -> tuple[Any, Any, int | None]:
+def moment_arrays(exp_avg: Moment, step: Number) -> tuple[Any, Any, int | None]:
     """Return a first moment as an array, that of its scales if it is in eight bits, and the seed of the dice if any."""
     if isinstance(exp_avg, EightBit):
         codes, scales = (x.detach().numpy() for x in exp_avg)
@@ -351,7 +353,7 @@ def _moment(exp_avg: Moment, step: Number) -> tuple[Any, Any, int | None]:
     return exp_avg.detach().numpy(), None, None
 
 
-def _float32(c: Coefficients) -> Coefficients:
+def as_float32(c: Coefficients) -> Coefficients:
     import numpy as np
 
     return Coefficients(*(np.float32(float(x)) for x in c))  # type: ignore[arg-type]
@@ -364,14 +366,14 @@ def _arrays(spectral: RankOne | None) -> tuple[Any, Any]:
     return spectral.column.reshape(-1).numpy(), spectral.row.reshape(-1, spectral.row.shape[-1]).numpy()
 
 
-def _threads(x: Tensor) -> int:
+def threads_for(x: Tensor) -> int:
     """Return how many threads share the work."""
     import numba
 
     return int(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, x.numel() // ELEMENTS_PER_THREAD + 1))
 
 
-def _run(kernel: Callable[..., object], *arguments: Any, threads: int) -> None:
+def launch(kernel: Callable[..., object], *arguments: Any, threads: int) -> None:
     """Call a kernel with so many threads, and leave numba's setting as the user has it."""
     global _launched
     import numba
