@@ -14,7 +14,7 @@ def test_what_fails_halfway_leaves_the_old_and_nothing_beside_it(directory: bool
     target = tmp_path / "target"
 
     def write(text: str) -> None:
-        with written_whole(target) as aside:
+        with written_whole(target, "model" if directory else None) as aside:
             if directory:
                 aside.mkdir()
             (aside / "inner" if directory else aside).write_text(text)

@@ -1,6 +1,7 @@
 """Errors that the user can fix: one line that names the value and the remedy."""
 
 import importlib.util
+import unicodedata
 
 
 class InputError(ValueError):
@@ -20,7 +21,23 @@ def require_trainer(module: str, package: str) -> None:
         raise ImportError(f"{module} not installed: pip install {package}")
 
 
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:limit] if lines else type(error).__name__
+def one_line(error: object, limit: int = 300) -> str:
+    """Return a message in one line that a terminal can show as it is, or an error's type if it has no message.
+
+    Many libraries begin with a line that says nothing and go on with the reasons; all of it is kept, up to ``limit``
+    characters. Control characters are shown, not carried out: messages hold names out of files.
+    """
+    text = printable(" ".join(str(error).split()))
+    if not text:
+        return type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def printable(text: str) -> str:
+    r"""Escape what a terminal would carry out or cannot show: ``\x1b`` for the escape character.
+
+    Examples:
+        >>> printable("a\x1b[31mb\n")
+        'a\\x1b[31mb\n'
+    """
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else ascii(c)[1:-1] for c in text)

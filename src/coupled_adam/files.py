@@ -1,15 +1,18 @@
-"""Files are written whole or not at all, and damage to them is noticed."""
+"""Files are written whole or not at all, replace only what this package made, and are checked when they are read."""
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from coupled_adam.errors import InputError
+from coupled_adam.errors import InputError, one_line
+
+T = TypeVar("T")
 
 #: Bytes that are hashed at a time.
 CHUNK = 2**22
@@ -17,30 +20,170 @@ CHUNK = 2**22
 #: Size and time of the files of a directory when they were verified.
 VERIFIED = ".verified.json"
 
+#: In a directory that this package made: its kind, and the sizes of its files.
+MANIFEST = ".coupled-adam.json"
+
+#: Key under which a sealed JSON file holds the digest of all its other keys.
+SEAL = "sha256"
+
 #: The same of all files that this process has verified.
 _intact: dict[Path, list[int]] = {}
 
 
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write a file or directory to. It replaces ``path`` if the block succeeds.
+def output_path(path: Path, *sources: Path) -> Path:
+    """Return where to write what a user wants at ``path``: absolute, links resolved, so it has a name.
+
+    Args:
+        path: as the user gave it; ``.``, ``..`` and links too.
+        sources: what is read meanwhile. The output may not be, hold, or lie in one of them.
 
     Raises:
-        InputError: ``path`` lies in a file, or is a directory where a file was written.
+        InputError: it overlaps a source, or is the root of the file system.
+    """
+    resolved = path.resolve()
+    if not resolved.name:
+        raise InputError(f"{path}: the root of the file system; choose another place")
+    for source in sources:
+        read = source.resolve()
+        if resolved == read or resolved in read.parents or (read in resolved.parents and read.is_dir()):
+            how = "is" if resolved == read else "holds" if resolved in read.parents else "lies in"
+            raise InputError(f"{path}: {how} {source}, which is read; choose another place for the output")
+    return resolved
+
+
+def check_replaceable(path: Path, kind: str) -> None:
+    """Raise InputError unless a directory may be written at ``path``.
+
+    It may where there is nothing, an empty directory, or one that :func:`put_in_place` made of the same ``kind`` in
+    which nothing was added or changed since.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"{path}: not a directory; choose another place")
+    if not any(path.iterdir()):
+        return
+    try:
+        manifest = read_json(path / MANIFEST, dict[str, Any])
+    except InputError:
+        manifest = {}
+    if manifest.get("kind") != kind:
+        held = ", ".join(sorted(entry.name for entry in path.iterdir())[:3])
+        raise InputError(
+            f"{path}: exists and is not a {kind} made by coupled-adam (it holds {held}); choose another place"
+        )
+    recorded, found = manifest.get("files"), _sizes(path)
+    if foreign := sorted(
+        name for name in found if not (isinstance(recorded, dict) and recorded.get(name) == found[name])
+    ):
+        raise InputError(
+            f"{path}: {foreign[0]} was added or changed since this {kind} was made; move it away, or choose another"
+        )
+
+
+def put_in_place(aside: Path, path: Path, kind: str) -> None:
+    """Move the complete directory ``aside`` to ``path``; it becomes one of that ``kind``, which may replace another.
+
+    Raises:
+        InputError: as :func:`check_replaceable`. Nothing has changed.
+    """
+    check_replaceable(path, kind)
+    (aside / MANIFEST).unlink(missing_ok=True)
+    (aside / MANIFEST).write_text(json.dumps({"kind": kind, "files": _sizes(aside)}, indent=2) + "\n", encoding="utf-8")
+    swap(aside, path)
+
+
+def swap(aside: Path, path: Path) -> None:
+    """Put a directory that is complete on the disk in the place of another, whatever that holds.
+
+    For directories within our own alone, such as the checkpoints of a run: where a user has named the place, see
+    :func:`put_in_place`.
+    """
+    _sync(aside)
+    if not path.exists():
+        aside.replace(path)
+        return
+    # os.replace replaces no directory that holds anything. What was there is removed once the new one stands.
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.replace(old)
+    aside.replace(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def update_file(directory: Path, name: str, text: str) -> None:
+    """Write a file of a directory that :func:`put_in_place` made, unless the user has changed that file since.
+
+    Raises:
+        InputError: the directory is none of ours, or its description is damaged.
+    """
+    manifest = read_json(directory / MANIFEST, dict[str, Any])
+    files, path = manifest.get("files"), directory / name
+    if not isinstance(files, dict):
+        raise InputError(f"{directory / MANIFEST}: damaged (no files); delete {directory}, if you do not need it")
+    if path.exists() and files.get(name) != path.stat().st_size:
+        return
+    write_text(path, text)
+    write_json(directory / MANIFEST, {**manifest, "files": {**files, name: path.stat().st_size}})
+
+
+def check_file_replaceable(path: Path, mark: str) -> None:
+    """Raise InputError unless a file may be written at ``path``: nothing is there, or a file that begins with ours.
+
+    Args:
+        path: as the user gave it.
+        mark: what stands in the first 4,096 bytes of all such files of this package, and of no others.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: a directory; choose a name for the file")
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if head and mark.encode() not in head:
+        raise InputError(f"{path}: exists and was not made by coupled-adam; choose another name, or move it away")
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    """Sizes of all files below a directory by their relative names; -1 for what is neither file nor directory."""
+    found = {}
+    for entry in sorted(directory.rglob("*")):
+        name = entry.relative_to(directory).as_posix()
+        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+            found[name] = -1
+        elif entry.is_file() and name not in (MANIFEST, VERIFIED):
+            found[name] = entry.stat().st_size
+    return found
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, kind: str | None = None) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write to. On success it becomes ``path``.
+
+    Args:
+        path: of a file, which is replaced; or of a directory.
+        kind: of a directory that may replace one of ours, see :func:`check_replaceable`. Without it there must be none.
+
+    Raises:
+        InputError: ``path`` lies in a file, or there is something that may not be replaced: a directory where a file
+            was written, or for directories see :func:`check_replaceable`.
         OSError: the disk is full; the message names ``path``.
     """
-    make_directory(path.parent)
+    if kind is not None:
+        check_replaceable(path, kind)
+    elif path.is_dir():
+        raise InputError(f"{path}: a directory; choose a name for the file")
+    with full_disk_named(path):
+        make_directory(path.parent)
     # The process ID: two processes that write the same file do not write into each other's.
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield aside
-        move_into_place(aside, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                f"{path}: the disk is full; what was there is intact. Make space, then rerun the same command"
-            ) from None
-        raise
+        with full_disk_named(path):
+            yield aside
+            if kind is not None:
+                put_in_place(aside, path, kind)
+            else:
+                _sync(aside)
+                aside.replace(path)
     finally:
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
@@ -48,14 +191,27 @@ def written_whole(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
-def move_into_place(aside: Path, path: Path) -> None:
-    """Replace ``path`` by what is complete on the disk. Raises InputError for a file in the place of a directory."""
-    _sync(aside)
-    if path.is_dir() and not aside.is_dir():
-        raise InputError(f"{path}: a directory; choose a name for the file")
-    if path.is_dir():
-        shutil.rmtree(path)  # os.replace does not replace a directory that holds anything
-    aside.replace(path)
+#: What libraries say that report a full disk as an error of their own.
+FULL = ("No space left", "Disk quota exceeded", "File too large", "os error 28", "requested and")
+
+
+@contextlib.contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Raise OSError naming ``path`` and the remedy for what libraries raise on a full or read-only disk."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        number, file = getattr(error, "errno", None), getattr(error, "filename", None)
+        own = file is None or Path(os.fsdecode(file)).absolute().is_relative_to(path.absolute().parent)
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM) and own:
+            raise OSError(f"{path}: cannot be written ({os.strerror(number)}); choose another place") from None
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(sign in str(error) for sign in FULL):
+            raise OSError(
+                f"{path}: the disk is full; what was there is intact. Make space, then rerun the same command"
+            ) from None
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,22 +225,58 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
-    """Read a JSON object.
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with a digest of itself, which :func:`read_sealed` compares."""
+    plain = json.loads(json.dumps(value, allow_nan=False))  # as it will be read: lists for tuples, strings for keys
+    write_json(path, {**plain, SEAL: _digest(plain)})
+
+
+def read_json(path: Path, schema: type[T], remedy: str = "") -> T:
+    """Read JSON of a known shape.
+
+    Args:
+        path: of the file.
+        schema: what pydantic can validate: a model, a TypedDict, ``dict[str, Any]`` for any object. Values are not
+            converted: a string is no number.
+        remedy: what to do about a damaged file.
 
     Raises:
-        InputError: the file cannot be read or holds something else; ``remedy`` says what to do about it.
+        InputError: the file cannot be read or holds something else; the message names the file and the value.
     """
     after = f"; {remedy}" if remedy else ""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}{after}") from None
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise InputError(f"{path}: damaged ({error}){after}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: damaged (not a JSON object){after}")
-    return content
+    return _validated(path, content, schema, after)
+
+
+def read_sealed(path: Path, schema: type[T], remedy: str = "") -> T:
+    """As :func:`read_json`, of a file that :func:`write_sealed` wrote.
+
+    Raises:
+        InputError: also if a value is not the one that was written.
+    """
+    after = f"; {remedy}" if remedy else ""
+    content = read_json(path, dict[str, Any], remedy)
+    if content.pop(SEAL, None) != _digest(content):
+        raise InputError(f"{path}: damaged (its checksum is not the recorded one){after}")
+    return _validated(path, json.dumps(content).encode(), schema, after)
+
+
+def _validated(path: Path, content: bytes, schema: type[T], after: str) -> T:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(schema).validate_json(content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = "".join(f"{key}: " for key in [".".join(map(str, first["loc"]))] if key)
+        raise InputError(f"{path}: damaged ({where}{one_line(first['msg'])}){after}") from None
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def make_directory(path: Path) -> None:
@@ -146,7 +338,7 @@ def _stamp(file: Path) -> list[int]:
 
 def _notes(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path)
+        return read_json(path, dict[str, Any])
     except InputError:
         return {}
 

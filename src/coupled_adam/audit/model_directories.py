@@ -63,7 +63,7 @@ def files_of_index(directory: Path, name: str) -> dict[str, Path]:
     path = directory / f"{name}.index.json"
     if not path.exists():
         return {}
-    files = read_json(path).get("weight_map")
+    files = read_json(path, dict[str, Any]).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise InputError(f"{path}: no weight_map; it is no index of a model in several files")
     # A name with directories could lead out of the model.
@@ -72,7 +72,7 @@ def files_of_index(directory: Path, name: str) -> dict[str, Path]:
 
 def read_config(directory: Path) -> dict[str, Any] | None:
     """Read config.json as it is; None if there is none."""
-    return read_json(directory / "config.json") if (directory / "config.json").exists() else None
+    return read_json(directory / "config.json", dict[str, Any]) if (directory / "config.json").exists() else None
 
 
 def full_config(directory: Path) -> dict[str, Any] | None:

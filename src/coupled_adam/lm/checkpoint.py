@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from coupled_adam.errors import InputError
-from coupled_adam.files import checksums, move_into_place, read_json, verify, write_json
+from coupled_adam.files import checksums, read_json, swap, verify, write_json
 from coupled_adam.lm.parallel import World
 from coupled_adam.progress import warn
 
@@ -89,7 +89,7 @@ def save_checkpoint(
         if world.is_main_process:
             with _full_disk_named(aside, size):
                 write_json(aside / "state.json", {"step": step, **state, "checksums": files})
-                move_into_place(aside, path)
+                swap(aside, path)
             _delete_older(directory, path, keep_last, keep_every)
         world.wait()
     finally:
@@ -177,7 +177,7 @@ def verify_checkpoint(path: Path, world: World | None = None) -> dict[str, Any]:
         InputError: a file is missing or damaged; the message names it. On all ranks alike.
     """
     world = world or World()
-    state = world.broadcast_from_main(lambda: read_json(path / "state.json", REMEDY))
+    state = world.broadcast_from_main(lambda: read_json(path / "state.json", dict[str, Any], REMEDY))
     recorded = state.get("checksums")
     if not isinstance(recorded, dict):
         raise InputError(f"{path / 'state.json'}: damaged (no checksums); {REMEDY}")

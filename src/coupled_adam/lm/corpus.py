@@ -77,7 +77,7 @@ def open_corpus(directory: Path) -> Corpus:
     if not path.exists():
         raise InputError(f"{path}: not found; the directory holds no prepared corpus")
     remedy = f"delete {directory} to prepare it again"
-    meta = read_json(path, remedy)
+    meta = read_json(path, dict[str, Any], remedy)
     if meta.get("format") != FORMAT:
         raise InputError(f"{path}: format {meta.get('format')}, this version reads format {FORMAT}; {remedy}")
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from coupled_adam.errors import InputError, require
-from coupled_adam.files import write_json, write_text, written_whole
+from coupled_adam.files import update_file, write_json, written_whole
 from coupled_adam.lm.config import Experiment, Model
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.model import RMS_EPS, ROTARY_BASE
@@ -23,6 +23,9 @@ from coupled_adam.lm.run import Run
 
 #: Key of config.json, which transformers passes over: what the directory was made of.
 ORIGIN = "coupled_adam"
+
+#: What such a directory is said to be, where it would be replaced.
+KIND = "model"
 
 
 def export(run: Run, weights: dict[str, Tensor], digest: str, directory: Path) -> None:
@@ -48,7 +51,7 @@ def export(run: Run, weights: dict[str, Tensor], digest: str, directory: Path) -
     model.tie_weights()
     ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     model.generation_config = transformers.GenerationConfig(**ends)  # type: ignore[no-untyped-call]
-    with written_whole(directory) as aside, _without_progress():
+    with written_whole(directory, KIND) as aside, _without_progress():
         model.save_pretrained(aside)
         _save_tokenizer(run, aside)
         (aside / "README.md").write_text(model_card(run, {}), encoding="utf-8")
@@ -235,7 +238,7 @@ def _save_tokenizer(run: Run, directory: Path) -> None:
 
 def write_model_card(run: Run, directory: Path, figures: Mapping[str, str]) -> None:
     """Update the card of an exported model with what was measured of it: labels and values, ready to print."""
-    write_text(directory / "README.md", model_card(run, figures))
+    update_file(directory, "README.md", model_card(run, figures))
 
 
 def model_card(run: Run, figures: Mapping[str, str]) -> str:

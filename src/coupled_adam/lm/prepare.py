@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 
 from coupled_adam.errors import InputError
-from coupled_adam.files import checksums, make_directory, move_into_place, read_json, write_json
+from coupled_adam.files import checksums, make_directory, output_path, put_in_place, read_json, write_json
 from coupled_adam.lm.config import Data, Experiment
 from coupled_adam.lm.corpus import FORMAT, Corpus, Tokens, open_corpus
 from coupled_adam.lm.sources import PACKAGED, Source
@@ -31,6 +31,8 @@ VALIDATION_SHARE = 0.05
 """Of a source in memory."""
 STREAM_VALIDATION_SHARE = 0.005
 """Of a stream, which is large."""
+KIND = "corpus"
+"""What its directory is said to be, where it would be replaced."""
 SHARD_TOKENS = 100_000_000
 SAVE_TOKENS = 10_000_000
 """Tokens after which progress is saved."""
@@ -71,6 +73,7 @@ def prepare(source: Source, config: Data, directory: Path) -> Corpus:
         InputError: the text is missing, unreadable, or too short for a single training sequence; the tokenizer is not
             available; or another process is preparing the same directory.
     """
+    directory = output_path(directory)
     settings = [FORMAT, config.tokenizer, config.vocab_size, VALIDATION_SHARE, STREAM_VALIDATION_SHARE, SHARD_TOKENS]
     fingerprint = hashlib.sha256(f"{source.fingerprint()} {settings}".encode()).hexdigest()
     if (directory / "meta.json").exists() and (corpus := open_corpus(directory)).fingerprint == fingerprint:
@@ -105,14 +108,12 @@ def _write(source: Source, config: Data, directory: Path, fingerprint: str) -> N
         if not progress.exists():  # else the next call resumes from there, once a network is back, say
             shutil.rmtree(aside)
         raise
-    if directory.is_file():
-        raise InputError(f"{directory}: not a directory; choose another place")
-    move_into_place(aside, directory)
+    put_in_place(aside, directory, KIND)
 
 
 def _fingerprint(progress: Path) -> str | None:
     try:
-        return str(read_json(progress)["fingerprint"])
+        return str(read_json(progress, dict[str, Any])["fingerprint"])
     except (InputError, KeyError):
         return None
 

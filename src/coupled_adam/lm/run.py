@@ -82,7 +82,9 @@ def open_checkpoint(directory: Path) -> tuple[Experiment, Path]:
 def read_environment(directory: Path) -> dict[str, Any]:
     """Read environment.json of a run. Raises InputError if it is missing or damaged."""
     path = directory / "environment.json"
-    environment = read_json(path, "it holds the fingerprint of the run's corpus; restore it, or start a new run")
+    environment = read_json(
+        path, dict[str, Any], "it holds the fingerprint of the run's corpus; restore it, or start a new run"
+    )
     if not isinstance(environment.get("corpus"), str):
         raise InputError(f"{path}: damaged (no fingerprint of the corpus); restore it, or start a new run")
     return environment

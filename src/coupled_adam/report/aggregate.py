@@ -161,8 +161,10 @@ def _read_run(directory: Path) -> Evaluated:
         files["downstream"] = {}
     curve = MetricsLog(directory / "metrics.jsonl").evaluations()
     environment, why = directory / "environment.json", directory / DIVERGED
-    made_by = read_json(environment, "delete it") if environment.exists() else {}
-    diverged = read_json(why, "delete it").get("reason") if why.exists() and not files["validation"] else None
+    made_by = read_json(environment, dict[str, Any], "delete it") if environment.exists() else {}
+    diverged = (
+        read_json(why, dict[str, Any], "delete it").get("reason") if why.exists() and not files["validation"] else None
+    )
     version = made_by.get("packages", {}).get("coupled-adam")
     return Evaluated(directory, experiment, curve, **files, version=version, diverged=diverged)
 
