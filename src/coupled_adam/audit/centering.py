@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,17 +14,15 @@ from torch import Tensor
 
 from coupled_adam.audit import model_directories, tensor_files
 from coupled_adam.audit.embedding_files import Embeddings, Origin
+from coupled_adam.audit.model_copy import files_to_copy
 from coupled_adam.errors import InputError
-from coupled_adam.files import written_whole
+from coupled_adam.files import output_path, written_whole
 
 #: Rows that are held in float64 at a time.
 ROWS = 4096
 
 #: Keys of a configuration that cap the logits, and those that cap something else.
 CAPS, OTHER_CAPS = re.compile(r"soft_?cap|logits?_cap"), re.compile(r"att(entio)?n|router|mlp")
-
-#: Weights in other forms, which would stay as they were, and so are not copied.
-OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,8 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
 
     Raises:
         InputError: the predictions would change or it cannot be told (tied, no output embedding, capped logits, an
-            unknown architecture, a head of several parts), the format cannot be written, or ``out`` exists.
+            unknown architecture, a head of several parts), the format cannot be written, ``out`` exists, or a link in
+            the directory leads out of the model.
     """
     origin = embeddings.origin
     source = origin.path
@@ -64,23 +63,24 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
         raise InputError(f"{embeddings.name}: not centered: {reason}")
     if out.exists() or out.is_symlink():
         raise InputError(f"{out}: exists already; choose another place for the centered copy")
+    out = output_path(out, source)
     if source.is_file() and out.suffix != source.suffix:
         raise InputError(f"{out}: the copy of a {source.suffix} file; let its name end so")
     if origin.kind == "numpy":
         return _center_array(source, out)
     assert origin.head is not None
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"{out}: lies within the model that is copied; choose another place")
     if missing := sorted({path.name for path in origin.files.values() if not path.exists()}):
         raise InputError(
             f"{source}: lacks {', '.join(missing[:3])}; fetch the whole model (hf download NAME --local-dir DIR)"
         )
+    held = {path.name for path in origin.files.values()}
+    copied = files_to_copy(source, held) if source.is_dir() else []
     file = origin.files[origin.head]
     weights = tensor_files.safetensors_in({origin.head: file}).stored(origin.head)
     mean = _mean(weights, embeddings.name)
     with written_whole(out) as aside:
         if source.is_dir():
-            _copy_directory(source, aside, {path.name for path in origin.files.values()})
+            _copy(copied, aside)
         else:
             shutil.copyfile(source, aside)
         rounding = _overwrite(aside / file.name if source.is_dir() else aside, origin.head, weights, mean)
@@ -166,14 +166,11 @@ def _centered(weights: Tensor, mean: Tensor) -> Iterator[tuple[int, Tensor, floa
         yield start, rows, (rows.double() - exact).norm(dim=1).max().item()
 
 
-def _copy_directory(source: Path, target: Path, weights: set[str]) -> None:
-    def left_out(directory: str, names: list[str]) -> list[str]:
-        hidden = [name for name in names if name.startswith(".")]
-        others = [name for name in names if name.endswith(OTHER_WEIGHTS)]
-        return hidden + [name for name in others if Path(directory) != source or name not in weights]
-
-    # The files' contents without their permissions: what the cache of the hub holds is not to be written to.
-    shutil.copytree(source, target, ignore=left_out, copy_function=shutil.copyfile)
+def _copy(files: Sequence[tuple[Path, Path]], target: Path) -> None:
+    """Copy contents without their permissions: what the cache of the hub holds is not to be written to."""
+    for name, content in files:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(content, target / name, follow_symlinks=False)
 
 
 def _overwrite(path: Path, name: str, weights: Tensor, mean: Tensor) -> float:
