@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -104,9 +105,13 @@ def _reason_against(embeddings: Embeddings) -> str | None:
     if origin.kind in UNWRITABLE:
         return UNWRITABLE[origin.kind]
     if origin.kind == "numpy":
-        return None if origin.path.suffix == ".npy" else ".npz files are not written; give the output embedding as .npy"
+        return ".npz files are not written; give the output embedding as .npy" if is_zipfile(origin.path) else None
     if embeddings.tied:
         return "input and output embedding are one matrix, so that what the model reads would change too"
+    if embeddings.lacks_output:
+        return " ".join(embeddings.notes)
+    if origin.path.is_file() and len(set(origin.files.values())) > 1:
+        return "the file is one part of the model; give the directory"
     if embeddings.output is None or origin.head is None:
         return "it has no output embedding of its own"
     prefix = origin.head.removesuffix("weight")

@@ -1,5 +1,6 @@
 """The embeddings of a model, from whatever file or directory it comes in. The rest of the model is not read."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,18 +13,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coupled_adam.audit import gguf, model_directories, tensor_files
-from coupled_adam.audit.embedding_names import find_input, find_output, none_found, only_matrix
-from coupled_adam.audit.tensor_files import Tensors
-from coupled_adam.errors import InputError
+from coupled_adam.audit.embedding_names import (
+    find_input,
+    find_output,
+    find_packed_output,
+    has_adapter,
+    none_found,
+    only_matrix,
+)
+from coupled_adam.audit.first_bytes import READ, Format, format_of
+from coupled_adam.audit.pickles import pickle_in
+from coupled_adam.audit.tensor_files import PackedError, Tensors
+from coupled_adam.errors import InputError, printable
 from coupled_adam.lm.checkpoint import load_tensors
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.run import open_checkpoint, open_run
 from coupled_adam.lm.words import Words
-from coupled_adam.progress import warn
 
 Kind = Literal["safetensors", "pickle", "gguf", "numpy", "run"]
 
-PICKLES, ARRAYS = (".pt", ".pth", ".bin"), (".npy", ".npz")
+#: What a file should be by its name, where its first bytes do not tell.
+SUFFIXES: dict[str, Format] = {
+    ".safetensors": "safetensors",
+    ".gguf": "gguf",
+    **dict.fromkeys((".npy", ".npz"), "numpy"),
+    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), "pickle"),
+}
 
 #: The name of a model on the Hugging Face hub.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -55,12 +70,17 @@ class Embeddings:
     """Display name."""
     origin: Origin
     input: Tensor
-    """The token embedding, float32 (V, H), on the CPU. Values are as stored, also where they are not finite."""
+    """The token embedding (V, H), on the CPU; float64 where it is stored so, else float32. Values are as stored, also
+    where they are not finite."""
     output: Tensor | None = None
-    """The output embedding, float32 (V', H), where it is a matrix of its own. V' may differ from V by padding."""
+    """The output embedding (V', H), likewise, where it is a matrix of its own. V' may differ from V by padding."""
     tied: bool | None = None
     """Whether the output embedding is the input embedding. None: it cannot be told, as for a lone array. False and no
-    ``output``: the model has no output embedding (a sentence encoder), or its file does not hold it."""
+    ``output``: the model has no output embedding (a sentence encoder), or ``lacks_output``."""
+    lacks_output: bool = False
+    """The model has, or may have, an output embedding that was not read; the notes say why."""
+    notes: tuple[str, ...] = ()
+    """What was not read, in sentences."""
     words: Words | None = None
     """The words and tokens of its tokenizer; None where there is none at hand."""
     unigram_counts: NDArray[np.int64] | None = None
@@ -71,8 +91,9 @@ def read_embeddings(model: str, *, tensor: str | None = None, data: Path | None 
     """Read the embeddings of a model; of a large one no other tensors, and no other files.
 
     Args:
-        model: a Hugging Face model directory, the name of a model on the hub, a .safetensors, .gguf, .npy, .npz, .pt,
-            .pth or .bin file, or the directory of one of our runs, of which the last checkpoint counts.
+        model: a Hugging Face model directory, the name of a model on the hub, a .safetensors, .gguf, .npy or .npz
+            file, a file of torch.save, or the directory of one of our runs, of which the last checkpoint counts. What a
+            file is, its first bytes tell; its name counts only where these do not.
         tensor: the name of the tensor to read instead of what is found by name. It comes as ``input``, whichever it is.
         data: the corpus of a run, which has its tokenizer and counts; None for where it was during training.
 
@@ -81,59 +102,154 @@ def read_embeddings(model: str, *, tensor: str | None = None, data: Path | None 
             run code, or ``data`` is not the text of the run.
         ImportError: a package that its format needs is not installed; the message names the extra.
     """
-    path = Path(model).expanduser()
+    try:
+        return _read(model, tensor, data)
+    except InputError as error:
+        raise InputError(printable(str(error))) from None
+    except MemoryError:
+        raise InputError(f"{printable(model)}: there is too little memory to open it") from None
+
+
+def _read(model: str, tensor: str | None, data: Path | None) -> Embeddings:
+    path = Path(model)
+    with contextlib.suppress(RuntimeError):  # a tilde before the name of nobody
+        path = path.expanduser()
     if path.is_dir():
         if (path / "experiment.toml").exists():
             return _read_run(path, tensor, data)
         return _read_directory(path, _short_name(path), tensor)
-    if path.is_file():
+    if path.exists():
         return _read_file(path, tensor)
-    suffixes = (".safetensors", ".gguf", *ARRAYS, *PICKLES)
-    if path.suffix in suffixes or not HUB_NAME.fullmatch(model):
+    if path.suffix in SUFFIXES or not HUB_NAME.fullmatch(model):
         raise InputError(f"{model}: no such file or directory")
     return _read_directory(model_directories.from_hub(model), model, tensor)
 
 
 def _read_directory(directory: Path, name: str, tensor: str | None) -> Embeddings:
-    tensors = model_directories.weights_in(directory)
-    return _embeddings(tensors, name, _kind(tensors), directory, directory, tensor)
+    folder = model_directories.folder_of_weights(directory)
+    tensors, missing = model_directories.weights_in(folder)
+    return _embeddings(tensors, name, _kind(tensors), folder, folder, tensor, missing)
 
 
 def _read_file(path: Path, tensor: str | None) -> Embeddings:
-    suffix, name = path.suffix.lower(), _short_name(path)
-    with path.open("rb") as file:
-        beginning = file.read(4)
-    if suffix == ".gguf" or beginning == b"GGUF":  # programs that manage models name the file after a digest
+    name, kind = _short_name(path), format_of(path) or SUFFIXES.get(path.suffix.lower())
+    if kind == "gguf":
         return _read_gguf(path, name, tensor)
-    if suffix == ".safetensors":
-        tensors = tensor_files.safetensors_in(dict.fromkeys(tensor_files.safetensors_names(path), path))
-        return _embeddings(tensors, name, "safetensors", path, path.parent, tensor)
-    if suffix in PICKLES:
-        return _embeddings(tensor_files.pickle_in(path), name, "pickle", path, path.parent, tensor)
-    if suffix in ARRAYS:
+    if kind == "safetensors":
+        tensors, missing = model_directories.weights_of_part(path)
+        return _embeddings(tensors, name, "safetensors", path, path.parent, tensor, missing)
+    if kind == "pickle":
+        return _embeddings(pickle_in(path), name, "pickle", path, path.parent, tensor)
+    if kind == "numpy":
         tensors = tensor_files.arrays_in(path)
         # The error of a lone array is about its shape, not about its name.
         lone = next(iter(tensors.files)) if len(tensors.files) == 1 else None
         matrix = _matrix(tensors, tensor or find_input(tensors) or only_matrix(tensors) or lone, path)
         return Embeddings(name, Origin("numpy", path, None, tensors.files), matrix)
-    raise InputError(f"{path}: not a kind of file that is read; those are .safetensors, .gguf, .npy, .npz, .pt, .bin")
+    raise InputError(f"{path}: not a kind of file that is read; {READ}")
 
 
-def _embeddings(tensors: Tensors, name: str, kind: Kind, path: Path, directory: Path, tensor: str | None) -> Embeddings:
+def _embeddings(
+    tensors: Tensors,
+    name: str,
+    kind: Kind,
+    path: Path,
+    directory: Path,
+    tensor: str | None,
+    missing: str | None = None,
+) -> Embeddings:
     """Read those of a model whose configuration and tokenizer, if any, lie in ``directory``."""
-    config, words = model_directories.read_config(directory), model_directories.words_in(directory)
+    config, base = model_directories.read_config(directory), model_directories.base_of_adapter(directory)
+    words, no_words = model_directories.words_in(directory)
+    notes = [note for note in (missing, no_words) if note]
+    if base is not None:
+        notes.append(f"An adapter: what it does not hold is that of its base model {base}, and was not measured.")
     if tensor is not None:
         matrix = _matrix(tensors, tensor, path)
-        return Embeddings(name, Origin(kind, path, None, tensors.files, config), matrix, words=words)
+        notes += _adapted(tensor)
+        return Embeddings(
+            name, Origin(kind, path, None, tensors.files, config), matrix, words=words, notes=tuple(notes)
+        )
     said = None if config is None else model_directories.says_tied(directory, config)
-    found = find_input(tensors) or (find_output(tensors) if said else None) or _lone(tensors)
-    matrix = _matrix(tensors, found, path)
-    head = find_output(tensors, *matrix.shape)
-    output = tensors.matrix(head) if head is not None and head != found else None
+    found = find_input(tensors) or (find_output(tensors) if said else None)
+    if found is None and base is not None:
+        raise InputError(
+            f"{path}: an adapter; its input embeddings are those of its base model {base}: audit that, or name one of "
+            f"its own matrices ({none_found('what it holds', tensors)})"
+        )
+    matrix, found, expanded = _expanded(tensors, found or _lone(tensors), path, missing)
+    head, output, note = _output(tensors, found, matrix)
     tied = _tied(said, head, matrix, output, config)
     if tied:
         head = output = None
-    return Embeddings(name, Origin(kind, path, head, tensors.files, config), matrix, output, tied, words)
+    if note is None and output is None and not tied and base is None:
+        note = _absent(said, config)
+    notes += [*expanded, *(note for note in (note,) if note), *_adapted(found), *_adapted(head or "")]
+    lacks = output is None and not tied and (note is not None or bool(missing))
+    origin = Origin(kind, path, head, tensors.files, config)
+    return Embeddings(name, origin, matrix, output, False if note else tied, lacks, tuple(notes), words)
+
+
+def _expanded(tensors: Tensors, found: str | None, path: Path, missing: str | None) -> tuple[Tensor, str, list[str]]:
+    """Read the token embedding. Returns it, its name, and what was done to it in sentences."""
+    if found is None and missing:
+        raise InputError(
+            f"{path}: {missing} Without the part that holds it there is no token embedding; {_named(tensors)}"
+        )
+    matrix = _matrix(tensors, found, path)
+    assert found is not None
+    mapping = tensors.shape("mapping") if "mapping" in tensors.files else ()
+    if found.rpartition(".")[2] != "embeddings" or len(mapping) != 1:
+        return matrix, found, []
+    # model2vec with a quantized vocabulary: each token has the index of a vector, and a weight.
+    places, count = tensors.stored("mapping"), len(matrix)
+    if places.is_floating_point() or not len(places) or places.min() < 0 or places.max() >= count:
+        raise InputError(f"{path}: damaged: 'mapping' names rows that 'embeddings' does not have")
+    matrix = matrix[places.long()]
+    if "weights" in tensors.files and tensors.shape("weights") == mapping:
+        matrix = matrix * tensors.stored("weights").to(matrix.dtype)[:, None]
+    return matrix, found, [f"Its {len(matrix):,} tokens share {count:,} vectors (model2vec); a row is a token's."]
+
+
+def _named(tensors: Tensors) -> str:
+    return f"put all parts into one directory, or name a tensor: {none_found('what is there', tensors)}"
+
+
+def _output(tensors: Tensors, found: str, matrix: Tensor) -> tuple[str | None, Tensor | None, str | None]:
+    """Read the output embedding. Returns its name, the matrix, and why one was not read that there is, in a sentence."""
+    head, packed = find_output(tensors, *matrix.shape), None
+    if head == found:
+        return head, None, None
+    if head is not None:
+        try:
+            return head, tensors.matrix(head), None
+        except PackedError:
+            packed = head
+    packed = packed or find_packed_output(tensors, found)
+    if packed is None:
+        return None, None, None
+    return (
+        None,
+        None,
+        (
+            f"Its output embedding {packed} is packed or quantized and was not measured; for that, give the model as it was "
+            "before."
+        ),
+    )
+
+
+def _absent(said: bool | None, config: dict[str, Any] | None) -> str | None:
+    """Return a sentence about an output embedding that there should be, but is in none of the files."""
+    if config is None or said or model_directories.predicts(config) is False:
+        return None
+    if said is None and not model_directories.predicts(config):
+        return None
+    says = "says that it has an output embedding of its own" if said is False else "does not say whether it is tied"
+    return f"Its config.json {says}, and its files hold none under a known name: it was not measured."
+
+
+def _adapted(name: str) -> list[str]:
+    return [f"{name} was measured without the adapter on it; merge that first (merge_and_unload)."] * has_adapter(name)
 
 
 def _tied(
@@ -143,27 +259,35 @@ def _tied(
     if output is not None:
         # Files of tied models may hold the matrix twice. Where two differ transformers does not tie them either,
         # whatever the configuration says.
-        return said is not False and torch.equal(output, matrix)
+        return said is not False and output.shape == matrix.shape and bool((output == matrix).all())
     if config is None:
         return None
-    return False if head is None and model_directories.has_no_head(config) else said
+    return False if head is None and model_directories.predicts(config) is False else said
 
 
 def _read_gguf(path: Path, name: str, tensor: str | None) -> Embeddings:
-    tensors, metadata = gguf.tensors_in(path)
+    tensors, metadata, missing = gguf.tensors_in(path)
     words = gguf.words_in(metadata)
-    matrix = _matrix(tensors, tensor or find_input(tensors), path)
+    notes = [missing] if missing else []
     origin = Origin("gguf", path, None, tensors.files)
     if tensor is not None:
-        return Embeddings(name, origin, matrix, words=words)
-    output = tensors.matrix("output.weight") if "output.weight" in tensors.files else None
+        return Embeddings(name, origin, _matrix(tensors, tensor, path), words=words, notes=tuple(notes))
+    matrix, _, _ = _expanded(tensors, find_input(tensors), path, missing)
+    output = None
+    if has_output := "output.weight" in tensors.files:
+        try:
+            output = tensors.matrix("output.weight")
+        except PackedError as error:
+            notes.append(f"Its output embedding was not measured: {error}.")
+    lacks = output is None and (has_output or missing is not None)
     # Without a matrix of its own llama.cpp takes the token embedding, but encoders, which pool, predict nothing.
-    tied = output is None and not gguf.is_encoder(metadata)
-    return Embeddings(name, origin, matrix, output, tied, words)
+    tied = None if lacks else output is None and not gguf.is_encoder(metadata)
+    return Embeddings(name, origin, matrix, output, tied, lacks, tuple(notes), words)
 
 
 def _read_run(directory: Path, tensor: str | None, data: Path | None) -> Embeddings:
     corpus: Corpus | None
+    notes: tuple[str, ...] = ()
     try:
         run = open_run(directory, data)
         experiment, checkpoint, corpus = run.experiment, run.checkpoint, run.corpus
@@ -171,7 +295,7 @@ def _read_run(directory: Path, tensor: str | None, data: Path | None) -> Embeddi
         if data is not None:
             raise
         experiment, checkpoint = open_checkpoint(directory)  # raises the same error, if this is what is wrong
-        warn(f"{error}. Without its corpus, words and frequencies are left out")
+        notes = (f"Without its corpus, words and frequencies are left out ({error}).",)
         corpus = None
     tied = experiment.model.tied
     names = [tensor or "token_embedding.weight"] + (["head.weight"] if tensor is None and not tied else [])
@@ -186,8 +310,9 @@ def _read_run(directory: Path, tensor: str | None, data: Path | None) -> Embeddi
         matrices[0],
         output,
         None if tensor else tied,
-        corpus.words if corpus else None,
-        corpus.unigram_counts if corpus else None,
+        notes=notes,
+        words=corpus.words if corpus else None,
+        unigram_counts=corpus.unigram_counts if corpus else None,
     )
 
 
@@ -214,4 +339,4 @@ def _short_name(path: Path) -> str:
     name = path = path.resolve()
     while name.stem in BARE_NAMES and name.name:
         name = name.parent
-    return str(path.relative_to(name.parent)) if name.name else path.name
+    return printable(str(path.relative_to(name.parent)) if name.name else path.name)

@@ -1,8 +1,9 @@
 """Which of a model's tensors are its embeddings, by the names that families of models give them."""
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from coupled_adam.audit.tensor_files import Tensors
+from coupled_adam.audit.tensor_files import FLOATS, Tensors
 from coupled_adam.errors import InputError
 
 #: How the name of a token embedding ends.
@@ -44,6 +45,13 @@ OUTPUT = (
 ALONE = ("embedding", "embeddings", "weight")
 
 
+#: What PEFT puts into the name of a module that it trains as a whole, or that it adds an adapter to.
+PEFT = re.compile(r"(?<=\.)(modules_to_save\.[^.]+|base_layer)\.(?=weight$)")
+
+#: What packed or quantized forms keep in the place of a weight, or beside it: GPTQ, AWQ, MLX, bitsandbytes, fp8.
+PACKED = re.compile(r"qweight|weight[._].+|scales?|biases|qzeros|g_idx|SCB|absmax")
+
+
 def candidates(names: Iterable[str]) -> list[str]:
     """List the names among which the embeddings of a model are, with nothing known but names."""
     known = list(names)
@@ -80,6 +88,39 @@ def find_output(tensors: Tensors, rows: int | None = None, width: int | None = N
     return None
 
 
+def find_packed_output(tensors: Tensors, found: str) -> str | None:
+    """Find the name of an output embedding that is not stored as a matrix of numbers; None if there is none.
+
+    Args:
+        tensors: of the model.
+        found: the name of its token embedding; heads are not more deeply nested than that.
+    """
+    depth, rows = plain_name(found).count("."), tensors.shape(found)[0]
+    for stem in (ending.removesuffix(".weight") for ending in OUTPUT):
+        pattern = re.compile(rf"(?:.+\.)?{re.escape(stem)}\.(.+)")
+        for name in tensors.files:
+            match = pattern.fullmatch(name)
+            if match is None or name == found or name[: match.start(1)].count(".") > depth:
+                continue
+            if PACKED.fullmatch(match[1]):
+                whole = name[: match.start(1)] + "weight"
+                return whole if whole in tensors.files else name
+            # The right number of rows, in numbers that are none.
+            if match[1] == "weight" and tensors.shape(name)[0] == rows and tensors.stored(name).dtype not in FLOATS:
+                return name
+    return None
+
+
+def has_adapter(name: str) -> bool:
+    """Return whether a matrix is the base of an adapter, which adds something to it as the model runs."""
+    return ".base_layer." in name
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a tensor had before PEFT."""
+    return PEFT.sub("", name)
+
+
 def only_matrix(tensors: Tensors) -> str | None:
     """Return the name of the single 2-D tensor, if there is just one."""
     matrices = [name for name in tensors.files if len(tensors.shape(name)) == 2]
@@ -103,8 +144,9 @@ def _by_depth(names: Collection[str], endings: Sequence[str]) -> Iterator[list[s
     found: dict[int, list[str]] = {}
     for ending in endings:
         for name in names:
-            if name == ending or name.endswith("." + ending):
-                group = found.setdefault(name.count("."), [])
+            plain = plain_name(name)
+            if plain == ending or plain.endswith("." + ending):
+                group = found.setdefault(plain.count("."), [])
                 if name not in group:
                     group.append(name)
     return (found[depth] for depth in sorted(found))

@@ -9,18 +9,59 @@ import torch
 from tokenizers import pre_tokenizers
 from torch import Tensor
 
-from coupled_adam.audit.tensor_files import Shape, Tensors, readable
+from coupled_adam.audit.tensor_files import PackedError, Shape, Tensors, parsed, parts_beside, readable
 from coupled_adam.errors import InputError, require
 from coupled_adam.lm.words import BYTE_LEVEL, Words, space_marker
 
 
-def tensors_in(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Open the tensors of a GGUF file, and read its metadata by key.
+def tensors_in(path: Path) -> tuple[Tensors, dict[str, Any], str | None]:
+    """Open the tensors of a GGUF file and of the parts beside it, if it is one of several.
+
+    Returns:
+        The tensors, the metadata by key, and a sentence about what is missing of the model, None if nothing is.
 
     Raises:
-        InputError: the file is damaged, or of another kind.
+        InputError: a file is damaged, of another kind, or in the byte order of other machines.
     """
     require("audit", "gguf")
+    import gguf
+
+    given = _read(path)
+    count = given[1].get("split.count")
+    files, missing = [path], None
+    if isinstance(count, int) and count > 1:
+        number = given[1].get("split.no")
+        part = f"part {number + 1} of {count}" if isinstance(number, int) else f"one of {count} parts"
+        files, missing = parts_beside(path)
+        if files == [path] and missing is None:
+            missing = (
+                f"The file is {part}; give the parts the names that they had ({path.stem}-00001-of-{count:05}.gguf)."
+            )
+        elif missing:
+            missing = f"{path.name} is {part}. {missing}"
+    opened = {file: given if file == path else _read(file) for file in files}
+    found = {name: (file, tensor) for file, (tensors, _) in opened.items() for name, tensor in tensors.items()}
+    metadata = {name: value for _, described in reversed(opened.values()) for name, value in described.items()}
+
+    def shape(name: str) -> Shape:
+        return tuple(int(n) for n in reversed(found[name][1].shape))
+
+    def stored(name: str) -> Tensor:
+        file, tensor = found[name]
+        with parsed(file, f"{name!r} is damaged"):
+            try:
+                return torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
+            except NotImplementedError:
+                raise PackedError(
+                    f"{file}: {name!r} is quantized as {tensor.tensor_type.name}, which the package gguf does not "
+                    "read; give the model in another quantization"
+                ) from None
+
+    return Tensors({name: file for name, (file, _) in found.items()}, shape, stored), metadata, missing
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the descriptions of the tensors of one file by name, and its metadata by key."""
     import gguf
 
     class Reader(gguf.GGUFReader):
@@ -28,25 +69,13 @@ def tensors_in(path: Path) -> tuple[Tensors, dict[str, Any]]:
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
-    with readable(path, "GGUF file", IndexError, KeyError, TypeError, MemoryError):
+    with readable(path, "GGUF file"):
         reader = Reader(path)
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-
-    def shape(name: str) -> Shape:
-        return tuple(int(n) for n in reversed(tensors[name].shape))
-
-    def stored(name: str) -> Tensor:
-        tensor = tensors[name]
-        try:
-            return torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
-        except NotImplementedError:
-            raise InputError(
-                f"{path}: {name!r} is quantized as {tensor.tensor_type.name}, which the package gguf does not read; "
-                "give the model in another quantization"
-            ) from None
-
-    return Tensors(dict.fromkeys(tensors, path), shape, stored), metadata
+        if reader.byte_order == "S":
+            raise InputError(f"{path}: in the byte order of other machines (big-endian), which is not read; convert it")
+        return {tensor.name: tensor for tensor in reader.tensors}, {
+            name: field.contents() for name, field in reader.fields.items()
+        }
 
 
 def is_encoder(metadata: Mapping[str, Any]) -> bool:

@@ -2,25 +2,32 @@
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
 from coupled_adam.audit.embedding_names import candidates
-from coupled_adam.audit.tensor_files import (
-    Tensors,
-    pickle_in,
-    pickles_in,
-    safetensors_in,
-    safetensors_names,
-)
+from coupled_adam.audit.first_bytes import check_downloaded
+from coupled_adam.audit.pickles import pickle_in, pickles_in
+from coupled_adam.audit.tensor_files import Tensors, parsed, parts_beside, safetensors_in, safetensors_names
 from coupled_adam.errors import InputError, one_line
 from coupled_adam.files import read_json
 from coupled_adam.lm.words import Words, words_of
 
 #: What is fetched of a model on the hub before its weights.
-DESCRIPTION = ["config.json", "tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "*.model", "*.index.json"]
+DESCRIPTION = [
+    "config.json",
+    "modules.json",
+    "adapter_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "*.model",
+    "*.index.json",
+]
 
 #: Architectures whose name says that they predict tokens. Others read them, and have no output embedding.
 PREDICTS = re.compile(r"CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining|Seq2SeqLM")
@@ -31,31 +38,71 @@ TOKENIZER_FILES = ("tokenizer_config.json", "vocab.txt", "vocab.json", "tokenize
 #: The key of a configuration that ties the embeddings, and the parts of a multimodal model's that may have it too.
 TIED, LANGUAGE_PARTS = "tie_word_embeddings", ("text_config", "language_config", "llm_config")
 
-SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+SAFETENSORS, PICKLE, ADAPTER = "model.safetensors", "pytorch_model.bin", "adapter_model.bin"
+
+#: The list of the parts of a sentence encoder, of which the first has the embeddings, in a folder named there or here.
+MODULES = "modules.json"
+
+T = TypeVar("T")
 
 
-def weights_in(directory: Path) -> Tensors:
+def folder_of_weights(directory: Path) -> Path:
+    """Return where the weights of a model lie: in its directory, or in a folder that modules.json names.
+
+    Raises:
+        InputError: modules.json is damaged, or names a folder that lies elsewhere.
+    """
+    if not (directory / MODULES).exists() or any(
+        (directory / name).exists() for file in (SAFETENSORS, PICKLE) for name in (file, f"{file}.index.json")
+    ):
+        return directory
+    for module in _read(directory / MODULES, list[dict[str, Any]]):
+        folder = directory / str(module.get("path") or ".")
+        if not folder.resolve().is_relative_to(directory.resolve()):
+            raise InputError(f"{directory / MODULES}: names {str(folder)!r}, which lies outside of the model")
+        if any((folder / name).exists() for name in (SAFETENSORS, PICKLE)):
+            return folder
+    return directory
+
+
+def weights_in(directory: Path) -> tuple[Tensors, str | None]:
     """Open the tensors of a model directory; safetensors are preferred to pickles.
+
+    Returns:
+        The tensors, and a sentence about parts that are missing, None where there is no sign of that.
 
     Raises:
         InputError: there are no weights in it, a file is damaged, or one that the index names is missing when a tensor
             of it is asked for.
     """
     if (directory / SAFETENSORS).exists():
-        return safetensors_in(dict.fromkeys(safetensors_names(directory / SAFETENSORS), directory / SAFETENSORS))
+        return safetensors_in(_names_in([directory / SAFETENSORS])), None
     if files := files_of_index(directory, SAFETENSORS):
-        return safetensors_in(files)
+        return safetensors_in(files), None
     if found := sorted(directory.glob("*.safetensors")):
-        return safetensors_in({name: path for path in found for name in safetensors_names(path)})
-    if (directory / PICKLE).exists():
-        return pickle_in(directory / PICKLE)
+        return safetensors_in(_names_in(found)), parts_beside(found[0])[1]
+    for name in (PICKLE, ADAPTER):
+        if (directory / name).exists():
+            return pickle_in(directory / name), None
     if files := files_of_index(directory, PICKLE):
-        return pickles_in(files)
-    others = sorted(p.name for p in directory.iterdir() if p.suffix in (".gguf", ".npy", ".npz", ".pt", ".pth", ".bin"))
+        return pickles_in(files), None
+    others = sorted(
+        p.name for p in directory.iterdir() if p.suffix in (".gguf", ".npy", ".npz", ".pt", ".pth", ".bin", ".ckpt")
+    )
     hint = f"; name the file to read: {', '.join(others[:5])}" if others else ""
     raise InputError(
         f"{directory}: no weights in it (neither safetensors, nor {PICKLE}, nor experiment.toml and checkpoints){hint}"
     )
+
+
+def weights_of_part(path: Path) -> tuple[Tensors, str | None]:
+    """Open the tensors of one safetensors file, and of the parts beside it, if it is one of several; as above."""
+    parts, missing = parts_beside(path)
+    return safetensors_in(_names_in(parts)), missing
+
+
+def _names_in(files: list[Path]) -> dict[str, Path]:
+    return {name: path for path in files for name in safetensors_names(path)}
 
 
 def files_of_index(directory: Path, name: str) -> dict[str, Path]:
@@ -63,7 +110,7 @@ def files_of_index(directory: Path, name: str) -> dict[str, Path]:
     path = directory / f"{name}.index.json"
     if not path.exists():
         return {}
-    files = read_json(path, dict[str, Any]).get("weight_map")
+    files = _read(path, dict[str, Any]).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise InputError(f"{path}: no weight_map; it is no index of a model in several files")
     # A name with directories could lead out of the model.
@@ -72,7 +119,21 @@ def files_of_index(directory: Path, name: str) -> dict[str, Path]:
 
 def read_config(directory: Path) -> dict[str, Any] | None:
     """Read config.json as it is; None if there is none."""
-    return read_json(directory / "config.json", dict[str, Any]) if (directory / "config.json").exists() else None
+    path = directory / "config.json"
+    return _read(path, dict[str, Any]) if path.exists() else None
+
+
+def base_of_adapter(directory: Path) -> str | None:
+    """Return the name of the model that an adapter of PEFT belongs to; None if the directory holds no adapter."""
+    path = directory / "adapter_config.json"
+    if not path.exists():
+        return None
+    return str(_read(path, dict[str, Any]).get("base_model_name_or_path") or "which is not named")
+
+
+def _read(path: Path, schema: type[T]) -> T:
+    check_downloaded(path)
+    return read_json(path, schema)
 
 
 def full_config(directory: Path) -> dict[str, Any] | None:
@@ -101,37 +162,60 @@ def says_tied(directory: Path, config: dict[str, Any]) -> bool | None:
     return any(said) if said else None
 
 
-def has_no_head(config: dict[str, Any]) -> bool:
-    """Return whether the architecture is one that has no output embedding, such as a sentence encoder."""
-    architectures = config.get("architectures") or []
-    return bool(architectures) and not any(PREDICTS.search(str(name)) for name in architectures)
-
-
-def words_in(directory: Path) -> Words | None:
-    """Return the words of the tokenizer in a model's directory; None if there is none, or none that works here.
+def predicts(config: dict[str, Any]) -> bool | None:
+    """Return whether the architecture has an output embedding, as a sentence encoder has not; None if it is not named.
 
     Raises:
-        InputError: tokenizer.json is damaged.
+        InputError: the architectures are no list of names.
+    """
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise InputError(f"config.json: damaged (architectures is {str(architectures)[:60]!r}, not a list of names)")
+    return any(PREDICTS.search(name) for name in architectures) if architectures else None
+
+
+def words_in(directory: Path) -> tuple[Words | None, str | None]:
+    """Return the words of the tokenizer in a model's directory, or None and a sentence about why there are none.
+
+    The sentence is None too, if there is no tokenizer.
+
+    Raises:
+        InputError: a file of the tokenizer is damaged.
     """
     path = directory / "tokenizer.json"
     if path.exists():  # read by itself, it takes a tenth of the time that transformers takes
-        try:
-            return words_of(Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises nothing more specific
-            raise InputError(f"{path}: damaged, or no tokenizer ({one_line(error, 120)})") from None
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
-        return None
+        with parsed(path, "damaged, or no tokenizer"):
+            words = words_of(Tokenizer.from_file(str(path)))
+        words.encode = functools.partial(_encoded, path, words.encode)
+        return words, None
+    present = [directory / name for name in TOKENIZER_FILES if (directory / name).exists()]
+    if not present:
+        return None, None
+    for file in present:
+        check_downloaded(file)
     from transformers import AutoTokenizer
 
     try:
         loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception:  # of every kind: code of the model's own, a package that is not here; the figures do without
-        return None
-    return Words(
+    except Exception as error:  # of every kind: code of the model's own, a package that is not here
+        return None, f"Its tokenizer could not be loaded, so no words are known ({one_line(error, 120)})."
+    words = Words(
         {number: token for token, number in loaded.get_vocab().items()},
-        functools.partial(loaded.encode, add_special_tokens=False),
+        functools.partial(_encoded, present[0], functools.partial(loaded.encode, add_special_tokens=False)),
         loaded.unk_token_id,
     )
+    return words, None
+
+
+def _encoded(path: Path, encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """Encode a text; a vocabulary of whole words without a token for others has no IDs for these."""
+    with parsed(path, f"{text!r} cannot be encoded"):
+        try:
+            return encode(text)
+        except Exception as error:  # the library raises nothing more specific
+            if "Missing [UNK]" in str(error):
+                return []
+            raise
 
 
 def from_hub(name: str) -> Path:
@@ -153,10 +237,14 @@ def from_hub(name: str) -> Path:
 
     directory = fetch(DESCRIPTION)
     if not files_of_index(directory, SAFETENSORS):
-        directory = fetch([SAFETENSORS])
-        if (directory / SAFETENSORS).exists():
+        directory = fetch([SAFETENSORS, "adapter_model.safetensors"])
+        if any(directory.glob("*.safetensors")):
             return directory
     for index in (SAFETENSORS, PICKLE):
         if files := files_of_index(directory, index):
             return fetch(sorted({files[tensor].name for tensor in candidates(files) or files}))
-    return fetch([PICKLE])
+    directory = fetch([PICKLE, ADAPTER])
+    if (directory / MODULES).exists() and not any((directory / name).exists() for name in (PICKLE, ADAPTER)):
+        folders = [path for module in _read(directory / MODULES, list[dict[str, Any]]) if (path := module.get("path"))]
+        return fetch([f"{folder}/{file}" for folder in folders for file in (*DESCRIPTION, SAFETENSORS, PICKLE)])
+    return directory

@@ -1,14 +1,9 @@
-"""Named tensors in files of several formats, of which only those that are asked for are read.
-
-Nothing here runs code that a file carries: pickles are read with ``weights_only=True``, arrays without pickles.
-"""
+"""Named tensors in files of several formats, of which only those that are asked for are read."""
 
 import functools
 import math
-import pickle
-import warnings
+import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coupled_adam.audit.first_bytes import check_downloaded, format_of
 from coupled_adam.errors import InputError, one_line, require
+from coupled_adam.geometry.arrays import enough_memory, out_of_memory
 
 Shape = tuple[int, ...]
-
-#: Where training scripts keep the weights in a dictionary of more.
-NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 #: What is read as an embedding. Narrower types stand for other numbers, by scales that are kept elsewhere.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,26 +36,32 @@ class Tensors:
     """A tensor as it is stored."""
 
     def matrix(self, name: str) -> Tensor:
-        """Read a tensor as a float32 matrix. Raises InputError if it is not 2-D, or not of floating-point numbers."""
+        """Read a tensor as a matrix: float64 as it is, else float32.
+
+        Raises:
+                InputError: it is not 2-D, or does not fit into memory.
+            PackedError: an InputError too: its numbers are not floating-point numbers.
+        """
         if len(shape := self.shape(name)) != 2:
             raise InputError(f"{self.files[name]}: {name!r} has shape {shape}, an embedding is (vocabulary, hidden)")
-        tensor = self.stored(name)
-        if tensor.dtype not in FLOATS:
-            raise InputError(
-                f"{self.files[name]}: {name!r} holds {str(tensor.dtype).removeprefix('torch.')}, not the numbers of an "
-                "embedding: a packed or quantized form that is not read; give the model as it was before"
-            )
-        return tensor.to(torch.float32)
+        with enough_memory(f"{self.files[name]}: {name!r}", *shape):
+            tensor = self.stored(name)
+            if tensor.dtype not in FLOATS:
+                raise PackedError(
+                    f"{self.files[name]}: {name!r} holds {str(tensor.dtype).removeprefix('torch.')}, not the numbers "
+                    "of an embedding: a packed or quantized form that is not read; give the model as it was before"
+                )
+            return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
 def safetensors_in(files: Mapping[str, Path]) -> Tensors:
     """Open safetensors files by the names of their tensors; a file is opened when one of its tensors is asked for."""
     require("audit", "safetensors")
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     @functools.cache
     def shapes(path: Path) -> dict[str, Shape]:
-        with readable(path, "safetensors file", SafetensorError), safe_open(path, framework="pt") as file:
+        with readable(path, "safetensors file"), safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def shape(name: str) -> Shape:
@@ -71,7 +71,7 @@ def safetensors_in(files: Mapping[str, Path]) -> Tensors:
         return found
 
     def stored(name: str) -> Tensor:
-        with readable(files[name], "safetensors file", SafetensorError):
+        with readable(files[name], "safetensors file"):
             with safe_open(files[name], framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
             return tensor
@@ -82,65 +82,10 @@ def safetensors_in(files: Mapping[str, Path]) -> Tensors:
 def safetensors_names(path: Path) -> list[str]:
     """List the names in one safetensors file, from its header alone."""
     require("audit", "safetensors")
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    with readable(path, "safetensors file", SafetensorError), safe_open(path, framework="pt") as file:
+    with readable(path, "safetensors file"), safe_open(path, framework="pt") as file:
         return list(file.keys())
-
-
-def pickles_in(files: Mapping[str, Path]) -> Tensors:
-    """Open files of ``torch.save`` by the names of their tensors; mapped into memory, not read, where they can be."""
-
-    @functools.cache
-    def content(path: Path) -> dict[str, Tensor]:
-        return read_pickle(path)
-
-    def stored(name: str) -> Tensor:
-        found = content(files[name]).get(name)
-        if found is None:
-            raise InputError(f"{files[name]}: holds no {name!r}, which the index of the model says it does")
-        return found
-
-    return Tensors(files, lambda name: tuple(stored(name).shape), stored)
-
-
-def pickle_in(path: Path) -> Tensors:
-    """Open one file of ``torch.save``."""
-    tensors = read_pickle(path)
-    return Tensors(dict.fromkeys(tensors, path), lambda name: tuple(tensors[name].shape), tensors.__getitem__)
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of one pickle, which may be a state dict, one within a dictionary, or a single tensor.
-
-    Raises:
-        InputError: it is missing, damaged, holds no tensors, or more than tensors and plain values.
-    """
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-    with readable(path, "file of torch.save", pickle.UnpicklingError, RuntimeError, KeyError, AttributeError):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's remarks on pickles that others made
-                # Files of the format before torch 1.6 are no archives, and cannot be mapped.
-                content = torch.load(path, mmap=zipfile.is_zipfile(path), **options)
-        except pickle.UnpicklingError as error:
-            if not any(word in str(error) for word in ("GLOBAL", "class", "Unsupported operand")):
-                raise
-            raise InputError(
-                f"{path}: holds more than tensors, and could run code of its own if it were loaded; "
-                "convert it to safetensors"
-            ) from None
-    if isinstance(content, Tensor):
-        return {"weight": content.detach()}
-    for key in NESTED:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    named = content if isinstance(content, dict) else {}
-    tensors = {str(name): value.detach() for name, value in named.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise InputError(f"{path}: holds no tensors")
-    return tensors
 
 
 def arrays_in(path: Path) -> Tensors:
@@ -150,27 +95,31 @@ def arrays_in(path: Path) -> Tensors:
         InputError: it is damaged, claims more than it holds, or holds Python objects, which could run code.
     """
     lone = "embedding"
-    with readable(path, "NumPy file", zipfile.BadZipFile, zlib.error, SyntaxError):
+    with readable(path, "NumPy file"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 headers: dict[str, tuple[Shape, np.dtype[Any], int]] = {
-                    info.filename.removesuffix(".npy"): _header_in(archive, info) for info in archive.infolist()
+                    info.filename.removesuffix(".npy"): _header_in(archive, info)
+                    for info in archive.infolist()
+                    if info.filename.endswith(".npy")  # people put a README beside their arrays
                 }
         else:
             with path.open("rb") as file:
                 headers = {lone: (*_header(file), path.stat().st_size)}
+    if not headers:
+        raise InputError(f"{path}: holds no arrays")
     for name, (shape, dtype, holds) in headers.items():
         if dtype.hasobject:
             raise InputError(
                 f"{path}: {name!r} holds Python objects, and loading these could run code; save the numbers alone"
             )
-        if any(length < 0 for length in shape):
+        if any(length < 0 or isinstance(length, bool) for length in shape):
             raise InputError(f"{path}: damaged: {name!r} claims the shape {shape}")
         if (claimed := math.prod(shape) * dtype.itemsize) > holds:
             raise InputError(f"{path}: truncated: {name!r} should be {claimed:,} bytes, which the file does not hold")
 
     def stored(name: str) -> Tensor:
-        with readable(path, "NumPy file", zipfile.BadZipFile, zlib.error):
+        with readable(path, "NumPy file"):
             loaded = np.load(path, allow_pickle=False, mmap_mode="r")
             array = loaded if isinstance(loaded, np.ndarray) else loaded[name]
         if array.dtype.kind != "f" or array.dtype.itemsize > 8:
@@ -196,15 +145,75 @@ def _header_in(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[Shape, 
     return shape, dtype, min(info.file_size, 1032 * info.compress_size)
 
 
+class PackedError(InputError):
+    """A tensor is in a form that stands for other numbers, which are not known here."""
+
+
 @contextmanager
-def readable(path: Path, kind: str, *damages: type[Exception]) -> Iterator[None]:
-    """Turn what the readers of files raise into one line."""
-    caught: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, *damages)
+def readable(path: Path, kind: str) -> Iterator[None]:
+    """Turn whatever a reader of a file with tensors raises into one line.
+
+    Raises:
+        InputError: as :func:`parsed`; or the file is of a format that is not read.
+        MemoryError: there is too little memory.
+    """
+    format_of(path)
+    with parsed(path, f"truncated, or no {kind}"):
+        yield
+
+
+@contextmanager
+def parsed(path: Path, damage: str) -> Iterator[None]:
+    """Turn whatever a parser raises into one line that names the file.
+
+    Of every kind: parsers meet bytes that nobody thought of, and none of them lists all that it may raise.
+
+    Args:
+        path: of the file.
+        damage: what an exception means.
+
+    Raises:
+        InputError: the file is missing or damaged, or something else stands in its place.
+        MemoryError: there is too little memory.
+    """
+    check_downloaded(path)
     try:
         yield
     except InputError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found") from None
-    except caught as error:
-        raise InputError(f"{path}: truncated, or no {kind} ({one_line(error, 160)})") from None
+    except BaseException as error:
+        if (
+            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        ):  # Rust's, which is no Exception
+            raise
+        if out_of_memory(error):
+            raise MemoryError from None
+        reason = one_line(error, 160)
+        if not isinstance(error, OSError | ValueError) and reason != type(error).__name__:
+            reason = f"{type(error).__name__}: {reason}"
+        raise InputError(f"{path}: {damage} ({reason})") from None
+
+
+#: The name of a file that holds one part of a model.
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
+
+
+def parts_beside(path: Path) -> tuple[list[Path], str | None]:
+    """Return the parts of the model of which a file is one, in their order, and a sentence about those that are missing.
+
+    A file whose name is not that of a part is the only one.
+    """
+    match = PART.fullmatch(path.name)
+    if match is None or not 1 <= int(match[2]) <= int(match[3]):
+        return [path], None
+    beginning, count, suffix = match[1], int(match[3]), match[4]
+    names = [f"{beginning}-{number:05}-of-{match[3]}{suffix}" for number in range(1, count + 1)]
+    there = {other.name for other in path.parent.iterdir()} & set(names)
+    missing = [name for name in names if name not in there]
+    listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    said = (
+        f"The model has {count} parts, and {listed} {'is' if len(missing) == 1 else 'are'} missing."
+        if missing
+        else None
+    )
+    return [path.parent / name for name in names if name in there], said

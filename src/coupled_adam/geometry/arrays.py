@@ -1,11 +1,17 @@
 """Embedding matrices and vectors of counts as the metrics take them."""
 
+import errno
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+
+from coupled_adam.errors import InputError
 
 Matrix: TypeAlias = ArrayLike | torch.Tensor
 Float64 = NDArray[np.float64]
@@ -17,16 +23,69 @@ RowMap: TypeAlias = Callable[[Float64], Float64]
 ROWS = 4096
 
 
+#: The memory that Linux allows a container, in bytes, or "max".
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
 def as_matrix(embedding: Matrix) -> Float64:
-    """Convert to a float64 array (V, H). Raises ValueError unless it is 2-D, finite, and has two rows or more."""
-    if isinstance(embedding, torch.Tensor):
-        embedding = embedding.detach().to("cpu", torch.float64).numpy()
-    matrix = np.asarray(embedding, dtype=np.float64)
+    """Convert to a float64 array (V, H).
+
+    Raises:
+        ValueError: it is not 2-D, not finite, or has fewer than two rows.
+        InputError: a ValueError too: it does not fit into memory as float64; the message says how much is needed.
+    """
+    shape = tuple(getattr(embedding, "shape", ()))
+    kept = isinstance(embedding, np.ndarray) and embedding.dtype == np.float64
+    with enough_memory("the embedding matrix", *(() if kept else shape)):
+        if isinstance(embedding, torch.Tensor):
+            embedding = embedding.detach().to("cpu", torch.float64).numpy()
+        matrix = np.asarray(embedding, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] < 2 or matrix.shape[1] < 1:
         raise ValueError(f"an embedding matrix is (vocabulary, hidden) with two rows or more; got shape {matrix.shape}")
     if not np.isfinite(matrix).all():
         raise ValueError(f"the embedding matrix holds {(~np.isfinite(matrix)).sum()} values that are NaN or infinite")
     return matrix
+
+
+@contextmanager
+def enough_memory(what: str, *shape: int) -> Iterator[None]:
+    """Raise InputError where a matrix of this shape does not fit into memory in float64, before and while it is made.
+
+    Linux grants more memory than there is and ends the program that uses it, so the size is compared first.
+    """
+    needed = 8.0
+    for length in shape:
+        needed *= length
+    message = f"{what} needs {needed / 1e9:,.3g} GB of memory in float64"
+    if needed > (limit := memory_limit()):
+        raise InputError(f"{message}, and there are {limit / 1e9:,.3g} GB")
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(f"{message}, and less is free") from None
+
+
+def memory_limit() -> float:
+    """Return the memory of the machine or its container in bytes; infinity where it is not known."""
+    try:
+        limit = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):  # Windows
+        return float("inf")
+    try:
+        return min(limit, float(CONTAINER_LIMIT.read_text()))
+    except (OSError, ValueError):
+        return limit
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that memory could not be allocated: each library has another for it."""
+    return (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or "llocate memory" in str(error)  # torch: "can't allocate memory", "Cannot allocate memory"
+    )
 
 
 def blocks(e: Float64, row_map: RowMap | None = None) -> Iterator[Float64]:

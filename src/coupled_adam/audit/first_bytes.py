@@ -1,0 +1,138 @@
+"""What a file is by its first bytes, whatever its name says."""
+
+import re
+import stat
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+from coupled_adam.errors import InputError, printable
+
+Format = Literal["safetensors", "gguf", "numpy", "pickle"]
+
+#: Bytes that are looked at: the first line of a text file with thousands of figures.
+HEAD = 16384
+
+#: Formats without embeddings that are read here, by how their files begin.
+FOREIGN = {
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras)",
+    b"\x1f\x8b": "compressed by gzip; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it",
+    b"BZh": "compressed by bzip2; unpack it",
+    b"\xfd7zXZ\x00": "compressed by xz; unpack it",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
+    b"PAR1": "a Parquet file",
+    b"%PDF": "a PDF file",
+}
+
+#: How to make an array of embeddings in the formats of word2vec, fastText and GloVe: ``pip install gensim``.
+CONVERT = 'python -c "import gensim, numpy; numpy.save({target!r}, gensim.models.{load}.vectors)"'
+WORD2VEC, FASTTEXT = "KeyedVectors.load_word2vec_format({path!r}{options})", "fasttext.load_facebook_vectors({path!r})"
+
+#: "rows columns" is the first line of word2vec's files; "word 0.1 -0.2 …" is any line of its text files and GloVe's.
+WORD2VEC_HEADER = re.compile(rb"(\d{1,12}) (\d{1,6}) ?\r?\n")
+WORD_AND_NUMBERS = re.compile(rb"\S+( -?\d+(\.\d+)?([eE][-+]?\d+)?){2,} ?(\r?\n|$)")
+
+
+def check_regular(path: Path) -> None:
+    """Raise InputError unless there is a file: reading a pipe or a device may take for ever."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: a {'directory' if stat.S_ISDIR(mode) else 'pipe or device'}, not a file")
+
+
+def check_downloaded(path: Path) -> bytes:
+    """Return how a file begins.
+
+    Raises:
+        InputError: there is none, or what stands in its place: a Git LFS pointer, or the page of a web site.
+    """
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise InputError(f"{path}: a Git LFS pointer, not the file: run git lfs pull in its directory")
+    if (
+        head[:512]
+        .removeprefix(b"\xef\xbb\xbf")
+        .lstrip()
+        .lower()
+        .startswith((b"<!doctype", b"<html", b"<head", b"<?xml"))
+    ):
+        raise InputError(f"{path}: a web page, not the file: download the file itself")
+    return head
+
+
+def format_of(path: Path) -> Format | None:
+    """Return the format of a file with tensors by its first bytes; None if they tell nothing.
+
+    Raises:
+        InputError: as :func:`check_downloaded`; or the file is of a format that is known and not read.
+    """
+    head = check_downloaded(path)
+    if head.startswith(b"GGUF"):  # programs that manage models name the file after a digest
+        return "gguf"
+    if head.startswith(b"\x93NUMPY"):
+        return "numpy"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
+        return "safetensors"
+    if re.match(rb"\x80[\x01-\x05]", head):
+        return "pickle"
+    if head.startswith(b"PK\x03\x04"):
+        return _format_of_archive(path)
+    for beginning, what in FOREIGN.items():
+        if head.startswith(beginning):
+            raise InputError(f"{path}: {what}; {READ}")
+    _refuse_static_embeddings(path, head)
+    if head and len(head) < HEAD and (text := _text(head)) is not None:
+        raise InputError(f"{path}: a text file, not a model; it begins {printable(text[:60])!r}")
+    return None
+
+
+#: What is read, for messages.
+READ = "what is read are .safetensors, .gguf, .npy, .npz, and files of torch.save"
+
+
+def _format_of_archive(path: Path) -> Format | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # damaged in one of many ways, which the reader will tell
+        return None
+    if any(name.endswith(".npy") for name in names):
+        return "numpy"
+    if any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):
+        return "pickle"
+    raise InputError(f"{path}: a zip archive without arrays or tensors (it holds {printable(str(names[:3]))}); {READ}")
+
+
+def _refuse_static_embeddings(path: Path, head: bytes) -> None:
+    if head.startswith(b"\xba\x16\x4f\x2f"):
+        raise _static(path, "a fastText model", FASTTEXT)
+    if header := WORD2VEC_HEADER.match(head):
+        size = f"{int(header[1]):,} words × {int(header[2]):,}"
+        text = WORD_AND_NUMBERS.match(head, header.end()) is not None
+        raise _static(path, f"embeddings in the format of word2vec ({size})", WORD2VEC, "" if text else ", binary=True")
+    if WORD_AND_NUMBERS.match(head):
+        raise _static(path, "embeddings in the format of GloVe", WORD2VEC, ", no_header=True")
+
+
+def _static(path: Path, what: str, load: str, options: str = "") -> InputError:
+    command = CONVERT.format(target=f"{path.stem}.npy", load=load.format(path=str(path), options=options))
+    return InputError(f"{path}: {what}, which are not read; with gensim they become an array: {command}")
+
+
+def _text(head: bytes) -> str | None:
+    try:
+        text = head.decode()
+    except UnicodeDecodeError:
+        return None
+    return " ".join(text.split()) if not re.search(r"[\x00-\x08\x0e-\x1f]", text) else None

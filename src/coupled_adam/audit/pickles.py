@@ -1,0 +1,143 @@
+"""Files of ``torch.save``, of which no more than tensors and plain values are made."""
+
+import functools
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coupled_adam.audit.tensor_files import Tensors, readable
+from coupled_adam.errors import InputError, one_line
+
+#: Where training scripts keep the weights in a dictionary of more.
+NESTED = ("state_dict", "model_state_dict", "model", "module")
+
+#: What torch says of a class or function that it does not call.
+NAMED = re.compile(r"(?:GLOBAL|class|got) <?(?:class )?'?([\w.]+\.\w+)")
+
+
+class _Ignored:
+    """Stands for the scalars and arrays of NumPy among the tensors, such as losses and states of random generators."""
+
+    def __new__(cls, *_: object, **__: object) -> "_Ignored":
+        return object.__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+IGNORED: list[Any] = [
+    (_Ignored, f"numpy.{name}")
+    for name in (
+        "dtype",
+        "ndarray",
+        *(f"{c}.multiarray.{f}" for c in ("core", "_core") for f in ("scalar", "_reconstruct")),
+    )
+]
+
+
+def pickles_in(files: Mapping[str, Path]) -> Tensors:
+    """Open files of ``torch.save`` by the names of their tensors; mapped into memory, not read, where they can be."""
+
+    @functools.cache
+    def content(path: Path) -> dict[str, Tensor]:
+        return read_pickle(path)
+
+    def held(name: str) -> Tensor:
+        found = content(files[name]).get(name)
+        if found is None:
+            raise InputError(f"{files[name]}: holds no {name!r}, which the index of the model says it does")
+        return found
+
+    return _tensors(files, held)
+
+
+def pickle_in(path: Path) -> Tensors:
+    """Open one file of ``torch.save``."""
+    tensors = read_pickle(path)
+    return _tensors(dict.fromkeys(tensors, path), tensors.__getitem__)
+
+
+def _tensors(files: Mapping[str, Path], held: Any) -> Tensors:
+    def stored(name: str) -> Tensor:
+        tensor: Tensor = held(name)
+        if reason := _reason_against(tensor):
+            raise InputError(f"{files[name]}: {name!r} {reason}")
+        return tensor
+
+    return Tensors(files, lambda name: tuple(held(name).shape), stored)
+
+
+def _reason_against(tensor: Tensor) -> str | None:
+    """Return why a tensor cannot be read; None if it can."""
+    if tensor.layout != torch.strided:
+        return "is a sparse tensor; save what its to_dense() returns"
+    if tensor.is_meta:
+        return "is a meta tensor: its values were never saved"
+    claimed, holds = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if claimed > holds:  # strides of zero repeat what there is
+        return f"claims {claimed:,} bytes and holds {holds:,}; save what its contiguous() returns"
+    return None
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of one pickle, which may be a state dict, one within a dictionary, or a single tensor.
+
+    Raises:
+        InputError: it is missing, damaged, holds no tensors, or more than tensors and plain values.
+    """
+    with readable(path, "file of torch.save"):
+        mapped = _check_archive(path)
+        try:
+            with warnings.catch_warnings(), torch.serialization.safe_globals(IGNORED):
+                warnings.simplefilter("ignore")  # torch's remarks on pickles that others made
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            raise InputError(f"{path}: {_reason_of(error)}") from None
+    if isinstance(content, Tensor):
+        return {"weight": content.detach()}
+    for key in NESTED:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    named = content if isinstance(content, dict) else {}
+    tensors = {str(name): value.detach() for name, value in named.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise InputError(f"{path}: holds no tensors")
+    return tensors
+
+
+def _check_archive(path: Path) -> bool:
+    """Return whether a file can be mapped: those from before torch 1.6 are no archives. Refuses archives of others."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise InputError(
+            f"{path}: a TorchScript archive, a program with its weights; save these alone: "
+            "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
+        )
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise InputError(
+            f"{path}: a compressed archive, which torch.save does not write; unpack it, and zip it with -0"
+        )
+    return True
+
+
+def _reason_of(error: pickle.UnpicklingError) -> str:
+    if named := NAMED.search(str(error)):
+        return (
+            f"holds {named[1]} beside tensors, and an object of such a class could run code as it is loaded; "
+            "save the weights alone (model.state_dict()), or convert it to safetensors"
+        )
+    if "Unsupported operand" in str(error):
+        return "a pickle that torch.save did not write; save its matrix by numpy.save"
+    return f"truncated, or no file of torch.save ({one_line(error, 160)})"
