@@ -37,7 +37,7 @@ def loop(place: Path) -> None:
 
 
 def bound_socket(place: Path) -> None:
-    before = os.getcwd()
+    before = Path.cwd()
     os.chdir(place.parent)  # the name of a socket has at most a hundred characters
     try:
         socket.socket(socket.AF_UNIX).bind(place.name)

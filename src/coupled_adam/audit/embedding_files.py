@@ -216,7 +216,7 @@ def _named(tensors: Tensors) -> str:
 
 
 def _output(tensors: Tensors, found: str, matrix: Tensor) -> tuple[str | None, Tensor | None, str | None]:
-    """Read the output embedding. Returns its name, the matrix, and why one was not read that there is, in a sentence."""
+    """Read the output embedding. Returns its name, the matrix, or a sentence about why it could not be read."""
     head, packed = find_output(tensors, *matrix.shape), None
     if head == found:
         return head, None, None
@@ -228,14 +228,10 @@ def _output(tensors: Tensors, found: str, matrix: Tensor) -> tuple[str | None, T
     packed = packed or find_packed_output(tensors, found)
     if packed is None:
         return None, None, None
-    return (
-        None,
-        None,
-        (
-            f"Its output embedding {packed} is packed or quantized and was not measured; for that, give the model as it was "
-            "before."
-        ),
+    note = (
+        f"Its output embedding {packed} is packed or quantized and was not measured; give the model as it was before."
     )
+    return None, None, note
 
 
 def _absent(said: bool | None, config: dict[str, Any] | None) -> str | None:

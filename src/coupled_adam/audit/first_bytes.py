@@ -25,6 +25,9 @@ FOREIGN = {
     b"%PDF": "a PDF file",
 }
 
+#: How a page of a web site begins.
+PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml")
+
 #: How to make an array of embeddings in the formats of word2vec, fastText and GloVe: ``pip install gensim``.
 CONVERT = 'python -c "import gensim, numpy; numpy.save({target!r}, gensim.models.{load}.vectors)"'
 WORD2VEC, FASTTEXT = "KeyedVectors.load_word2vec_format({path!r}{options})", "fasttext.load_facebook_vectors({path!r})"
@@ -60,13 +63,7 @@ def check_downloaded(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         raise InputError(f"{path}: a Git LFS pointer, not the file: run git lfs pull in its directory")
-    if (
-        head[:512]
-        .removeprefix(b"\xef\xbb\xbf")
-        .lstrip()
-        .lower()
-        .startswith((b"<!doctype", b"<html", b"<head", b"<?xml"))
-    ):
+    if head[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(PAGE):
         raise InputError(f"{path}: a web page, not the file: download the file itself")
     return head
 
@@ -93,7 +90,7 @@ def format_of(path: Path) -> Format | None:
             raise InputError(f"{path}: {what}; {READ}")
     _refuse_static_embeddings(path, head)
     if head and len(head) < HEAD and (text := _text(head)) is not None:
-        raise InputError(f"{path}: a text file, not a model; it begins {printable(text[:60])!r}")
+        raise InputError(f"{path}: a text file, not a kind of file that is read; it begins {printable(text[:60])!r}")
     return None
 
 

@@ -33,14 +33,8 @@ class _Ignored:
     def __setstate__(self, _: object) -> None: ...
 
 
-IGNORED: list[Any] = [
-    (_Ignored, f"numpy.{name}")
-    for name in (
-        "dtype",
-        "ndarray",
-        *(f"{c}.multiarray.{f}" for c in ("core", "_core") for f in ("scalar", "_reconstruct")),
-    )
-]
+_FUNCTIONS = [f"{module}.multiarray.{f}" for module in ("core", "_core") for f in ("scalar", "_reconstruct")]
+IGNORED: list[Any] = [(_Ignored, f"numpy.{name}") for name in ("dtype", "ndarray", *_FUNCTIONS)]
 
 
 def pickles_in(files: Mapping[str, Path]) -> Tensors:
@@ -135,7 +129,7 @@ def _check_archive(path: Path) -> bool:
 def _reason_of(error: pickle.UnpicklingError) -> str:
     if named := NAMED.search(str(error)):
         return (
-            f"holds {named[1]} beside tensors, and an object of such a class could run code as it is loaded; "
+            f"holds {named[1]} beside tensors, which could run code of its own if it were loaded; "
             "save the weights alone (model.state_dict()), or convert it to safetensors"
         )
     if "Unsupported operand" in str(error):

@@ -199,7 +199,7 @@ PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
 
 def parts_beside(path: Path) -> tuple[list[Path], str | None]:
-    """Return the parts of the model of which a file is one, in their order, and a sentence about those that are missing.
+    """Return the parts of the model of which a file is one, in order, and a sentence about those that are missing.
 
     A file whose name is not that of a part is the only one.
     """
