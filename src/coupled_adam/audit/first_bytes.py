@@ -25,6 +25,9 @@ FOREIGN = {
     b"%PDF": "a PDF file",
 }
 
+#: How pickles begin: by the number of their protocol, or, in protocol 0, with a dictionary, a list or a class in text.
+PICKLE = re.compile(rb"\x80[\x01-\x05]|\([dl]p\d+\n|c[\w.]+\n[\w.]+\n")
+
 #: How a page of a web site begins.
 PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml")
 
@@ -81,7 +84,7 @@ def format_of(path: Path) -> Format | None:
         return "numpy"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
         return "safetensors"
-    if re.match(rb"\x80[\x01-\x05]", head):
+    if PICKLE.match(head):
         return "pickle"
     if head.startswith(b"PK\x03\x04"):
         return _format_of_archive(path)
@@ -124,7 +127,7 @@ def _refuse_static_embeddings(path: Path, head: bytes) -> None:
 
 def _static(path: Path, what: str, load: str, options: str = "") -> InputError:
     command = CONVERT.format(target=f"{path.stem}.npy", load=load.format(path=str(path), options=options))
-    return InputError(f"{path}: {what}, which are not read; with gensim they become an array: {command}")
+    return InputError(f"{path}: {what}, a format that is not read; make an array of it with gensim: {command}")
 
 
 def _text(head: bytes) -> str | None:

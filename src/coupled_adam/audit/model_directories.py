@@ -118,9 +118,22 @@ def files_of_index(directory: Path, name: str) -> dict[str, Path]:
 
 
 def read_config(directory: Path) -> dict[str, Any] | None:
-    """Read config.json as it is; None if there is none."""
+    """Read config.json as it is; None if there is none.
+
+    Raises:
+        InputError: it is damaged, also in one of the values that matter here.
+    """
     path = directory / "config.json"
-    return _read(path, dict[str, Any]) if path.exists() else None
+    if not path.exists():
+        return None
+    config = _read(path, dict[str, Any])
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: damaged (architectures: {str(names)[:60]} is no list of names)")
+    for part in (config, *_language_parts(config)):
+        if not isinstance(tied := part.get(TIED), bool | None):
+            raise InputError(f"{path}: damaged ({TIED}: {str(tied)[:60]} is neither true nor false)")
+    return config
 
 
 def base_of_adapter(directory: Path) -> str | None:
@@ -155,23 +168,20 @@ def full_config(directory: Path) -> dict[str, Any] | None:
 def says_tied(directory: Path, config: dict[str, Any]) -> bool | None:
     """Return whether the configuration ties the embeddings; None if neither it nor its class says so or not."""
     # Multimodal models say it of the whole and of the language model, and one of the two may be a mere default.
-    parts = [config, *(part for key in LANGUAGE_PARTS if isinstance(part := config.get(key), dict))]
-    said = [part[TIED] for part in parts if part.get(TIED) is not None]
+    said = [part[TIED] for part in (config, *_language_parts(config)) if part.get(TIED) is not None]
     if not said:
         said = [value for value in [(full_config(directory) or {}).get(TIED)] if value is not None]
     return any(said) if said else None
 
 
-def predicts(config: dict[str, Any]) -> bool | None:
-    """Return whether the architecture has an output embedding, as a sentence encoder has not; None if it is not named.
+def _language_parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part for key in LANGUAGE_PARTS if isinstance(part := config.get(key), dict)]
 
-    Raises:
-        InputError: the architectures are no list of names.
-    """
-    architectures = config.get("architectures") or []
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise InputError(f"config.json: damaged (architectures is {str(architectures)[:60]!r}, not a list of names)")
-    return any(PREDICTS.search(name) for name in architectures) if architectures else None
+
+def predicts(config: dict[str, Any]) -> bool | None:
+    """Return whether the architecture is one with an output embedding; None if the configuration names none."""
+    names = config.get("architectures")
+    return any(PREDICTS.search(name) for name in names) if names else None
 
 
 def words_in(directory: Path) -> tuple[Words | None, str | None]:

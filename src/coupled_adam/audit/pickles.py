@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -13,13 +14,17 @@ import torch
 from torch import Tensor
 
 from coupled_adam.audit.tensor_files import Tensors, readable
-from coupled_adam.errors import InputError, one_line
+from coupled_adam.errors import InputError
 
 #: Where training scripts keep the weights in a dictionary of more.
 NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 #: What torch says of a class or function that it does not call.
 NAMED = re.compile(r"(?:GLOBAL|class|got) <?(?:class )?'?([\w.]+\.\w+)")
+
+
+#: What it says of the pickles of others.
+NOT_OF_TORCH = ("Unsupported operand", "Invalid magic number")
 
 
 class _Ignored:
@@ -34,7 +39,8 @@ class _Ignored:
 
 
 _FUNCTIONS = [f"{module}.multiarray.{f}" for module in ("core", "_core") for f in ("scalar", "_reconstruct")]
-IGNORED: list[Any] = [(_Ignored, f"numpy.{name}") for name in ("dtype", "ndarray", *_FUNCTIONS)]
+HARMLESS = [f"numpy.{name}" for name in ("dtype", "ndarray", *_FUNCTIONS)]
+IGNORED: list[Any] = [(_Ignored, name) for name in HARMLESS]
 
 
 def pickles_in(files: Mapping[str, Path]) -> Tensors:
@@ -93,8 +99,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             with warnings.catch_warnings(), torch.serialization.safe_globals(IGNORED):
                 warnings.simplefilter("ignore")  # torch's remarks on pickles that others made
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except pickle.UnpicklingError as error:
-            raise InputError(f"{path}: {_reason_of(error)}") from None
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            if reason := _reason_of(error, path):
+                raise InputError(f"{path}: {reason}") from None
+            raise
     if isinstance(content, Tensor):
         return {"weight": content.detach()}
     for key in NESTED:
@@ -126,12 +134,41 @@ def _check_archive(path: Path) -> bool:
     return True
 
 
-def _reason_of(error: pickle.UnpicklingError) -> str:
-    if named := NAMED.search(str(error)):
-        return (
-            f"holds {named[1]} beside tensors, which could run code of its own if it were loaded; "
-            "save the weights alone (model.state_dict()), or convert it to safetensors"
-        )
-    if "Unsupported operand" in str(error):
+def _reason_of(error: Exception, path: Path) -> str | None:
+    """Return why torch does not load a pickle that is whole; None if it is damaged."""
+    named = NAMED.search(str(error))
+    foreign = named[1] if named else None
+    if foreign is None and not any(sign in str(error) for sign in NOT_OF_TORCH):
+        return None
+    try:
+        foreign = foreign or _first_class(path)
+    except Exception:  # pickletools raises many on what is no pickle
+        return None
+    if foreign is None:
         return "a pickle that torch.save did not write; save its matrix by numpy.save"
-    return f"truncated, or no file of torch.save ({one_line(error, 160)})"
+    return (
+        f"holds more than tensors, and could run code of its own if it were loaded ({foreign}); "
+        "save its matrices alone (model.state_dict(), numpy.save), or convert it to safetensors"
+    )
+
+
+def _first_class(path: Path) -> str | None:
+    """Return the first class or function that a pickle names, from its instructions, of which none is carried out."""
+    memo: list[str] = []
+    strings: list[str] = []
+    with path.open("rb") as file:
+        for instruction, argument, _ in pickletools.genops(file):
+            named = None
+            if instruction.name in ("GLOBAL", "INST"):
+                named = str(argument).replace(" ", ".")
+            elif instruction.name == "STACK_GLOBAL":
+                named = ".".join(strings[-2:])
+            if named and named not in HARMLESS:
+                return named
+            if instruction.name == "MEMOIZE":
+                memo.append(strings[-1] if strings else "")
+            elif instruction.name in ("BINGET", "LONG_BINGET"):
+                strings = [*strings[-1:], memo[int(str(argument))]]
+            elif isinstance(argument, str):
+                strings = [*strings[-1:], argument]
+    return None
