@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coupled_adam.geometry import plane
-from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix
+from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix, row_norms
 
 #: Significant digits of what is written to a file and drawn.
 DIGITS = 5
@@ -54,7 +54,7 @@ def sample_tokens(
     return TokenSample(
         text=[text_of(int(i)) for i in kept],
         count=None if counts is None else [int(counts[i]) for i in kept],
-        norm=_rounded(np.linalg.norm(e[kept], axis=1)),
+        norm=_rounded(row_norms(e[kept])),
         projection=_rounded(e[kept] @ mean),
         along=_rounded(e[kept] @ along),
         across=_rounded(e[kept] @ across),

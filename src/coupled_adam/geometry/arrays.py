@@ -1,6 +1,7 @@
 """Embedding matrices and vectors of counts as the metrics take them."""
 
 import errno
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ Float64 = NDArray[np.float64]
 
 #: What is made of rows of a matrix, (n, H) -> (n, H), whichever rows they are.
 RowMap: TypeAlias = Callable[[Float64], Float64]
+
+#: Between these the squares of a matrix's largest value, their sums and products are within the range of float64.
+SQUARES = (1e-100, 1e100)
 
 #: Rows of which something of their size is held at a time.
 ROWS = 4096
@@ -97,4 +101,20 @@ def blocks(e: Float64, row_map: RowMap | None = None) -> Iterator[Float64]:
 
 def row_norms(e: Float64) -> Float64:
     """Compute ‖e_i‖, (V,), without a matrix of squares."""
-    return np.sqrt(np.einsum("ij,ij->i", e, e))  # type: ignore[no-any-return]
+    e, scale = in_range(e)
+    return np.asarray(np.sqrt(np.einsum("ij,ij->i", e, e)) * scale)
+
+
+def mean_row(e: Float64) -> Float64:
+    """Compute the mean μ of the rows, (H,)."""
+    e, scale = in_range(e)
+    return np.asarray(e.mean(0) * scale)
+
+
+def in_range(e: Float64) -> tuple[Float64, float]:
+    """Return e/s and s, a power of two, so that no square overflows or vanishes: nearly always ``e`` itself and 1."""
+    largest = float(max(e.max(), -e.min()))
+    if largest == 0 or SQUARES[0] < largest < SQUARES[1]:
+        return e, 1.0
+    exponent = math.frexp(largest)[1] - 1
+    return np.ldexp(e, -exponent), math.ldexp(1.0, exponent)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix, row_norms
+from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix, in_range, row_norms
 
 
 class Correlation(NamedTuple):
@@ -45,7 +45,7 @@ def norm_frequency_correlation(embedding: Matrix, counts: ArrayLike) -> Correlat
     Raises:
         ValueError: shapes that do not fit, values that are not finite, or counts that are all zero.
     """
-    return _correlation(row_norms(as_matrix(embedding)), log_probability(counts))
+    return _correlation(row_norms(in_range(as_matrix(embedding))[0]), log_probability(counts))
 
 
 def projection_frequency_correlation(embedding: Matrix, counts: ArrayLike) -> Correlation:
@@ -53,7 +53,7 @@ def projection_frequency_correlation(embedding: Matrix, counts: ArrayLike) -> Co
 
     Arguments, source and errors as ``norm_frequency_correlation``.
     """
-    e = as_matrix(embedding)
+    e, _ = in_range(as_matrix(embedding))
     return _correlation(e @ e.mean(0), log_probability(counts))
 
 

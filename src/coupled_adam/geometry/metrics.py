@@ -3,14 +3,17 @@
 Every function takes a numpy array, a tensor of any dtype or device, or nested lists, and works in float64.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix, blocks, row_norms
+from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix, blocks, in_range, row_norms
 
 #: (S_min/S_max)² above which the singular values are taken from EᵀE: they are then exact to 1e-6, relatively.
 SQUARED_CONDITION = 1e-9
+
+#: The largest scale at which e·c is computed: sums of products stay below the largest number of float64, 2^1024.
+LARGEST_SCALE = 2.0**990
 
 
 def isotropy(embedding: Matrix, row_map: RowMap | None = None) -> float:
@@ -31,12 +34,18 @@ def isotropy(embedding: Matrix, row_map: RowMap | None = None) -> float:
         ValueError: not a finite matrix with two rows or more. The same holds for the other functions.
     """
     e = as_matrix(embedding)
-    squares = sum(rows.T @ rows for rows in blocks(e, row_map))  # EᵀE
+    scale = in_range(e)[1]
+    squares = sum(rows.T @ rows for rows in _scaled(blocks(e, row_map), scale))  # EᵀE
     _, directions = np.linalg.eigh(squares)  # (H, H), one eigenvector a column
     largest = np.take_along_axis(directions, np.abs(directions).argmax(0, keepdims=True), axis=0)
     directions *= np.sign(largest)
-    log_z = _log_partition(blocks(e, row_map), directions)
+    # Beyond the limit e·c itself would overflow, and Iso is 0 long before.
+    log_z = _log_partition(_scaled(blocks(e, row_map), scale), directions * min(scale, LARGEST_SCALE))
     return float(np.exp(log_z.min() - log_z.max()))
+
+
+def _scaled(parts: Iterable[Float64], scale: float) -> Iterator[Float64]:
+    return (rows if scale == 1 else rows / scale for rows in parts)
 
 
 def _log_partition(parts: Iterable[Float64], directions: Float64) -> Float64:
@@ -53,12 +62,14 @@ def _log_partition(parts: Iterable[Float64], directions: Float64) -> Float64:
 
 def norm_of_mean(embedding: Matrix) -> float:
     """‖μ‖, the norm of the mean embedding. Source: Coupled Adam, arXiv 2502.08441, section 4.2."""
-    return float(np.linalg.norm(as_matrix(embedding).mean(0)))
+    e, scale = in_range(as_matrix(embedding))
+    return float(np.linalg.norm(e.mean(0))) * scale
 
 
 def mean_of_norms(embedding: Matrix) -> float:
     """mean_i ‖e_i‖, the mean of the embeddings' norms."""
-    return float(row_norms(as_matrix(embedding)).mean())
+    e, scale = in_range(as_matrix(embedding))
+    return float(row_norms(e).mean()) * scale
 
 
 def mean_shift_ratio(embedding: Matrix) -> float:
@@ -66,19 +77,19 @@ def mean_shift_ratio(embedding: Matrix) -> float:
 
     NaN for a matrix of zeros. Source: Coupled Adam, arXiv 2502.08441, section 4.2.
     """
-    e = as_matrix(embedding)
+    e, _ = in_range(as_matrix(embedding))
     length = mean_of_norms(e)
     return norm_of_mean(e) / length if length > 0 else float("nan")
 
 
 def singular_values(embedding: Matrix) -> Float64:
     """Compute the min(V, H) singular values of E, largest first."""
-    e = as_matrix(embedding)
+    e, scale = in_range(as_matrix(embedding))
     squares = np.linalg.eigvalsh(e.T @ e if len(e) > e.shape[1] else e @ e.T)[::-1]
     # Squaring costs digits of the small ones: below this, the exact way, which takes ten times as long.
     if squares[-1] < SQUARED_CONDITION * squares[0]:
-        return np.linalg.svd(e, compute_uv=False).astype(np.float64)
-    return np.asarray(np.sqrt(squares))
+        return np.asarray(np.linalg.svd(e, compute_uv=False) * scale)
+    return np.asarray(np.sqrt(squares) * scale)
 
 
 def inverse_condition(embedding: Matrix) -> float:
@@ -91,7 +102,7 @@ def inverse_condition(embedding: Matrix) -> float:
 
 def inverse_condition_of(values: Float64) -> float:
     """The same from singular values, largest first."""
-    return float(100 * values[-1] / values[0]) if values[0] > 0 else float("nan")
+    return float(100 * (values[-1] / values[0])) if values[0] > 0 else float("nan")
 
 
 def principal_share(embedding: Matrix) -> float:
@@ -99,7 +110,7 @@ def principal_share(embedding: Matrix) -> float:
 
     In [1/H, 1]: 1 where all embeddings lie on a line, 1/H for a round cloud; NaN where all are the same.
     """
-    e = as_matrix(embedding)
+    e, _ = in_range(as_matrix(embedding))
     mean = e.mean(0)
     squares = e.T @ e
     return principal_share_of(np.linalg.eigvalsh(squares - len(e) * np.outer(mean, mean)), float(np.trace(squares)))
@@ -117,7 +128,7 @@ def logit_bound_ratio(embedding: Matrix) -> float:
     max(B₋, B₊) / max(B₋ − ‖μ‖², B₊ + ‖μ‖²) with B₊ = max_i e_i·μ − ‖μ‖² and B₋ = ‖μ‖² − min_i e_i·μ: the widest
     e_i·μ after centering over that before. Well below 1: centering helps. NaN for μ = 0. Source: arXiv 2601.02031.
     """
-    e = as_matrix(embedding)
+    e, _ = in_range(as_matrix(embedding))
     mean = e.mean(0)
     projections, square = e @ mean, mean @ mean
     above, below = projections.max() - square, square - projections.min()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix
+from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix, in_range
 
 
 def plane(embedding: Matrix) -> tuple[Float64, Float64]:
@@ -10,7 +10,7 @@ def plane(embedding: Matrix) -> tuple[Float64, Float64]:
 
     The plane passes through the origin, so distances from it are not distorted by centering.
     """
-    e = as_matrix(embedding)
+    e, _ = in_range(as_matrix(embedding))
     mean = e.mean(0)
     length = np.linalg.norm(mean)
     along = mean / length if length > 0 else np.eye(len(mean))[0]

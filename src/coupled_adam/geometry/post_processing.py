@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix, blocks, row_norms
+from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix, blocks, in_range, mean_row, row_norms
 
 #: Components that the word similarity of the literature takes out.
 WORD_SIMILARITY_COMPONENTS = 2
@@ -18,7 +18,7 @@ WORD_SIMILARITY_COMPONENTS = 2
 
 def centering(embedding: Matrix) -> RowMap:
     """e_i − μ."""
-    mean = as_matrix(embedding).mean(0)
+    mean = mean_row(as_matrix(embedding))
     return lambda rows: np.asarray(rows - mean)
 
 
@@ -41,7 +41,7 @@ def all_but_the_top_as_computed(embedding: Matrix, top: Float64 | None = None) -
     ``top`` are the components, if they are known: (H, D), of which the result is then without all D.
     """
     e = as_matrix(embedding)
-    mean = e.mean(0)
+    mean = mean_row(e)
     top = principal_components(e, WORD_SIMILARITY_COMPONENTS) if top is None else top
     return lambda rows: np.asarray((rows - mean) - (rows @ top) @ top.T)
 
@@ -49,7 +49,7 @@ def all_but_the_top_as_computed(embedding: Matrix, top: Float64 | None = None) -
 def all_but_the_top(embedding: Matrix, top: Float64 | None = None) -> RowMap:
     """As its authors meant it: e_i − μ without its first two principal components, or without ``top``."""
     e = as_matrix(embedding)
-    mean = e.mean(0)
+    mean = mean_row(e)
     top = principal_components(e, WORD_SIMILARITY_COMPONENTS) if top is None else top
 
     def without(rows: Float64) -> Float64:
@@ -61,7 +61,7 @@ def all_but_the_top(embedding: Matrix, top: Float64 | None = None) -> RowMap:
 
 def principal_components(embedding: Matrix, count: int) -> Float64:
     """Compute the first ``count`` principal components of E, orthonormal columns (H, count)."""
-    e = as_matrix(embedding)
+    e, _ = in_range(as_matrix(embedding))
     mean = e.mean(0)
     scatter = e.T @ e - len(e) * np.outer(mean, mean)  # (E − μ)ᵀ(E − μ) without a second (V, H) matrix
     _, directions = np.linalg.eigh(scatter)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from coupled_adam.geometry.arrays import Matrix, as_matrix
+from coupled_adam.geometry.arrays import Matrix, as_matrix, in_range
 
 #: A benchmark of which fewer pairs than this can be looked up gives no figure.
 MINIMUM_PAIRS = 10
@@ -157,7 +157,7 @@ def word_similarity(embedding: Matrix, token_of: Callable[[str], int | None], be
 
     Source: Biś et al. 2021, "Too Much in Common", section 5.3; Coupled Adam, arXiv 2502.08441, section 4.2.
     """
-    e = as_matrix(embedding)
+    e, _ = in_range(as_matrix(embedding))
     covered = [
         (i, j, rating)
         for first, second, rating in benchmark.pairs
