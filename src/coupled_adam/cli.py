@@ -44,7 +44,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 WIDE = 130
 
 #: The colors of a verdict.
-LEVELS = {"good": "green", "fair": "yellow", "poor": "red"}
+LEVELS = {"good": "green", "fair": "yellow", "poor": "red", "note": "cyan"}
 
 #: Names for several tasks: those of the paper, as they are now and as they were in the paper's harness.
 TASK_SETS = {"paper": PAPER_TASKS, "paper-0.4.3": PAPER_TASKS_043}

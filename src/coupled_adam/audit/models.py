@@ -11,8 +11,8 @@ from torch import Tensor
 from coupled_adam import geometry
 from coupled_adam.audit.centering import Centered, center
 from coupled_adam.audit.embedding_files import Embeddings, read_embeddings
-from coupled_adam.audit.verdict import Finding, findings
-from coupled_adam.errors import InputError
+from coupled_adam.audit.verdict import Finding, findings, note_on_rows
+from coupled_adam.errors import InputError, printable
 from coupled_adam.evaluation.embedding_figures import as_json
 from coupled_adam.evaluation.token_sample import TokenSample, sample_tokens
 
@@ -23,7 +23,8 @@ class Audited:
 
     model: str
     matrix: str
-    """``tied``, ``input``, ``output``, or ``embedding`` where it cannot be told."""
+    """``tied``, ``input``, ``output``, or ``embedding`` where it cannot be told. ``input`` alone: a finding says why the
+    output embedding was not measured."""
     measured: geometry.Measurements
     findings: list[Finding]
     """The verdict, most important first."""
@@ -71,12 +72,14 @@ def audit_models(
     audited, centered = {}, None
     for model in given:
         found = read_embeddings(model, tensor=tensor, data=data)
-        audited[model] = [_audited(found, kind, matrix, benchmarks) for kind, matrix in _matrices(found)]
+        audited[model] = [
+            _audited(found, kind, matrix, benchmarks, tensor is None) for kind, matrix in _matrices(found)
+        ]
         if center_to is not None:
             centered = center(found, center_to)
     names = [matrices[0].model for matrices in audited.values()]
     told_apart = [
-        replace(matrix, model=model) if names.count(matrix.model) > 1 else matrix
+        replace(matrix, model=printable(model)) if names.count(matrix.model) > 1 else matrix
         for model, matrices in audited.items()
         for matrix in matrices
     ]
@@ -86,22 +89,35 @@ def audit_models(
 def _matrices(found: Embeddings) -> list[tuple[str, Tensor]]:
     if found.output is not None:
         return [("input", found.input), ("output", found.output)]
-    return [("tied" if found.tied else "embedding", found.input)]
+    return [("input" if found.lacks_output else "tied" if found.tied else "embedding", found.input)]
 
 
-def _audited(found: Embeddings, kind: str, matrix: Tensor, benchmarks: Sequence[geometry.Benchmark]) -> Audited:
-    counts = found.unigram_counts
+def _audited(
+    found: Embeddings, kind: str, matrix: Tensor, benchmarks: Sequence[geometry.Benchmark], whole: bool
+) -> Audited:
+    """Measure one matrix; ``whole`` unless it is a tensor that the user chose, whose rows may be no tokens."""
+    counts, notes = found.unigram_counts, list(found.notes)
     if counts is not None and len(counts) != len(matrix):
         counts = None
-    token_of = text_of = None
+    token_of = text_of = number = None
     if found.words is not None:
         token_of, text_of = functools.cache(found.words.token_of), found.words.text_of
         tokens = {token_of(word) for benchmark in benchmarks for pair in benchmark.pairs for word in pair[:2]}
+        number = max(found.words.tokens, default=-1) + 1
         if max((token for token in tokens if token is not None), default=0) >= len(matrix):
             token_of = text_of = None  # the rows are something else than the tokens of this tokenizer
+            notes.append(f"Its tokenizer has {number:,} tokens, the matrix {len(matrix):,} rows: words were left out.")
     try:
         measured = geometry.measure(matrix, counts=counts, token_of=token_of, benchmarks=benchmarks)
+        sample = sample_tokens(matrix, text_of or (lambda token: f"row {token}"), counts)
+        if measured.zero_rows < len(matrix) and (
+            note := note_on_rows(matrix.numpy(), measured, number if whole else None)
+        ):
+            notes.append(note)
+    except MemoryError:
+        raise InputError(
+            f"{found.name}: there is too little memory to measure a matrix of {len(matrix):,} rows"
+        ) from None
     except ValueError as error:
         raise InputError(f"{found.name}: {error}") from None
-    sample = sample_tokens(matrix, text_of or (lambda token: f"row {token}"), counts)
-    return Audited(found.name, kind, measured, findings(measured), sample)
+    return Audited(found.name, kind, measured, findings(measured, notes), sample)

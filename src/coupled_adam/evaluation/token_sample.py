@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coupled_adam.geometry import plane
-from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix, row_norms
+from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix, in_range, row_norms
 
 #: Significant digits of what is written to a file and drawn.
 DIGITS = 5
@@ -46,16 +46,19 @@ def sample_tokens(
 ) -> TokenSample:
     """Sample at most ``limit`` tokens of a (V, H) matrix, evenly spread over the ranks of frequency."""
     e = as_matrix(embedding)
-    mean = e.mean(0)
+    scaled, scale = in_range(e)
+    mean = scaled.mean(0)
     ranked = np.arange(len(e)) if counts is None else np.argsort(-np.asarray(counts), kind="stable")
     kept = ranked[np.linspace(0, len(e) - 1, min(limit, len(e))).round().astype(int)]
     along, across = plane(e)
     moment = None if second_moment is None else as_matrix(second_moment).mean(1)
+    with np.errstate(over="ignore"):  # of products that float64 does not hold
+        projection = (scaled[kept] @ mean) * scale * scale
     return TokenSample(
         text=[text_of(int(i)) for i in kept],
         count=None if counts is None else [int(counts[i]) for i in kept],
         norm=_rounded(row_norms(e[kept])),
-        projection=_rounded(e[kept] @ mean),
+        projection=_rounded(projection),
         along=_rounded(e[kept] @ along),
         across=_rounded(e[kept] @ across),
         second_moment=None if moment is None else _rounded(moment[kept]),
