@@ -23,8 +23,8 @@ class Audited:
 
     model: str
     matrix: str
-    """``tied``, ``input``, ``output``, or ``embedding`` where it cannot be told. ``input`` alone: a finding says why the
-    output embedding was not measured."""
+    """``tied``, ``input``, ``output``, or ``embedding`` where it cannot be told. Where ``input`` stands alone, a finding
+    says why the output embedding was not measured."""
     measured: geometry.Measurements
     findings: list[Finding]
     """The verdict, most important first."""
