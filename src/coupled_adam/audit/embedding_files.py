@@ -22,9 +22,8 @@ from coupled_adam.audit.embedding_names import (
     only_matrix,
 )
 from coupled_adam.audit.first_bytes import READ, Format, format_of
-from coupled_adam.audit.pickles import pickle_in
 from coupled_adam.audit.tensor_files import PackedError, Tensors
-from coupled_adam.errors import InputError, printable
+from coupled_adam.errors import InputError, one_line, printable
 from coupled_adam.lm.checkpoint import load_tensors
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.run import open_checkpoint, open_run
@@ -39,6 +38,9 @@ SUFFIXES: dict[str, Format] = {
     **dict.fromkeys((".npy", ".npz"), "numpy"),
     **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), "pickle"),
 }
+
+#: Characters of a message; names out of files may be longer.
+LONGEST = 1000
 
 #: The name of a model on the Hugging Face hub.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -105,7 +107,7 @@ def read_embeddings(model: str, *, tensor: str | None = None, data: Path | None 
     try:
         return _read(model, tensor, data)
     except InputError as error:
-        raise InputError(printable(str(error))) from None
+        raise InputError(one_line(error, LONGEST)) from None  # it may hold names out of files
     except MemoryError:
         raise InputError(f"{printable(model)}: there is too little memory to open it") from None
 
@@ -135,11 +137,9 @@ def _read_file(path: Path, tensor: str | None) -> Embeddings:
     name, kind = _short_name(path), format_of(path) or SUFFIXES.get(path.suffix.lower())
     if kind == "gguf":
         return _read_gguf(path, name, tensor)
-    if kind == "safetensors":
-        tensors, missing = model_directories.weights_of_part(path)
-        return _embeddings(tensors, name, "safetensors", path, path.parent, tensor, missing)
-    if kind == "pickle":
-        return _embeddings(pickle_in(path), name, "pickle", path, path.parent, tensor)
+    if kind in ("safetensors", "pickle"):
+        tensors, missing = model_directories.weights_of_part(path, kind == "pickle")
+        return _embeddings(tensors, name, kind, path, path.parent, tensor, missing)
     if kind == "numpy":
         tensors = tensor_files.arrays_in(path)
         # The error of a lone array is about its shape, not about its name.

@@ -34,9 +34,7 @@ def tensors_in(path: Path) -> tuple[Tensors, dict[str, Any], str | None]:
         part = f"part {number + 1} of {count}" if isinstance(number, int) else f"one of {count} parts"
         files, missing = parts_beside(path)
         if files == [path] and missing is None:
-            missing = (
-                f"The file is {part}; give the parts the names that they had ({path.stem}-00001-of-{count:05}.gguf)."
-            )
+            missing = f"{path.name} is {part}; name the parts as they were named (NAME-00001-of-{count:05}.gguf)."
         elif missing:
             missing = f"{path.name} is {part}. {missing}"
     opened = {file: given if file == path else _read(file) for file in files}

@@ -95,10 +95,10 @@ def weights_in(directory: Path) -> tuple[Tensors, str | None]:
     )
 
 
-def weights_of_part(path: Path) -> tuple[Tensors, str | None]:
-    """Open the tensors of one safetensors file, and of the parts beside it, if it is one of several; as above."""
+def weights_of_part(path: Path, pickled: bool) -> tuple[Tensors, str | None]:
+    """Open the tensors of one file, and of the parts beside it, if it is one of several; as above."""
     parts, missing = parts_beside(path)
-    return safetensors_in(_names_in(parts)), missing
+    return pickle_in(*parts) if pickled else safetensors_in(_names_in(parts)), missing
 
 
 def _names_in(files: list[Path]) -> dict[str, Path]:

@@ -23,7 +23,7 @@ class Audited:
 
     model: str
     matrix: str
-    """``tied``, ``input``, ``output``, or ``embedding`` where it cannot be told. Where ``input`` stands alone, a finding
+    """``tied``, ``input``, ``output``, or ``embedding`` where it cannot be told. If ``input`` stands alone, a finding
     says why the output embedding was not measured."""
     measured: geometry.Measurements
     findings: list[Finding]

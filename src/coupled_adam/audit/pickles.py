@@ -6,7 +6,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,16 @@ def pickles_in(files: Mapping[str, Path]) -> Tensors:
     return _tensors(files, held)
 
 
-def pickle_in(path: Path) -> Tensors:
-    """Open one file of ``torch.save``."""
-    tensors = read_pickle(path)
-    return _tensors(dict.fromkeys(tensors, path), tensors.__getitem__)
+def pickle_in(*paths: Path) -> Tensors:
+    """Open a file of ``torch.save``, or several of one model."""
+    read = {path: read_pickle(path) for path in paths}
+    files = {name: path for path, tensors in read.items() for name in tensors}
+    return _tensors(files, lambda name: read[files[name]][name])
 
 
-def _tensors(files: Mapping[str, Path], held: Any) -> Tensors:
+def _tensors(files: Mapping[str, Path], held: Callable[[str], Tensor]) -> Tensors:
     def stored(name: str) -> Tensor:
-        tensor: Tensor = held(name)
+        tensor = held(name)
         if reason := _reason_against(tensor):
             raise InputError(f"{files[name]}: {name!r} {reason}")
         return tensor
