@@ -502,7 +502,7 @@ def test_a_sparse_gradient_elsewhere_is_refused_before_anything_moves() -> None:
     with pytest.raises(RuntimeError, match=r"'table' is sparse.*sparse=False"):
         optimizer.step()
     assert torch.equal(first, torch.ones(2, 2))
-    assert optimizer.state[first]["step"] == 0
+    assert not optimizer.state.get(first)
 
 
 def test_nothing_coupled_is_warned_of_with_the_remedy() -> None:

@@ -36,7 +36,7 @@ def partial_norms(
 def global_norm(norm: Tensor | None, square_sums: Sequence[Tensor]) -> Tensor:
     """Combine the norm of gradients that no other rank shares with the complete sums of squares of the others."""
     if not square_sums:
-        return torch.zeros(()) if norm is None else norm
+        return torch.zeros((), dtype=torch.float32, device="cpu") if norm is None else norm
     return _norm([] if norm is None else [norm], square_sums, device=square_sums[0].device)
 
 

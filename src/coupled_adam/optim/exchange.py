@@ -11,7 +11,7 @@ from coupled_adam.optim import clipping, dispatch, reductions
 from coupled_adam.optim.center import column_sums, sums_of_gradient
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import Moment
-from coupled_adam.optim.equations import Coefficients, Number
+from coupled_adam.optim.equations import Coefficients, Number, readable
 from coupled_adam.optim.reductions import ProcessGroups, Reduction, local, run_one
 from coupled_adam.optim.state import local_moment
 from coupled_adam.optim.update import RankOne
@@ -27,8 +27,8 @@ class Work:
     grad: Tensor
     state: dict[str, Any]
     group: ParamGroup
-    number: int
-    """Of the group."""
+    index: tuple[int, int]
+    """Number of the group, and of the parameter in it."""
     shared_over: ProcessGroups
     """The process groups over which the reductions of this parameter communicate."""
     present: bool = True
@@ -40,7 +40,7 @@ class Work:
     def steps(self) -> Number:
         """The number of steps taken; a tensor where reading it would wait."""
         step: Tensor = self.state["step"]
-        if step.device.type == "cpu" and not torch.compiler.is_compiling():
+        if readable(step):
             return step.item()
         return step.to(torch.float64 if step.device.type in ("cpu", "cuda") else torch.float32)  # others may have none
 
@@ -59,6 +59,20 @@ class Work:
         linear = DIRECTION[self.group["direction"]].linear
         summed = "exp_avg" in self.state  # column sums of a moment in eight bits cost as much as centering by itself
         return bool(self.group["center"] and self.coupled and linear and summed and not self.spectral)
+
+    @property
+    def rests(self) -> Tensor | bool:
+        """Whether the parameter must stay where it is: at a learning rate of 0, or halted. A tensor where reading it
+        would wait."""
+        lr = self.group["lr"]
+        still: Tensor | bool
+        if isinstance(lr, Tensor) and not readable(lr):
+            still = dispatch.beside(lr.reshape(()) == 0, local(self.param))
+        else:
+            still = bool(lr == 0)
+        if self.halt is None or still is True:
+            return still
+        return self.halt > 0 if still is False else (self.halt > 0) | still
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

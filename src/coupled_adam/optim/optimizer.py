@@ -6,7 +6,7 @@ The equations are in equations.py; update.py shows them at work on plain tensors
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -14,12 +14,25 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from coupled_adam.optim import clipping, dispatch, reductions, triton_launch, update
-from coupled_adam.optim.center import center_all_, keep_column_sums, move_centered_
-from coupled_adam.optim.checks import check_grad, check_group, check_state, check_still_matrices, parameter_name
-from coupled_adam.optim.equations import Number
+from coupled_adam.optim.center import center_all_, keep_column_sums, move_centered_, unless
+from coupled_adam.optim.checks import (
+    Form,
+    check_grad,
+    check_group,
+    check_keys,
+    check_rate,
+    check_settings,
+    check_state,
+    check_still_matrices,
+    parameter_name,
+)
+from coupled_adam.optim.equations import Number, has_numbers, readable
 from coupled_adam.optim.exchange import Known, ParamGroup, Work, advance, clipped, exchange, halt_beside, shared_over
 from coupled_adam.optim.reductions import local
-from coupled_adam.optim.state import new_state, numbers_of_moment, prepare, restore
+from coupled_adam.optim.state import form_of_state, new_state, numbers_of_moment, prepare, restore
+
+#: A parameter that a step may update: its group, its index there, itself, and the keys of its state that must change.
+Member = tuple[ParamGroup, int, Tensor, list[str]]
 
 
 class AdamFamily(Optimizer):
@@ -36,12 +49,16 @@ class AdamFamily(Optimizer):
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group. Its missing keys take the defaults of the constructor; it is checked like the others."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a param group is a dict, not {type(param_group).__name__}: {{'params': […], …}}")
+        param_group = dict(param_group)  # torch writes into it, and the caller may build another optimizer of it
         if self.param_groups:
             param_group.setdefault("max_grad_norm", self.param_groups[0]["max_grad_norm"])  # a checkpoint may set it
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_group(group, self.defaults, type(self).__name__)
+            check_keys(group, self.defaults)
+            check_group(group, type(self).__name__)
             if group["max_grad_norm"] != self.param_groups[0]["max_grad_norm"]:
                 raise ValueError("max_grad_norm bounds the norm over all groups; give it once, to the optimizer")
         except (ValueError, TypeError):
@@ -77,9 +94,10 @@ class AdamFamily(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_capture()
-        self._create_missing_state()
+        first = not any(self.state.values())
+        self._prepare_state(self._check())
         unscale, halt = self._amp_scaling()
-        if halt is True:
+        if halt is True or (first and self._only_makes_state()):
             return loss
         bound: float | None = self.param_groups[0]["max_grad_norm"] if self.param_groups else None
         rescaled = bound is not None or not dispatch.is_one(unscale)
@@ -88,7 +106,7 @@ class AdamFamily(Optimizer):
         if rescaled:
             known = clipped(known, factor)
         _move(known, factor)
-        center_all_([(x.param, x.halt) for x in known.work if x.group["center"] and not x.foreseen])
+        center_all_([(x.param, x.rests) for x in known.work if x.group["center"] and not x.foreseen])
         self._publish(known.work)
         return loss
 
@@ -140,26 +158,87 @@ class AdamFamily(Optimizer):
                 state = self.state[param]
                 shared, here = shared_over(param, state, group), halt_beside(param, halt)
                 if grad is not None:
-                    check_grad(group, i)
                     grad = grad.coalesce().to_dense() if grad.is_sparse else reductions.placed_like(param, grad)
-                    work.append(Work(param, grad, state, group, number, shared, halt=here))
+                    work.append(Work(param, grad, state, group, (number, i), shared, halt=here))
                 elif shared:
                     zero = torch.zeros_like(param)
-                    work.append(Work(param, zero, state, group, number, shared, present=False, halt=here))
+                    work.append(Work(param, zero, state, group, (number, i), shared, present=False, halt=here))
         return work
 
-    def _create_missing_state(self) -> None:
-        """Create state for every parameter, with a gradient or not: a distributed checkpoint must be complete."""
+    def _members(self) -> Iterator[tuple[ParamGroup, int, Tensor]]:
+        """Go through the parameters that a step may update; others are frozen, and get their state when they thaw."""
+        for group in self.param_groups:
+            for i, param in enumerate(group["params"]):
+                if param.requires_grad or param.grad is not None:
+                    yield group, i, param
+
+    def _check(self) -> list[Member]:
+        """Raise for whatever would fail halfway through the step.
+
+        Returns:
+            The members, and which tensors of their state must follow a converted parameter.
+        """
         for number, group in enumerate(self.param_groups):
             check_still_matrices(group, self._matrices[number])
-            for i, param in enumerate(group["params"]):
-                if not (param.requires_grad or param.grad is not None):
-                    continue  # frozen; its state is made when it thaws
-                check_state(group, i, self.state[param])
-                if not self.state[param]:
-                    self.state[param] = self._new_state(param, group)
-                if "u" in self.state[param]:
-                    self._warn_of_strong_decay(param, group, i)
+            self._check_numbers(number, group)
+        members = []
+        for group, i, param in self._members():
+            state = self.state.get(param) or {}
+            changes = check_state(group, i, state, self._form_of_state(param, group, state) if state else {})
+            check_grad(group, i)
+            members.append((group, i, param, changes))
+        return members
+
+    def _check_numbers(self, number: int, group: ParamGroup) -> None:
+        """Check the hyperparameters that have changed since they were checked last: schedulers change the learning
+        rate, and anybody may change anything."""
+        if torch.compiler.is_compiling():
+            return
+        check_rate(group["lr"])
+        values = [value for key, value in group.items() if key not in ("params", "param_names", "lr")]
+        known = self.__dict__.setdefault("_checked", {})
+        before = known.get(number, ())
+        if len(before) != len(values) or any(a is not b for a, b in zip(before, values, strict=True)):
+            check_settings(group)
+            known[number] = values
+
+    def _prepare_state(self, members: Iterable[Member]) -> None:
+        """Create state for every parameter, with a gradient or not: a distributed checkpoint must be complete."""
+        fresh = {param: self._new_state(param, group) for group, _, param, _ in members if not self.state.get(param)}
+        self.state.update(fresh)
+        for group, i, param, changes in members:
+            state = self.state[param]
+            if changes:
+                form = self._form_of_state(param, group, state)
+                state.update({key: state[key].to(form[key][1], form[key][0]) for key in changes})
+            if "u" in state:
+                self._warn_of_strong_decay(param, group, i)
+
+    def _form_of_state(self, param: Tensor, group: ParamGroup, state: dict[str, Any]) -> Form:
+        return form_of_state(param, group, state)
+
+    def _only_makes_state(self) -> bool:
+        """Return whether this is the step by which ``torch.distributed.checkpoint`` has state made before it reads or
+        loads it: the very first, with learning rates and gradients of 0. It must not count, nor anything move.
+
+        All processes that share something must agree, at the price of one number that they exchange in a first step at
+        a learning rate of 0.
+        """
+        rates = [group["lr"] for group in self.param_groups]
+        if torch.compiler.is_compiling() or any(isinstance(lr, Tensor) and not readable(lr) for lr in rates):
+            return False
+        params = [param for _, _, param in self._members()]
+        if any(lr != 0 for lr in rates) or not all(has_numbers(local(param)) for param in params):
+            return False
+        moving = any(bool(_numbers_in(param.grad).any()) for param in params if param.grad is not None)
+        if over := self._sharing(params):
+            flag = local(params[0]).new_full((1,), float(moving), dtype=torch.float32)
+            moving = reductions.run_one(reductions.complete(flag, over)).item() > 0
+        return not moving
+
+    def _sharing(self, params: Sequence[Tensor]) -> reductions.ProcessGroups:
+        """List the process groups that share some of the parameters."""
+        return tuple(dict.fromkeys(group for param in params for group in reductions.holders(param)))
 
     def _check_capture(self) -> None:
         """Raise RuntimeError if a graph is being captured that would count no steps."""
@@ -229,9 +308,15 @@ class AdamFamily(Optimizer):
         restore(self, prepared, self._new_state)
 
 
+def _numbers_in(grad: Tensor) -> Tensor:
+    """Return the numbers of a gradient that this process holds, in any order."""
+    part = local(grad)
+    return part.coalesce().values() if part.is_sparse else part
+
+
 def _move(known: Known, clip: Number) -> None:
     """Move all parameters: group by group those that torch's AdamW takes, in one call, and then the others."""
-    for _, items in itertools.groupby(known.work, key=lambda item: item.number):
+    for _, items in itertools.groupby(known.work, key=lambda item: item.index[0]):
         _move_group(list(items), known, clip)
 
 
@@ -296,8 +381,7 @@ def _move_one(item: Work, known: Known, clip: Number) -> None:
             dispatch.move_rows_(param, item.moment, grad, root, c, direction, step, spectral, item.halt)
         else:
             exp_avg = local(item.state["exp_avg"])
-            after = update.mean_moved(mean[1:], root, c, direction)
-            after = after if item.halt is None else torch.where(item.halt > 0, 0, after)
+            after = unless(item.rests, update.mean_moved(mean[1:], root, c, direction))
             sums = move_centered_(param, exp_avg, grad, root, c, direction, step, after, item.halt)
             keep_column_sums(item.param, item.state["exp_avg"], sums)
     advance([item])

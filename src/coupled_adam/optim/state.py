@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from coupled_adam.optim.checks import EIGHT_BIT, check_group, parameter_name
+from coupled_adam.optim.checks import EIGHT_BIT, Form, check_group, parameter_name
 from coupled_adam.optim.eight_bit import EightBit, Moment, blocks_of, quantized
 from coupled_adam.optim.reductions import (
     holders,
@@ -48,6 +48,19 @@ def is_plain_adamw(param: Tensor, group: dict[str, Any]) -> bool:
     )
 
 
+def form_of_state(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Form:
+    """Return dtype and device of what must be in a state, by its key. That of the step count may also be the CPU."""
+    dtype, device = state_dtype(param), param.device
+    form: Form = {"step": (torch.float32, step_device(param, group)), "exp_avg_sq": (dtype, device)}
+    if EIGHT_BIT[0] in state:
+        form |= {EIGHT_BIT[0]: (torch.int8, device), EIGHT_BIT[1]: (torch.float32, device)}
+    else:
+        form["exp_avg"] = (torch.bfloat16 if group["state_dtype"] == torch.bfloat16 else dtype, device)
+    if "u" in state:
+        form["u"] = (dtype, device)
+    return form
+
+
 def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     """Make the state before the first step."""
     dtype = state_dtype(param)
@@ -55,7 +68,8 @@ def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     coupled = group["second_moment"] == "vocabulary"
     row = reduced_like(param, part.new_zeros((1, *part.shape[1:]), dtype=dtype), 0) if coupled else None
     state = {
-        "step": torch.zeros((), dtype=torch.float32, device=step_device(param, group)),
+        # Not of zeros(): a fake tensor made like this remembers its number, which torch's AdamW reads.
+        "step": torch.tensor(0.0, dtype=torch.float32, device=step_device(param, group)),
         **_new_moment(param, group),
         "exp_avg_sq": torch.zeros_like(param, dtype=dtype) if row is None else row,
     }
@@ -110,7 +124,8 @@ def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
 
     There torch's fused kernels want it, and a captured graph. Scaled gradients take it there too (``Work.advance``).
     """
-    return param.device if group["capturable"] or is_plain_adamw(param, group) else torch.device("cpu")
+    beside = group["capturable"] or is_plain_adamw(param, group)
+    return param.device if beside and param.device.type != "meta" else torch.device("cpu")
 
 
 def takes_spectral_decay(param: Tensor) -> bool:
@@ -141,7 +156,7 @@ def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[st
         fitted = {k: v for k, v in saved.items() if k not in ADAMW_FLAGS}
         # As everywhere in torch the checkpoint's hyperparameters win. The algorithm is the optimizer's own.
         fitted_groups.append({**group, **fitted, **{key: group[key] for key in OWN if key in group}})
-        check_group({**fitted_groups[-1], "params": group["params"]}, group, "this optimizer")
+        check_group({**fitted_groups[-1], "params": group["params"]}, "this optimizer")
     return {**state_dict, "state": state, "param_groups": fitted_groups}
 
 
@@ -207,7 +222,9 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
         if fitted["u"].shape != param.shape[:-1]:
             raise ValueError(_misfit(name, "u", fitted["u"], tuple(param.shape[:-1])))
     # A copy: torch's loading leaves the step count to be shared with whoever saved it.
-    fitted["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).clone()
+    step = saved["step"]
+    step = step if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float32, device="cpu")
+    fitted["step"] = step.detach().to(torch.float32).reshape(()).clone()
     shapes = [tuple(param.shape), (len(param), blocks_of(param.shape[-1]))] if len(first) > 1 else [tuple(param.shape)]
     for key, shape in zip(first, shapes, strict=True):
         if tuple(saved[key].shape) != shape:
