@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from coupled_adam.optim.directions import DIRECTION
+from coupled_adam.optim.eight_bit import blocks_of
 from coupled_adam.optim.equations import readable
 from coupled_adam.optim.reductions import SHARDED, local
 
@@ -147,6 +148,8 @@ def check_state(group: dict[str, Any], i: int, state: dict[str, Any], form: Form
     row = torch.Size((1, *made_for[1:])) if coupled else made_for
     master: torch.Size = state["master"].shape if "master" in state else made_for
     fits = shape == master == made_for and state["exp_avg_sq"].shape == row
+    if EIGHT_BIT[0] in state and fits:
+        fits = state[EIGHT_BIT[1]].shape == (*shape[:-1], blocks_of(shape[-1]))
     if not fits or ("u" in state and state["u"].shape != made_for[:-1]):
         raise RuntimeError(
             f"{parameter_name(group, i)} has shape {tuple(shape)}, but its optimizer state is for {tuple(made_for)}: "
@@ -189,7 +192,7 @@ def _must_change(group: dict[str, Any], i: int, key: str, x: Tensor, dtype: torc
         )
     if x.dtype == dtype:
         return count and x.device != device and x.device.type == "cpu"
-    if x.dtype in WORKING and dtype in WORKING and not count:
+    if x.dtype in WORKING and dtype in WORKING and key in ("exp_avg", "exp_avg_sq", "u"):
         return True
     remedy = CHANGED if key in EIGHT_BIT else CONVERTS
     raise RuntimeError(
