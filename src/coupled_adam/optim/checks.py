@@ -75,7 +75,7 @@ def check_settings(group: dict[str, Any]) -> None:
     _check_betas(group["betas"])
     if "scalar_vector_weight_decay" in group:
         _check_number("scalar_vector_weight_decay", group["scalar_vector_weight_decay"])
-    if group["max_grad_norm"] is not None:
+    if group["max_grad_norm"] not in (None, math.inf):
         _check_number("max_grad_norm", group["max_grad_norm"])
         if group["max_grad_norm"] == 0:
             raise ValueError("Invalid max_grad_norm: 0; it must be positive, or None not to bound the norm")
@@ -86,9 +86,23 @@ def check_settings(group: dict[str, Any]) -> None:
         raise ValueError(
             f"Invalid state_dtype: {group['state_dtype']!r}; choose torch.bfloat16, '8bit', or None for float32"
         )
+    check_flags(group)
     for key, known in (("second_moment", SECOND_MOMENT), ("direction", DIRECTION), ("decay", DECAY)):
         if group[key] not in known:
             raise ValueError(f"Invalid {key}: {group[key]!r}; choose from {sorted(known)}")
+
+
+def check_flags(flags: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError for what torch's AdamW can be told to do and these optimizers cannot."""
+    for key, consequence in (
+        ("amsgrad", "no maximum of the second moment is kept"),
+        ("differentiable", "no gradient flows through a step"),
+    ):
+        if flags.get(key, False) is not False:
+            raise ValueError(f"Invalid {key}: {flags[key]!r}; it is not supported: {consequence}. Leave it out")
+    for key in ("fused", "foreach"):
+        if flags.get(key) not in (None, True, False):
+            raise TypeError(f"Invalid {key}: {flags[key]!r}; it must be True, False or None, and changes nothing")
 
 
 def parameter_name(group: dict[str, Any], i: int) -> str:

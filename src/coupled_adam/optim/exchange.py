@@ -132,7 +132,8 @@ class Known:
     work: list[Work]
     """Without the parameters of which no process has a gradient."""
     means: dict[Tensor, Tensor]
-    triples: dict[Tensor, RankOne]
+    triples: dict[Tensor, tuple[RankOne, Tensor]]
+    """Leading singular triples, and what their ``u`` becomes."""
     norm: Tensor | None
     """Of all gradients; None if nothing bounds it."""
 
@@ -145,7 +146,10 @@ class Known:
     def triple(self, item: Work) -> RankOne:
         """Return the leading singular triple of a parameter, and move its ``u`` on."""
         found = self.triples.get(item.param)
-        return _triple(item, *run_one(_power_iteration(item))) if found is None else found
+        triple, u = run_one(_power_iteration(item)) if found is None else found
+        before = local(item.state["u"])
+        before.copy_(u if item.halt is None else torch.where(item.halt > 0, before, u))
+        return triple
 
 
 def exchange(work: list[Work], held: Sequence[Tensor] | None, *, rescaled: bool) -> Known:
@@ -176,7 +180,7 @@ def exchange(work: list[Work], held: Sequence[Tensor] | None, *, rescaled: bool)
     return Known(
         work=[item for item in work if item.param not in absent],
         means=dict(zip(sums, means, strict=True)),
-        triples={item.param: _triple(item, *found) for item, found in moving},
+        triples={item.param: found for item, found in moving},
         norm=None if held is None else clipping.global_norm(here, squares),
     )
 
@@ -228,12 +232,6 @@ def _mean(item: Work, clip: Number) -> Reduction[Tensor]:
 
 def _power_iteration(item: Work) -> Reduction[tuple[RankOne, Tensor]]:
     return reductions.power_iteration(item.state["u"], item.param, item.steps)
-
-
-def _triple(item: Work, triple: RankOne, u: Tensor) -> RankOne:
-    before = local(item.state["u"])
-    before.copy_(u if item.halt is None else torch.where(item.halt > 0, before, u))
-    return triple
 
 
 def _flag(item: Work) -> Tensor:

@@ -7,16 +7,18 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from coupled_adam.optim import clipping, dispatch, reductions, triton_launch, update
 from coupled_adam.optim.center import center_all_, keep_column_sums, move_centered_, unless
 from coupled_adam.optim.checks import (
     Form,
+    check_flags,
     check_grad,
     check_group,
     check_keys,
@@ -39,13 +41,26 @@ class AdamFamily(Optimizer):
     """Adam and its relatives, along the axes ``second_moment``, ``direction`` and ``decay`` of a param group."""
 
     grad_norm: Tensor | None = None
-    """Global norm of the gradients of the last step, before clipping; None unless ``max_grad_norm`` is set."""
+    """Global norm of the gradients of the last step, before clipping; None unless ``max_grad_norm`` or
+    ``error_if_nonfinite`` is set."""
+
+    error_if_nonfinite: bool = False
+    """Whether a step raises RuntimeError where that norm is not finite."""
 
     #: How many matrices with spectral decay each group had when it was added.
     _matrices: tuple[int, ...] = ()
 
     #: ``torch.amp.GradScaler`` then hands over its scale and whether it has found an infinity, and reads neither.
     _step_supports_amp_scaling = True
+
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], *, error_if_nonfinite: bool, **flags_of_adamw: object
+    ) -> None:
+        if not isinstance(error_if_nonfinite, bool):
+            raise TypeError(f"Invalid error_if_nonfinite: {error_if_nonfinite!r}; it must be True or False")
+        check_flags(flags_of_adamw)
+        self.error_if_nonfinite = error_if_nonfinite
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group. Its missing keys take the defaults of the constructor; it is checked like the others."""
@@ -69,8 +84,8 @@ class AdamFamily(Optimizer):
         self._matrices = (*self._matrices[: len(self.param_groups) - 1], matrices)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy and a pickle keep."""
-        return {**super().__getstate__(), "_matrices": self._matrices}
+        """Return what a copy and a pickle keep: all but what torch and its schedulers put beside it."""
+        return {**_own_attributes(self), **super().__getstate__()}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -86,8 +101,9 @@ class AdamFamily(Optimizer):
             closure: recomputes the loss, which is returned.
 
         Raises:
-            RuntimeError: a parameter was resized or flattened after its state was made, or has a gradient that cannot
-                be used. Nothing has moved.
+            RuntimeError, ValueError, TypeError: a parameter, its gradient, its state or a hyperparameter cannot be
+                used: the parameter was resized, flattened or moved after its state was made, for one; or a norm that
+                ``error_if_nonfinite`` refuses. Nothing has moved.
         """
         loss = None
         if closure is not None:
@@ -100,9 +116,12 @@ class AdamFamily(Optimizer):
         if halt is True or (first and self._only_makes_state()):
             return loss
         bound: float | None = self.param_groups[0]["max_grad_norm"] if self.param_groups else None
-        rescaled = bound is not None or not dispatch.is_one(unscale)
-        known = exchange(self._collect(halt), held=None if bound is None else self._held(), rescaled=rescaled)
+        normed = bound is not None or self.error_if_nonfinite
+        rescaled = normed or not dispatch.is_one(unscale)
+        known = exchange(self._collect(halt), held=self._held() if normed else None, rescaled=rescaled)
         factor = self._clip(known, bound, unscale)
+        if self.error_if_nonfinite and not (isinstance(halt, Tensor) and halt > 0):
+            self._check_norm(known.work)
         if rescaled:
             known = clipped(known, factor)
         _move(known, factor)
@@ -112,14 +131,28 @@ class AdamFamily(Optimizer):
 
     def _clip(self, known: Known, bound: float | None, unscale: Number) -> Number:
         """Return what multiplies the gradients, GradScaler's part of it in ``unscale``; note their norm."""
-        if bound is None or known.norm is None:
+        if known.norm is None:
             return unscale
-        if dispatch.is_one(unscale):
-            self.grad_norm = known.norm
-            return clipping.coefficient(known.norm, bound)
+        one = dispatch.is_one(unscale)
         unscale = dispatch.beside(unscale, known.norm)
-        self.grad_norm = known.norm * unscale
-        return clipping.coefficient(self.grad_norm, bound) * unscale
+        self.grad_norm = known.norm if one else known.norm * unscale
+        clip = 1.0 if bound is None else clipping.coefficient(self.grad_norm, bound)
+        return clip if one else clip * unscale
+
+    def _check_norm(self, work: Sequence[Work]) -> None:
+        """Raise RuntimeError if the norm of the gradients is not finite, which every process knows alike."""
+        if self.grad_norm is None or math.isfinite(norm := float(self.grad_norm)):
+            return
+        bad = [item for item in work if not local(item.grad).isfinite().all()]
+        names = [parameter_name(self.param_groups[item.index[0]], item.index[1]) for item in bad]
+        if names:
+            cause = f"infinite or NaN in {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
+        else:
+            cause = "all are finite in this process; they are not in another, or their squares overflow"
+        raise RuntimeError(
+            f"the norm of the gradients is {norm} ({cause}). Nothing has moved: leave this batch out, or set "
+            "optimizer.error_if_nonfinite = False to step all the same"
+        )
 
     def _amp_scaling(self) -> tuple[Number, Tensor | bool]:
         """Return what to multiply gradients by, and whether GradScaler has found an infinity among them.
@@ -242,9 +275,14 @@ class AdamFamily(Optimizer):
 
     def _check_capture(self) -> None:
         """Raise RuntimeError if a graph is being captured that would count no steps."""
+        if self.error_if_nonfinite and (torch.compiler.is_compiling() or _capturing()):
+            raise RuntimeError(
+                "error_if_nonfinite=True reads the norm of the gradients in every step, which neither torch.compile "
+                "nor a CUDA graph can do; set optimizer.error_if_nonfinite = False"
+            )
         if torch.compiler.is_compiling() or all(group["capturable"] for group in self.param_groups):
             return
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if _capturing():
             raise RuntimeError("a CUDA graph can capture this step if the optimizer is built with capturable=True")
 
     def _new_state(self, param: Tensor, group: ParamGroup) -> dict[str, Any]:
@@ -306,6 +344,22 @@ class AdamFamily(Optimizer):
         finally:
             handle.remove()
         restore(self, prepared, self._new_state)
+
+
+def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the attributes that a class of this package, or a class made of one, has given its instance.
+
+    Left out are the hooks and the like of every Optimizer of torch, a ``step`` that a scheduler has put in place of the
+    method, and what can be computed anew.
+    """
+    torchs = {*vars(Optimizer([torch.zeros(1, device="cpu")], {})), "_opt_called", "grad_scale", "found_inf"}
+    own = {name: x for name, x in vars(optimizer).items() if name not in torchs}
+    of_class = {name: getattr(type(optimizer), name, None) for name in own}
+    return {k: x for k, x in own.items() if not (callable(of_class[k]) or isinstance(of_class[k], cached_property))}
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _numbers_in(grad: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Adams for plain replicated parameters, its state spread over the processes (ZeRO)."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -69,6 +70,7 @@ class Adams_ZeRO(Adams):
         coupling_scale: float = 1.0,
         coupling_factor: float = 0.0,
         max_grad_norm: float | None = None,
+        error_if_nonfinite: bool = False,
         maximize: bool = False,
         state_dtype: StateDtype = None,
     ) -> None:
@@ -85,9 +87,27 @@ class Adams_ZeRO(Adams):
             coupling_scale=coupling_scale,
             coupling_factor=coupling_factor,
             max_grad_norm=max_grad_norm,
+            error_if_nonfinite=error_if_nonfinite,
             maximize=maximize,
             state_dtype=state_dtype,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "Adams_ZeRO with a process_group cannot be pickled: a process group belongs to its process. Save "
+                "state_dict() with torch.distributed.checkpoint, or leave process_group None, which is all processes"
+            )
+        return super().__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Adams_ZeRO":
+        """Copy all but the process group and the mesh of it, which both copies use."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        shared = {"process_group": self.process_group}
+        memo.update({id(x): x for x in (self.process_group, self._mesh) if x is not None})
+        copied.__setstate__({**copy.deepcopy({**super().__getstate__(), "process_group": None}, memo), **shared})
+        return copied
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group; its parameters become those of the first process everywhere."""
