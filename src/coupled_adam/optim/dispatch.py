@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -120,14 +120,6 @@ def adamw_(
 def is_one(clip: Number) -> bool:
     """Return whether nothing is clipped; of a tensor that is not known."""
     return isinstance(clip, float) and clip == 1.0
-
-
-@overload
-def beside(number: Tensor, x: Tensor) -> Tensor: ...
-
-
-@overload
-def beside(number: Number, x: Tensor) -> Number: ...
 
 
 def beside(number: Number, x: Tensor) -> Number:

@@ -67,7 +67,7 @@ class Work:
         lr = self.group["lr"]
         still: Tensor | bool
         if isinstance(lr, Tensor) and not readable(lr):
-            still = dispatch.beside(lr.reshape(()) == 0, local(self.param))
+            still = (lr.reshape(()) == 0).to(local(self.param).device)
         else:
             still = bool(lr == 0)
         if self.halt is None or still is True:

@@ -3,7 +3,6 @@
 The equations are in equations.py; update.py shows them at work on plain tensors.
 """
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from coupled_adam.optim import clipping, dispatch, reductions, triton_launch, update
-from coupled_adam.optim.center import center_all_, keep_column_sums, move_centered_, unless
+from coupled_adam.optim import clipping, dispatch, reductions
+from coupled_adam.optim.center import center_all_
 from coupled_adam.optim.checks import (
     Form,
     check_flags,
@@ -29,9 +28,10 @@ from coupled_adam.optim.checks import (
     parameter_name,
 )
 from coupled_adam.optim.equations import Number, has_numbers, readable
-from coupled_adam.optim.exchange import Known, ParamGroup, Work, advance, clipped, exchange, halt_beside, shared_over
+from coupled_adam.optim.exchange import Known, ParamGroup, Work, clipped, exchange, halt_beside, shared_over
+from coupled_adam.optim.moves import move
 from coupled_adam.optim.reductions import local
-from coupled_adam.optim.state import form_of_state, new_state, numbers_of_moment, prepare, restore
+from coupled_adam.optim.state import form_of_state, new_state, not_finite, numbers_of_moment, prepare, restore
 
 #: A parameter that a step may update: its group, its index there, itself, and the keys of its state that must change.
 Member = tuple[ParamGroup, int, Tensor, list[str]]
@@ -124,7 +124,7 @@ class AdamFamily(Optimizer):
             self._check_norm(known.work)
         if rescaled:
             known = clipped(known, factor)
-        _move(known, factor)
+        move(known, factor)
         center_all_([(x.param, x.rests) for x in known.work if x.group["center"] and not x.foreseen])
         self._publish(known.work)
         return loss
@@ -317,16 +317,25 @@ class AdamFamily(Optimizer):
             raise ValueError(f"the parameter of shape {tuple(param.shape)} has no moments yet: call step() first")
         return numbers_of_moment(self.state[param])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, resize_vocabulary: bool = False) -> None:
         """Load a checkpoint of this class, of ``torch.optim.AdamW``, or of the authors' reference implementation.
 
         A full (V, H) second moment of a parameter that is coupled here is folded to its mean over the vocabulary, so a
-        running AdamW job can switch to Coupled Adam. Moments keep their precision whatever the parameters' dtype. The
-        checkpoint's hyperparameters replace this optimizer's, but which groups are coupled does not change.
+        running AdamW job can switch to Coupled Adam; the row of one that is not coupled here is unfolded. Moments keep
+        their precision whatever the parameters' dtype. The checkpoint's hyperparameters replace this optimizer's, but
+        which groups are coupled does not change.
 
         Parameters are matched by name where both sides have names (``param_groups`` gives them), else by position,
         which needs groups of the same sizes, in the same order. Where the checkpoint has other groups (an AdamW of one
         group, say), the hyperparameters stay this optimizer's.
+
+        A warning names parameters whose moments are infinite or NaN.
+
+        Args:
+            state_dict: what ``state_dict()`` returned; it is not modified.
+            resize_vocabulary: take a checkpoint of the model with fewer or more tokens. Its parameters may have another
+                number of rows, all the same one. Rows beyond are dropped. New ones get a first moment of 0; a shared
+                second moment stays, and in one that is not shared they get the mean of the others.
 
         Raises:
             ValueError: the groups or the shapes of the state do not fit; the message names the parameter.
@@ -334,7 +343,7 @@ class AdamFamily(Optimizer):
         prepared: dict[str, Any] = {}
 
         def fit(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            prepared.update(prepare(state_dict, self.param_groups))
+            prepared.update(prepare(state_dict, self.param_groups, resize=resize_vocabulary))
             return prepared
 
         # As the last of the hooks: it must see what those of other libraries make of the checkpoint.
@@ -344,6 +353,21 @@ class AdamFamily(Optimizer):
         finally:
             handle.remove()
         restore(self, prepared, self._new_state)
+        self._warn_of_infinities()
+
+    def _warn_of_infinities(self) -> None:
+        members = [
+            (parameter_name(g, i), self.state.get(p)) for g in self.param_groups for i, p in enumerate(g["params"])
+        ]
+        found = [f"{key} of {name}" for name, state in members if state for key in not_finite(state)]
+        if found:
+            warnings.warn(
+                f"the checkpoint has infinite numbers, NaN, or negative second moments ({', '.join(found[:3])}"
+                f"{', …' if len(found) > 3 else ''}): what they belong to will not move again, or become NaN. Load an "
+                "earlier checkpoint",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:
@@ -366,76 +390,3 @@ def _numbers_in(grad: Tensor) -> Tensor:
     """Return the numbers of a gradient that this process holds, in any order."""
     part = local(grad)
     return part.coalesce().values() if part.is_sparse else part
-
-
-def _move(known: Known, clip: Number) -> None:
-    """Move all parameters: group by group those that torch's AdamW takes, in one call, and then the others."""
-    for _, items in itertools.groupby(known.work, key=lambda item: item.index[0]):
-        _move_group(list(items), known, clip)
-
-
-def _move_group(items: Sequence[Work], known: Known, clip: Number) -> None:
-    group, halt = items[0].group, items[0].halt
-    torchs: list[Work] = []
-    together: dict[Any, list[Work]] = {}
-    alone: list[Work] = []
-    for item in items:
-        if item.coupled or item.spectral:
-            alone.append(item)
-        elif dispatch.takes_torchs_adamw(*item.tensors, group, clip, item.halt):
-            torchs.append(item)
-        elif dispatch.moves_together(*item.tensors, group["direction"]):
-            together.setdefault(_likeness(item), []).append(item)
-        else:
-            alone.append(item)
-    if torchs:
-        steps = [item.state["step"] for item in torchs]
-        params, grads, exp_avgs, exp_avg_sqs = _columns(torchs)
-        dispatch.adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, group, clip, halt)
-    for alike in together.values():
-        _move_together(alike, clip)
-    for item in alone:
-        _move_one(item, known, clip)
-
-
-def _columns(items: Sequence[Work]) -> list[list[Tensor]]:
-    """List parameters, gradients, first and second moments of this process."""
-    return [list(column) for column in zip(*(item.tensors for item in items), strict=True)]
-
-
-def _likeness(item: Work) -> tuple[Any, ...]:
-    """Return what parameters of a group must have in common to be moved by one launch, and should to be moved fast."""
-    step: Tensor = item.state["step"]
-    even = item.tensors[0].numel() % triton_launch.EVEN == 0
-    return (*((x.dtype, x.device) for x in item.tensors), step.item() if step.device.type == "cpu" else None, even)
-
-
-def _move_together(items: Sequence[Work], clip: Number) -> None:
-    step = items[0].steps + 1
-    if isinstance(step, Tensor):
-        step = torch.stack([item.state["step"] for item in items]).to(step.dtype) + 1
-    params, grads, exp_avgs, exp_avg_sqs = _columns(items)
-    c, direction = items[0].coefficients(step, clip), items[0].group["direction"]
-    triton_launch.move_many_(params, exp_avgs, exp_avg_sqs, grads, c, direction, step, items[0].halt)
-    advance(items)
-
-
-def _move_one(item: Work, known: Known, clip: Number) -> None:
-    mean = known.mean(item, clip) if item.coupled else None
-    spectral = known.triple(item) if item.spectral else None
-    step, direction = item.steps + 1, item.group["direction"]
-    c = item.coefficients(step, clip)
-    if mean is None:
-        param, grad, exp_avg, exp_avg_sq = item.tensors
-        dispatch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral, item.halt)
-    else:
-        param, grad = local(item.param), local(item.grad)
-        root = dispatch.root_of_rows_(local(item.state["exp_avg_sq"]), mean[:1], c, item.halt)
-        if not item.foreseen:
-            dispatch.move_rows_(param, item.moment, grad, root, c, direction, step, spectral, item.halt)
-        else:
-            exp_avg = local(item.state["exp_avg"])
-            after = unless(item.rests, update.mean_moved(mean[1:], root, c, direction))
-            sums = move_centered_(param, exp_avg, grad, root, c, direction, step, after, item.halt)
-            keep_column_sums(item.param, item.state["exp_avg"], sums)
-    advance([item])

@@ -246,12 +246,12 @@ class Adams_ZeRO(Adams):
                 if param in self.state and id(self.state[param]["master"]) in masters:
                     self._copy_master(param, self.state[param]["master"])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, resize_vocabulary: bool = False) -> None:
         """Load a checkpoint, as ``Adams.load_state_dict``; parameters then are what its master weights are.
 
         Whole tensors are spread over the processes. One that has no master weights takes the parameters' values.
         """
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict, resize_vocabulary=resize_vocabulary)
         for group in self.param_groups:
             for param in group["params"]:
                 if state := self.state.get(param):
