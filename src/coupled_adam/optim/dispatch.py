@@ -24,7 +24,7 @@ from coupled_adam.optim import triton_launch, update
 from coupled_adam.optim.checks import CAPTURE_DEVICES
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import EightBit, Moment, blocks_of
-from coupled_adam.optim.equations import Coefficients, Number
+from coupled_adam.optim.equations import Coefficients, Number, has_numbers
 from coupled_adam.optim.rounding import seed_of
 from coupled_adam.optim.state import is_plain_adamw
 from coupled_adam.optim.update import RankOne
@@ -96,6 +96,8 @@ def adamw_(
         else:
             grads = torch._foreach_mul(list(grads), beside(clip, grads[0]))
     beta1, beta2 = group["betas"]
+    fused = not is_compiling() and all(map(_fuses, params, grads, exp_avgs, exp_avg_sqs))
+    fused = fused and (has_numbers(params[0]) or not isinstance(group["lr"], Tensor))  # of which there is no fake form
     adamw(
         list(params),
         list(grads),
@@ -105,7 +107,7 @@ def adamw_(
         list(steps),
         foreach=is_compiling() or None,
         capturable=is_compiling() or steps[0].device.type in CAPTURE_DEVICES,  # or it reads the step, and waits
-        fused=not is_compiling() and all(map(_fuses, params, grads, exp_avgs, exp_avg_sqs)),
+        fused=fused,
         found_inf=halt,  # the scale is in clip already: given it, the kernel would write the gradient back
         amsgrad=False,
         beta1=beta1,
