@@ -162,3 +162,29 @@ def test_a_warmup_from_0_of_a_tied_model_begins_where_the_model_was() -> None:
     schedule.step()
     train(model, optimizer, range(1, 2))
     assert model.head.weight.mean(0).abs().max() < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------- no gradient at all
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_an_optimizer_of_embeddings_that_were_replaced_says_so_once(cls: type) -> None:
+    model, optimizer = made(cls)
+    model.head = nn.Linear(H, V, bias=False)  # as resize_token_embeddings does it
+    with pytest.warns(
+        UserWarning, match=r"'head.weight' has had no gradient in the first 10 steps.*afterwards"
+    ) as seen:
+        train(model, optimizer, range(30))
+    assert len(seen) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_head_that_is_frozen_or_has_had_gradients_is_not_warned_of() -> None:
+    model, optimizer = made(CoupledAdam)
+    model.head.weight.requires_grad_(False)
+    train(model, optimizer, range(20))
+    model.head.weight.requires_grad_(True)
+    train(model, optimizer, range(1))
+    for _ in range(20):
+        model.zero_grad()
+        optimizer.step()

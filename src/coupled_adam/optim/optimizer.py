@@ -37,6 +37,10 @@ from coupled_adam.optim.state import form_of_state, new_state, not_finite, numbe
 Member = tuple[ParamGroup, int, Tensor, list[str]]
 
 
+#: Steps after which a coupled parameter should have had a gradient.
+PATIENCE = 10
+
+
 class AdamFamily(Optimizer):
     """Adam and its relatives, along the axes ``second_moment``, ``direction`` and ``decay`` of a param group."""
 
@@ -246,6 +250,8 @@ class AdamFamily(Optimizer):
                 state.update({key: state[key].to(form[key][1], form[key][0]) for key in changes})
             if "u" in state:
                 self._warn_of_strong_decay(param, group, i)
+            if param.grad is None and group["second_moment"] == "vocabulary" and readable(state["step"]):
+                self._warn_of_no_gradient(group, i, bool(state["step"] == 0))
 
     def _form_of_state(self, param: Tensor, group: ParamGroup, state: dict[str, Any]) -> Form:
         return form_of_state(param, group, state)
@@ -305,6 +311,18 @@ class AdamFamily(Optimizer):
                 "param.use_spectral_decay = False",
                 UserWarning,
                 stacklevel=6,
+            )
+
+    def _warn_of_no_gradient(self, group: ParamGroup, i: int, never: bool) -> None:
+        """Warn once of a coupled parameter that the loss does not seem to see at all."""
+        without, name = self.__dict__.setdefault("_without_gradient", {}), parameter_name(group, i)
+        without[name] = without.get(name, 0) + 1 if never else 0
+        if without[name] == PATIENCE:
+            warnings.warn(
+                f"coupled {name} has had no gradient in the first {PATIENCE} steps. If the model was resized or tied "
+                "after the optimizer was built, this is no longer its embedding: build the optimizer afterwards",
+                UserWarning,
+                stacklevel=5,
             )
 
     def first_moment(self, param: Tensor) -> Tensor:
