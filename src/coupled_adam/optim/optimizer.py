@@ -114,7 +114,7 @@ class AdamFamily(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_capture()
-        first = not any(self.state.values())
+        first = not torch.compiler.is_compiling() and not any(self.state.values())
         self._prepare_state(self._check())
         unscale, halt = self._amp_scaling()
         if halt is True or (first and self._only_makes_state()):
@@ -264,7 +264,7 @@ class AdamFamily(Optimizer):
         a learning rate of 0.
         """
         rates = [group["lr"] for group in self.param_groups]
-        if torch.compiler.is_compiling() or any(isinstance(lr, Tensor) and not readable(lr) for lr in rates):
+        if any(isinstance(lr, Tensor) and not readable(lr) for lr in rates):
             return False
         params = [param for _, _, param in self._members()]
         if any(lr != 0 for lr in rates) or not all(has_numbers(local(param)) for param in params):
