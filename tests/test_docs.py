@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
@@ -48,6 +50,12 @@ def names(tmp_path: Path) -> dict[str, Any]:
     dataset = [{"input_ids": row, "labels": row} for row in tokens]
     arguments = TrainingArguments(str(tmp_path / "trained"), report_to="none", use_cpu=True)
     trainer = Trainer(model, arguments, train_dataset=dataset)
+    optimizer = CoupledAdam(param_groups(model))
+    model(**batch).loss.backward()
+    optimizer.step()
+    model.zero_grad()
+    saved = optimizer.state_dict()
+    checkpoint.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path / "checkpoint")
     other_parameters = [p for p in model.parameters() if p is not model.embedding.weight]
     return locals() | {
         "batches": [batch],

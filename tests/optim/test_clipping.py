@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from coupled_adam import Adams, CoupledAdam, param_groups
+from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, param_groups
 from coupled_adam.optim import dispatch
 
 
@@ -112,8 +112,114 @@ def test_one_bound_for_all_groups() -> None:
         CoupledAdam(groups)
 
 
-@pytest.mark.parametrize("bad", [-1.0, 0.0, math.nan, math.inf])
+@pytest.mark.parametrize("bad", [-1.0, 0.0, math.nan, -math.inf])
 def test_bad_bounds_are_refused(bad: float) -> None:
     m = model()
     with pytest.raises(ValueError, match="max_grad_norm"):
         make("coupled", m, max_grad_norm=bad)
+
+
+# ------------------------------------------------------------------------------------------------- norms of 16 bits
+
+
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("size", [1e-3, 300.0, 3e4])
+@pytest.mark.parametrize("dtypes", [[torch.float16], [torch.bfloat16], [torch.float16, torch.float32, torch.bfloat16]])
+@pytest.mark.parametrize("cls", [CoupledAdam, Adams, Adams_ZeRO])
+def test_the_norm_of_narrow_gradients_is_that_of_float64(
+    cls: type, dtypes: list[torch.dtype], size: float, numba: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(50, 8), (40, 30), (30,), (), (7, 5)]
+    params = [nn.Parameter(torch.zeros(s, dtype=dtypes[i % len(dtypes)])) for i, s in enumerate(shapes)]
+    groups = [{"params": params[:1], "second_moment": "vocabulary"}, {"params": params[1:], "decay": "decoupled"}]
+    optimizer = cls(groups, lr=0.1, max_grad_norm=1.0)
+    for p in params:
+        p.grad = (torch.rand(p.shape, generator=generator) * 2 * size).clamp(max=6e4).to(p.dtype)
+    norm = torch.cat([p.grad.double().flatten() for p in params]).norm()
+    assert size < 3e4 or norm > torch.finfo(torch.float16).max
+    optimizer.step()
+    assert optimizer.grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+    assert all(p.any() and p.isfinite().all() for p in params)
+
+
+# ---------------------------------------------------------------------------------------------- infinite gradients
+
+
+def spoil(m: nn.Sequential, which: list[int], number: float) -> None:
+    backward(m, 0)
+    for i in which:
+        m[i].weight.grad.view(-1)[3] = number
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("which", [[0], [2], [3], [0, 3]])
+@pytest.mark.parametrize("limit", [None, 0.3, math.inf])
+@pytest.mark.parametrize("cls", [CoupledAdam, Adams, Adams_ZeRO])
+def test_a_norm_that_is_not_finite_raises_by_name_before_anything_moves(
+    cls: type, limit: float | None, which: list[int], number: float
+) -> None:
+    m = model()
+    optimizer = cls(param_groups(m, coupled=[m[3]], center=True), max_grad_norm=limit, error_if_nonfinite=True)
+    backward(m, 0)
+    optimizer.step()
+    before = [x.detach().clone() for p in m.parameters() for x in (p, *optimizer.state[p].values())]
+    spoil(m, which, number)
+    names = ".*".join(f"'{i}.weight'" for i in (3, 0, 2) if i in which)
+    with pytest.raises(RuntimeError, match=rf"norm of the gradients is .*in parameter {names}.*Nothing has moved"):
+        optimizer.step()
+    after = [x.detach() for p in m.parameters() for x in (p, *optimizer.state[p].values())]
+    assert all(map(torch.equal, before, after))
+    optimizer.error_if_nonfinite = False
+    optimizer.step()
+    assert not all(p.isfinite().all() for p in m.parameters())
+
+
+@pytest.mark.parametrize("kind", ["coupled", "factor", "adams"])
+@pytest.mark.parametrize("settings", [{"error_if_nonfinite": True}, {"max_grad_norm": math.inf}], ids=str)
+def test_a_norm_that_bounds_nothing_changes_nothing(kind: str, settings: dict) -> None:
+    plain, normed = model(), model()
+    one, other = make(kind, plain), make(kind, normed, **settings)
+    for step in range(5):
+        for m, optimizer in ((plain, one), (normed, other)):
+            backward(m, step)
+            optimizer.step()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+        torch.testing.assert_close(other.grad_norm, norm)
+    assert all(map(torch.equal, plain.parameters(), normed.parameters()))
+
+
+def test_an_infinite_norm_that_bounds_nothing_is_told() -> None:
+    m = model()
+    optimizer = make("coupled", m, max_grad_norm=math.inf)
+    spoil(m, [2], math.inf)
+    optimizer.step()
+    assert optimizer.grad_norm == math.inf and m[3].weight.isfinite().all()
+
+
+def test_a_step_that_grad_scaler_skips_raises_nothing() -> None:
+    m = model()
+    optimizer = make("coupled", m, max_grad_norm=1.0, error_if_nonfinite=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    for scale in (math.inf, 1.0):
+        before = m[3].weight.detach().clone()
+        scaler.scale(m(torch.tensor([1, 2])).square().sum() * scale).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, m[3].weight) is (scale == math.inf)
+        m.zero_grad()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(0.0)  # a scaler that has found none
+    spoil(m, [3], math.nan)
+    with pytest.raises(RuntimeError, match=r"parameter '3.weight'"):
+        optimizer.step()
+
+
+def test_what_cannot_read_the_norm_is_refused_with_the_remedy() -> None:
+    m = model()
+    optimizer = make("coupled", m, error_if_nonfinite=True)
+    backward(m, 0)
+    with pytest.raises(Exception, match=r"torch.compile.*error_if_nonfinite = False"):
+        torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+    with pytest.raises(TypeError, match="error_if_nonfinite: 1"):
+        make("coupled", m, error_if_nonfinite=1)

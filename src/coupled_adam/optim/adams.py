@@ -37,8 +37,9 @@ class Adams(AdamFamily):
             diverges.
         scalar_vector_weight_decay: decoupled decay of the parameters that take no spectral decay.
 
-    ``coupling_scale``, ``coupling_factor``, ``max_grad_norm``, ``maximize``, ``state_dtype`` and ``capturable`` are
-    those of ``coupled_adam.CoupledAdam``.
+    ``coupling_scale``, ``coupling_factor``, ``max_grad_norm``, ``error_if_nonfinite``, ``maximize``, ``state_dtype``,
+    ``capturable``, ``fused``, ``foreach``, ``amsgrad`` and ``differentiable`` are those of
+    ``coupled_adam.CoupledAdam``.
 
     Raises:
         ValueError, TypeError: as ``coupled_adam.CoupledAdam``.
@@ -69,9 +70,14 @@ class Adams(AdamFamily):
         coupling_scale: float = 1.0,
         coupling_factor: float = 0.0,
         max_grad_norm: float | None = None,
+        error_if_nonfinite: bool = False,
         maximize: bool = False,
         state_dtype: StateDtype = None,
         capturable: bool = False,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        amsgrad: bool = False,
+        differentiable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -90,4 +96,12 @@ class Adams(AdamFamily):
             "state_dtype": state_dtype,
             "capturable": capturable,
         }
-        super().__init__(params, defaults)
+        super().__init__(
+            params,
+            defaults,
+            error_if_nonfinite=error_if_nonfinite,
+            fused=fused,
+            foreach=foreach,
+            amsgrad=amsgrad,
+            differentiable=differentiable,
+        )

@@ -57,11 +57,19 @@ def center_(weight: Tensor) -> Tensor:
     return weight
 
 
-def center_all_(matrices: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-    """Center matrices: a pass that reads, one that writes, one all-reduce for all. Beside each stands its ``halt``."""
-    (means,) = reductions.run([_mean_row(matrix) for matrix, _ in matrices])
-    for (matrix, halt), mean in zip(matrices, means, strict=True):
-        local(matrix).sub_(mean if halt is None else torch.where(halt > 0, 0, mean))
+def center_all_(matrices: Sequence[tuple[Tensor, Tensor | bool]]) -> None:
+    """Center matrices: a pass that reads, one that writes, one all-reduce for all. Beside each stands its ``rests``."""
+    moving = [(matrix, rests) for matrix, rests in matrices if rests is not True]
+    (means,) = reductions.run([_mean_row(matrix) for matrix, _ in moving])
+    for (matrix, rests), mean in zip(moving, means, strict=True):
+        local(matrix).sub_(unless(rests, mean))
+
+
+def unless(rests: Tensor | bool, mean: Tensor) -> Tensor:
+    """Return the mean to subtract: 0 of a parameter that rests."""
+    if isinstance(rests, Tensor):
+        return torch.where(rests, 0, mean)
+    return torch.zeros_like(mean) if rests else mean
 
 
 def column_sums(param: Tensor, exp_avg: Tensor) -> Tensor:
@@ -83,7 +91,7 @@ def measure(param: Tensor, exp_avg: Tensor) -> Tensor:
     dispatch.check_shapes(param, exp_avg)
     if param.ndim == 2 and param.numel() > 0 and dispatch.kernels_apply(param, moment=exp_avg):
         threads = dispatch.threads_for(param)
-        sums = torch.empty(threads, 2, param.shape[1], dtype=torch.float64)
+        sums = dispatch.scratch(threads, 2, param.shape[1])
         moment, _, seed = dispatch.moment_arrays(exp_avg, 0)
         dispatch.launch(
             dispatch.compiled().column_sums_kernel, param.detach().numpy(), moment, seed, sums.numpy(), threads=threads
@@ -100,7 +108,7 @@ def sums_of_gradient(grad: Tensor, exp_avg: Tensor, c: Coefficients) -> Tensor:
         return torch.cat([squares, grad.sum(0, keepdim=True, dtype=squares.dtype)])
     dispatch.check_shapes(grad, exp_avg)
     threads = dispatch.threads_for(grad)
-    total = torch.empty(2, threads, grad.shape[1], dtype=torch.float64)
+    total = dispatch.scratch(2, threads, grad.shape[1])
     squares, plain = total
     dispatch.launch(
         dispatch.compiled().sum_of_squares_kernel,
@@ -137,7 +145,7 @@ def move_centered_(
     kernel = dispatch.compiled().centered_rows_kernel(DIRECTION[direction].numbers)
     moment, _, seed = dispatch.moment_arrays(exp_avg, step)
     threads = dispatch.threads_for(param)
-    sums = torch.empty(threads, 2, param.shape[1], dtype=torch.float64)
+    sums = dispatch.scratch(threads, 2, param.shape[1])
     arrays = (param.detach().numpy(), moment, grad.detach().numpy(), root.detach().numpy()[0])
     dispatch.launch(kernel, *arrays, dispatch.as_float32(c), seed, mean.numpy()[0], sums.numpy(), threads=threads)
     increment_version([param, exp_avg])

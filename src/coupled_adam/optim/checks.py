@@ -1,6 +1,5 @@
 """What a param group may hold. Every message names the value and the remedy."""
 
-import difflib
 import math
 import numbers
 from typing import Any, Literal
@@ -9,6 +8,9 @@ import torch
 from torch import Tensor
 
 from coupled_adam.optim.directions import DIRECTION
+from coupled_adam.optim.eight_bit import blocks_of
+from coupled_adam.optim.equations import readable
+from coupled_adam.optim.reductions import SHARDED, local
 
 #: Whether each element has a second moment of its own, or the rows of a matrix share one.
 SECOND_MOMENT = ("elementwise", "vocabulary")
@@ -31,10 +33,39 @@ EIGHT_BIT = ("exp_avg_codes", "exp_avg_scales")
 FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "swa_lr", "name"})
 
 
-def check_group(group: dict[str, Any], defaults: dict[str, Any], optimizer: str) -> None:
+#: Dtype and device of what must be in a state, by its key.
+Form = dict[str, tuple[torch.dtype, torch.device]]
+
+#: What to do about a state that does not fit its parameter.
+CHANGED = "Load a checkpoint into this optimizer, or build a new one"
+CONVERTS = "optimizer.load_state_dict(optimizer.state_dict()) makes the state fit the parameters as they are now"
+
+#: Dtypes between which the moments of a parameter follow it when it is converted. Narrower ones have lost too much.
+WORKING = (torch.float32, torch.float64)
+
+
+def check_group(group: dict[str, Any], optimizer: str) -> None:
     """Raise ValueError or TypeError for hyperparameters or parameters that a group of ``optimizer`` cannot have."""
-    _check_keys(group, defaults)
-    _check_number("learning rate (lr)", group["lr"])
+    _check_number("learning rate (lr)", group["lr"], tensor=True)
+    check_settings(group)
+    for i, param in enumerate(group["params"]):
+        check_param(param, parameter_name(group, i), optimizer, coupled=group["second_moment"] == "vocabulary")
+        check_rows(param, parameter_name(group, i), center=group["center"])
+
+
+def check_rate(lr: object) -> None:
+    """Raise ValueError or TypeError for a learning rate that no step can take.
+
+    That of a schedule may end a rounding error below 0.
+    """
+    if isinstance(lr, Tensor):
+        _check_number("learning rate (lr)", lr, tensor=True, minimum=-math.inf)
+    elif type(lr) is not float or not math.isfinite(lr):
+        _check_number("learning rate (lr)", lr, minimum=-math.inf)
+
+
+def check_settings(group: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError for hyperparameters, other than the learning rate, that a group cannot have."""
     _check_number("eps", group["eps"])
     _check_number("weight_decay", group["weight_decay"])
     _check_number("coupling_factor", group["coupling_factor"], maximum=1.0)
@@ -44,7 +75,7 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any], optimizer: str)
     _check_betas(group["betas"])
     if "scalar_vector_weight_decay" in group:
         _check_number("scalar_vector_weight_decay", group["scalar_vector_weight_decay"])
-    if group["max_grad_norm"] is not None:
+    if group["max_grad_norm"] not in (None, math.inf):
         _check_number("max_grad_norm", group["max_grad_norm"])
         if group["max_grad_norm"] == 0:
             raise ValueError("Invalid max_grad_norm: 0; it must be positive, or None not to bound the norm")
@@ -55,12 +86,23 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any], optimizer: str)
         raise ValueError(
             f"Invalid state_dtype: {group['state_dtype']!r}; choose torch.bfloat16, '8bit', or None for float32"
         )
+    check_flags(group)
     for key, known in (("second_moment", SECOND_MOMENT), ("direction", DIRECTION), ("decay", DECAY)):
         if group[key] not in known:
             raise ValueError(f"Invalid {key}: {group[key]!r}; choose from {sorted(known)}")
-    for i, param in enumerate(group["params"]):
-        check_param(param, parameter_name(group, i), optimizer, coupled=group["second_moment"] == "vocabulary")
-        check_rows(param, parameter_name(group, i), center=group["center"])
+
+
+def check_flags(flags: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError for what torch's AdamW can be told to do and these optimizers cannot."""
+    for key, consequence in (
+        ("amsgrad", "no maximum of the second moment is kept"),
+        ("differentiable", "no gradient flows through a step"),
+    ):
+        if flags.get(key, False) is not False:
+            raise ValueError(f"Invalid {key}: {flags[key]!r}; it is not supported: {consequence}. Leave it out")
+    for key in ("fused", "foreach"):
+        if flags.get(key) not in (None, True, False):
+            raise TypeError(f"Invalid {key}: {flags[key]!r}; it must be True, False or None, and changes nothing")
 
 
 def parameter_name(group: dict[str, Any], i: int) -> str:
@@ -90,9 +132,14 @@ def check_rows(param: Tensor, name: str, *, center: bool) -> None:
         )
 
 
-def check_state(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
-    """Raise RuntimeError if the group's i-th parameter is not what group and state were made for."""
+def check_state(group: dict[str, Any], i: int, state: dict[str, Any], form: Form) -> list[str]:
+    """Raise RuntimeError if the group's i-th parameter is not what group and state were made for.
+
+    Returns:
+        The keys of tensors that must yet take their ``form``: a parameter was converted between float32 and float64.
+    """
     param: Tensor = group["params"][i]
+    _check_memory(param, group, i)
     # While it compiles a step, torch sets the flag by itself.
     if group["capturable"] and param.device.type not in CAPTURE_DEVICES and not torch.compiler.is_compiling():
         raise RuntimeError(
@@ -106,15 +153,89 @@ def check_state(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
     if group["center"] and len(shape) != 2:
         raise RuntimeError(_flattened(group, i, "no rows to center"))
     if not state:
-        return
+        return []
+    for key in form:
+        if not isinstance(state.get(key), Tensor):
+            what = f"a {type(state[key]).__name__} as {key!r}" if key in state else f"no {key!r}"
+            raise RuntimeError(f"the optimizer state of {parameter_name(group, i)} has {what}, not a tensor. {CHANGED}")
     made_for: torch.Size = state[EIGHT_BIT[0] if EIGHT_BIT[0] in state else "exp_avg"].shape
     row = torch.Size((1, *made_for[1:])) if coupled else made_for
     master: torch.Size = state["master"].shape if "master" in state else made_for
     fits = shape == master == made_for and state["exp_avg_sq"].shape == row
+    if EIGHT_BIT[0] in state and fits:
+        fits = state[EIGHT_BIT[1]].shape == (*shape[:-1], blocks_of(shape[-1]))
     if not fits or ("u" in state and state["u"].shape != made_for[:-1]):
         raise RuntimeError(
             f"{parameter_name(group, i)} has shape {tuple(shape)}, but its optimizer state is for {tuple(made_for)}: "
-            "it was resized after the first step. Build a new optimizer after resizing, as by resize_token_embeddings"
+            "it was resized after the first step. Build a new optimizer after resizing, as by resize_token_embeddings, "
+            "and keep the moments with new.load_state_dict(old.state_dict(), resize_vocabulary=True)"
+        )
+    _check_shards(group, i, state)
+    return [key for key, wanted in form.items() if _must_change(group, i, key, state[key], *wanted)]
+
+
+def _check_shards(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
+    """Raise RuntimeError if this process holds other parts of the moments than of the parameter."""
+    first, square = state[EIGHT_BIT[0] if EIGHT_BIT[0] in state else "exp_avg"], state["exp_avg_sq"]
+    like = state.get("master", group["params"][i])
+    if not any(isinstance(x, SHARDED) for x in (like, first, square)):
+        return
+    shape = local(like).shape
+    row = (1, *shape[1:]) if group["second_moment"] == "vocabulary" else shape
+    if local(first).shape != shape or local(square).shape != row:
+        raise RuntimeError(
+            f"{parameter_name(group, i)} has the part {tuple(shape)} in this process, but its moments have "
+            f"{tuple(local(first).shape)} and {tuple(local(square).shape)}: they are sharded otherwise. {CONVERTS}"
+        )
+
+
+def _must_change(group: dict[str, Any], i: int, key: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether a tensor of a state must be converted first; raise RuntimeError if it cannot be used."""
+    if x.dtype is dtype and x.device == device and _sound(x) and key != "step":
+        return False
+    what = f"{key!r} in the optimizer state of "
+    _check_memory(x, group, i, what)
+    count, param = key == "step", group["params"][i]
+    if count and x.numel() != 1:
+        raise RuntimeError(f"{what}{parameter_name(group, i)} has {x.numel()} elements, not one. {CHANGED}")
+    if x.device != param.device and not (count and x.device.type == "cpu"):
+        remedy = CHANGED if "meta" in (x.device.type, param.device.type) else CONVERTS
+        raise RuntimeError(
+            f"{parameter_name(group, i)} is on {param.device}, but {key!r} in its optimizer state on {x.device}: one "
+            f"of them was moved after the first step. {remedy}"
+        )
+    if x.dtype == dtype:
+        return count and x.device != device and x.device.type == "cpu"
+    if x.dtype in WORKING and dtype in WORKING and key in ("exp_avg", "exp_avg_sq", "u"):
+        return True
+    remedy = CHANGED if key in EIGHT_BIT else CONVERTS
+    raise RuntimeError(
+        f"{what}{parameter_name(group, i)} is {x.dtype}, not {dtype}: it was cast from outside. {remedy}"
+    )
+
+
+def _sound(x: Tensor) -> bool:
+    """Return whether a tensor can be written in place."""
+    return x.layout is torch.strided and 0 not in x.stride() and (torch.compiler.is_compiling() or not x.is_inference())
+
+
+def _check_memory(x: Tensor, group: dict[str, Any], i: int, what: str = "") -> None:
+    """Raise RuntimeError for a tensor that cannot be written in place: the group's i-th parameter, or of its state."""
+    if _sound(x):
+        return
+    if x.layout is not torch.strided:
+        raise RuntimeError(
+            f"{what}{parameter_name(group, i)} has the layout {x.layout}; only dense tensors are updated"
+        )
+    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+        raise RuntimeError(
+            f"{what}{parameter_name(group, i)} overlaps with itself in memory, as expand() makes it; replace it by its "
+            ".contiguous() form"
+        )
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{what}{parameter_name(group, i)} was made under torch.inference_mode(), outside of which it cannot be "
+            "updated; make it under torch.no_grad()"
         )
 
 
@@ -135,10 +256,27 @@ def _flattened(group: dict[str, Any], i: int, consequence: str) -> str:
 def check_grad(group: dict[str, Any], i: int) -> None:
     """Raise RuntimeError for a gradient of the group's i-th parameter that the update cannot use."""
     param = group["params"][i]
+    if param.grad is None:
+        return
     if param.grad.shape != param.shape:
         raise RuntimeError(
             f"the gradient of {parameter_name(group, i)} has shape {tuple(param.grad.shape)}, the parameter "
             f"{tuple(param.shape)}: it was resized since its backward pass. Build a new optimizer after resizing"
+        )
+    if param.grad.device != param.device:
+        raise RuntimeError(
+            f"the gradient of {parameter_name(group, i)} is on {param.grad.device}, the parameter on {param.device}: "
+            "it was moved since its backward pass. Call zero_grad() after moving a model"
+        )
+    if not param.grad.is_floating_point() or not param.is_floating_point():
+        raise RuntimeError(
+            f"the gradient of {parameter_name(group, i)} is {param.grad.dtype}, the parameter {param.dtype}; only "
+            "floating-point tensors are updated"
+        )
+    if param.grad.layout not in (torch.strided, torch.sparse_coo):
+        raise RuntimeError(
+            f"the gradient of {parameter_name(group, i)} has the layout {param.grad.layout}, which is not supported; "
+            "make it dense with .to_dense()"
         )
     if param.grad.is_sparse and group["second_moment"] != "vocabulary":
         raise RuntimeError(
@@ -147,26 +285,49 @@ def check_grad(group: dict[str, Any], i: int) -> None:
         )
 
 
-def _check_keys(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+def check_keys(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raise ValueError for a key that is probably one of ours, mistyped: the default would silently be in force.
+
+    Other keys are none of our business.
+    """
     for key in group.keys() - defaults.keys() - FOREIGN_KEYS:
-        # A mistyped key would silently leave the default in force; a key of somebody else's is none of our business.
-        if near := difflib.get_close_matches(key, defaults, n=1, cutoff=0.8):
+        limit = 2 if len(key) > 5 else 1
+        if near := [ours for ours in defaults if len(key) > 2 and _distance(key, ours) <= limit]:
             raise ValueError(f"Unknown key {key!r} in a param group; did you mean {near[0]!r}?")
 
 
-def _check_number(name: str, value: object, maximum: float = math.inf) -> None:
+def _distance(a: str, b: str) -> int:
+    """Count the letters that must be inserted, deleted, replaced, or swapped with their neighbor, to make b of a."""
+    before, rows = list(range(len(b) + 1)), [list(range(len(b) + 1))]
+    for i, x in enumerate(a, start=1):
+        row = [i]
+        for j, y in enumerate(b, start=1):
+            least = min(row[j - 1] + 1, before[j] + 1, before[j - 1] + (x != y))
+            if i > 1 and j > 1 and (x, a[i - 2]) == (b[j - 2], y):
+                least = min(least, rows[i - 2][j - 2] + 1)
+            row.append(least)
+        rows.append(row)
+        before = row
+    return before[-1]
+
+
+def _check_number(
+    name: str, value: object, minimum: float = 0, maximum: float = math.inf, *, tensor: bool = False
+) -> None:
     if isinstance(value, Tensor):
+        if not tensor:
+            raise TypeError(f"Invalid {name}: a tensor; give a number")
         if value.numel() != 1:
             raise ValueError(f"Invalid {name}: a tensor of shape {tuple(value.shape)}; it must have one element")
         # Reading a tensor on an accelerator would wait for it, and one that a compiler traces has no value.
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
+        if not readable(value):
             return
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"Invalid {name}: {value!r}; it must be a number")
     number = float(value)
-    if not (math.isfinite(number) and 0 <= number <= maximum):
-        bound = "non-negative" if maximum == math.inf else f"between 0 and {maximum:g}"
-        raise ValueError(f"Invalid {name}: {number}; it must be finite and {bound}")
+    if not (math.isfinite(number) and minimum <= number <= maximum):
+        bounds = [f"between 0 and {maximum:g}" if maximum < math.inf else "non-negative"] if minimum == 0 else []
+        raise ValueError(f"Invalid {name}: {number}; it must be {' and '.join(['finite', *bounds])}")
 
 
 def _check_betas(betas: Any) -> None:

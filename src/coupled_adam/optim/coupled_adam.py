@@ -49,17 +49,25 @@ class CoupledAdam(AdamFamily):
         coupling_factor: κ in [0, 1], the share of the squared first moment in the second one; 0 is the paper's Adam.
         max_grad_norm: bounds the norm of all gradients together, as ``clip_grad_norm_`` before the step would, but in
             fewer passes. ``optimizer.grad_norm`` holds the norm of the last step, before it was bounded; ``p.grad``
-            keeps the gradients as they were. None: no bound.
+            keeps the gradients as they were. ``math.inf``: the norm is computed and nothing bounded. None: neither.
+        error_if_nonfinite: compute that norm, and raise RuntimeError before anything moves where it is infinite or NaN,
+            as ``clip_grad_norm_`` does; the message names the parameters. Without it one infinite gradient leaves the
+            column of a coupled matrix where it is for good, as its second moment stays infinite, and with
+            ``max_grad_norm`` or ``center`` makes it NaN. On an accelerator every step then waits for the norm.
+            A step that ``GradScaler`` skips raises nothing.
         maximize: maximize the objective.
         state_dtype: ``torch.bfloat16`` keeps the first moment in two bytes a number, stochastically rounded; ``"8bit"``
             that of coupled matrices in about one, with a scale for every 256 numbers of a row (eight_bit.py has the
             code), and those of other parameters in float32; None: in float32 (float64 for float64 parameters).
         capturable: keep the step count on the GPU, so that a step can be captured in a CUDA graph, as in torch. A
             learning rate that is to change between replays must be a tensor there.
+        fused, foreach: accepted where a call was written for ``torch.optim.AdamW``, without effect: which kernels take
+            a step is chosen by itself.
+        amsgrad, differentiable: likewise; only False is supported.
 
-    All of them but ``max_grad_norm`` may differ per param group. The second moment is float32 (float64) always.
-    Gradients are never modified. Those of a coupled matrix may be sparse (``nn.Embedding(sparse=True)``); the step is
-    that of the dense gradient.
+    All from ``lr`` to ``capturable`` but ``max_grad_norm`` and ``error_if_nonfinite`` may differ per param group. The
+    second moment is float32 (float64) always. Gradients are never modified. Those of a coupled matrix may be sparse
+    (``nn.Embedding(sparse=True)``); the step is that of the dense gradient.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, coupling of anything but a 2-D parameter.
@@ -92,9 +100,14 @@ class CoupledAdam(AdamFamily):
         coupling_scale: float = 1.0,
         coupling_factor: float = 0.0,
         max_grad_norm: float | None = None,
+        error_if_nonfinite: bool = False,
         maximize: bool = False,
         state_dtype: StateDtype = None,
         capturable: bool = False,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        amsgrad: bool = False,
+        differentiable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -112,7 +125,15 @@ class CoupledAdam(AdamFamily):
             "state_dtype": state_dtype,
             "capturable": capturable,
         }
-        super().__init__(params, defaults)
+        super().__init__(
+            params,
+            defaults,
+            error_if_nonfinite=error_if_nonfinite,
+            fused=fused,
+            foreach=foreach,
+            amsgrad=amsgrad,
+            differentiable=differentiable,
+        )
         if not any(g["second_moment"] == "vocabulary" or g["coupling_factor"] for g in self.param_groups):
             warnings.warn(
                 "nothing is coupled, so this is AdamW: give CoupledAdam the groups of param_groups(model), "

@@ -1,5 +1,6 @@
 """What an optimizer does with which parameter, in words."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,6 +103,8 @@ def _clipping(optimizer: AdamFamily) -> str:
     bound = optimizer.param_groups[0]["max_grad_norm"]
     if bound is None:
         return "clipping by this optimizer: none"
+    if bound == math.inf:
+        return "clipping by this optimizer: none; it computes the norm"
     return f"clipping by this optimizer: to a global norm of {bound:g}; nobody else should clip"
 
 

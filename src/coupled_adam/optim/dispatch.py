@@ -24,7 +24,7 @@ from coupled_adam.optim import triton_launch, update
 from coupled_adam.optim.checks import CAPTURE_DEVICES
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import EightBit, Moment, blocks_of
-from coupled_adam.optim.equations import Coefficients, Number
+from coupled_adam.optim.equations import Coefficients, Number, has_numbers
 from coupled_adam.optim.rounding import seed_of
 from coupled_adam.optim.state import is_plain_adamw
 from coupled_adam.optim.update import RankOne
@@ -61,7 +61,9 @@ def takes_torchs_adamw(
 
     It takes clipped gradients as copies; a kernel of ours scales them as it reads them.
     """
-    if not is_plain_adamw(param, group) or (halt is not None and not _fuses(param, grad, exp_avg, exp_avg_sq)):
+    if not is_plain_adamw(param, group) or grad.dtype != param.dtype:
+        return False
+    if halt is not None and not _fuses(param, grad, exp_avg, exp_avg_sq):
         return False
     if is_one(clip) and halt is None:
         return True
@@ -94,6 +96,8 @@ def adamw_(
         else:
             grads = torch._foreach_mul(list(grads), beside(clip, grads[0]))
     beta1, beta2 = group["betas"]
+    fused = not is_compiling() and all(map(_fuses, params, grads, exp_avgs, exp_avg_sqs))
+    fused = fused and (has_numbers(params[0]) or not isinstance(group["lr"], Tensor))  # of which there is no fake form
     adamw(
         list(params),
         list(grads),
@@ -103,14 +107,14 @@ def adamw_(
         list(steps),
         foreach=is_compiling() or None,
         capturable=is_compiling() or steps[0].device.type in CAPTURE_DEVICES,  # or it reads the step, and waits
-        fused=not is_compiling() and all(map(_fuses, params, grads, exp_avgs, exp_avg_sqs)),
+        fused=fused,
         found_inf=halt,  # the scale is in clip already: given it, the kernel would write the gradient back
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
         lr=cast(float, group["lr"]),
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
+        weight_decay=float(group["weight_decay"]),
+        eps=float(group["eps"]),
         maximize=group["maximize"],
     )
 
@@ -133,7 +137,7 @@ def sum_of_squares(grad: Tensor, exp_avg: Moment, c: Coefficients) -> Tensor:
     check_shapes(grad, exp_avg)
     if c.coupling_factor == 0 and grad.numel() > 0 and kernels_apply(grad):
         threads = threads_for(grad)
-        total = torch.empty(threads, grad.shape[1], dtype=torch.float64)
+        total = scratch(threads, grad.shape[1])
         launch(compiled().sum_of_squares_kernel, grad.detach().numpy(), total.numpy(), None, threads=threads)
         return (total.sum(0, keepdim=True) * float(c.grad_factor) ** 2).to(torch.float32)
     unread = c.coupling_factor == 0 and isinstance(exp_avg, EightBit)
@@ -216,7 +220,8 @@ def move_elements_(
         moment, _, seed = moment_arrays(exp_avg.view(-1), step)
         theta, second, g = (x.detach().view(-1).numpy() for x in (param, exp_avg_sq, grad))
         column, row = _arrays(spectral)
-        row = row if row is not None else torch.empty(1, min(FLAT_ROW, param.numel())).numpy()  # only its length counts
+        if row is None:  # only its length counts
+            row = scratch(1, min(FLAT_ROW, param.numel()), dtype=torch.float32).numpy()
         period = param.shape[-2] if spectral is not None else 1
         launch(kernel, theta, moment, second, g, as_float32(c), seed, column, row, period, threads=threads_for(param))
         increment_version([param, exp_avg, exp_avg_sq])
@@ -351,6 +356,11 @@ def moment_arrays(exp_avg: Moment, step: Number) -> tuple[Any, Any, int | None]:
     if exp_avg.dtype == torch.bfloat16:
         return exp_avg.detach().view(torch.uint16).numpy(), None, int(seed_of(float(step)))
     return exp_avg.detach().numpy(), None, None
+
+
+def scratch(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Make a tensor for a kernel to fill, whatever torch's default dtype and device are."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
 
 
 def as_float32(c: Coefficients) -> Coefficients:

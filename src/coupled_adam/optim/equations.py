@@ -11,8 +11,20 @@ Notation: θ parameter, g gradient, m and v first and second moment, η learning
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 Number = float | Tensor
+
+
+def readable(x: Tensor) -> bool:
+    """Return whether reading a number of ``x`` is free: it lies on the CPU, and is neither traced nor fake."""
+    return not is_compiling() and x.device.type == "cpu" and type(x) in (Tensor, Parameter)
+
+
+def has_numbers(x: Tensor) -> bool:
+    """Return whether there are numbers in ``x`` at all; neither in a fake tensor nor on the meta device."""
+    return x.device.type != "meta" and type(x) in (Tensor, Parameter)
 
 
 def first_moment(m: Any, g: Any, grad_factor: Any, rate: Any) -> Any:

@@ -11,7 +11,7 @@ from coupled_adam.optim import clipping, dispatch, reductions
 from coupled_adam.optim.center import column_sums, sums_of_gradient
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import Moment
-from coupled_adam.optim.equations import Coefficients, Number
+from coupled_adam.optim.equations import Coefficients, Number, readable
 from coupled_adam.optim.reductions import ProcessGroups, Reduction, local, run_one
 from coupled_adam.optim.state import local_moment
 from coupled_adam.optim.update import RankOne
@@ -27,8 +27,8 @@ class Work:
     grad: Tensor
     state: dict[str, Any]
     group: ParamGroup
-    number: int
-    """Of the group."""
+    index: tuple[int, int]
+    """Number of the group, and of the parameter in it."""
     shared_over: ProcessGroups
     """The process groups over which the reductions of this parameter communicate."""
     present: bool = True
@@ -40,7 +40,7 @@ class Work:
     def steps(self) -> Number:
         """The number of steps taken; a tensor where reading it would wait."""
         step: Tensor = self.state["step"]
-        if step.device.type == "cpu" and not torch.compiler.is_compiling():
+        if readable(step):
             return step.item()
         return step.to(torch.float64 if step.device.type in ("cpu", "cuda") else torch.float32)  # others may have none
 
@@ -59,6 +59,20 @@ class Work:
         linear = DIRECTION[self.group["direction"]].linear
         summed = "exp_avg" in self.state  # column sums of a moment in eight bits cost as much as centering by itself
         return bool(self.group["center"] and self.coupled and linear and summed and not self.spectral)
+
+    @property
+    def rests(self) -> Tensor | bool:
+        """Whether the parameter must stay where it is: at a learning rate of 0, or halted. A tensor where reading it
+        would wait."""
+        lr = self.group["lr"]
+        still: Tensor | bool
+        if isinstance(lr, Tensor) and not readable(lr):
+            still = (lr.reshape(()) == 0).to(local(self.param).device)
+        else:
+            still = bool(lr == 0)
+        if self.halt is None or still is True:
+            return still
+        return self.halt > 0 if still is False else (self.halt > 0) | still
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,7 +132,8 @@ class Known:
     work: list[Work]
     """Without the parameters of which no process has a gradient."""
     means: dict[Tensor, Tensor]
-    triples: dict[Tensor, RankOne]
+    triples: dict[Tensor, tuple[RankOne, Tensor]]
+    """Leading singular triples, and what their ``u`` becomes."""
     norm: Tensor | None
     """Of all gradients; None if nothing bounds it."""
 
@@ -131,7 +146,10 @@ class Known:
     def triple(self, item: Work) -> RankOne:
         """Return the leading singular triple of a parameter, and move its ``u`` on."""
         found = self.triples.get(item.param)
-        return _triple(item, *run_one(_power_iteration(item))) if found is None else found
+        triple, u = run_one(_power_iteration(item)) if found is None else found
+        before = local(item.state["u"])
+        before.copy_(u if item.halt is None else torch.where(item.halt > 0, before, u))
+        return triple
 
 
 def exchange(work: list[Work], held: Sequence[Tensor] | None, *, rescaled: bool) -> Known:
@@ -162,7 +180,7 @@ def exchange(work: list[Work], held: Sequence[Tensor] | None, *, rescaled: bool)
     return Known(
         work=[item for item in work if item.param not in absent],
         means=dict(zip(sums, means, strict=True)),
-        triples={item.param: _triple(item, *found) for item, found in moving},
+        triples={item.param: found for item, found in moving},
         norm=None if held is None else clipping.global_norm(here, squares),
     )
 
@@ -214,12 +232,6 @@ def _mean(item: Work, clip: Number) -> Reduction[Tensor]:
 
 def _power_iteration(item: Work) -> Reduction[tuple[RankOne, Tensor]]:
     return reductions.power_iteration(item.state["u"], item.param, item.steps)
-
-
-def _triple(item: Work, triple: RankOne, u: Tensor) -> RankOne:
-    before = local(item.state["u"])
-    before.copy_(u if item.halt is None else torch.where(item.halt > 0, before, u))
-    return triple
 
 
 def _flag(item: Work) -> Tensor:

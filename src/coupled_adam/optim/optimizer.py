@@ -3,30 +3,53 @@
 The equations are in equations.py; update.py shows them at work on plain tensors.
 """
 
-import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, ParamsT
 
-from coupled_adam.optim import clipping, dispatch, reductions, triton_launch, update
-from coupled_adam.optim.center import center_all_, keep_column_sums, move_centered_
-from coupled_adam.optim.checks import check_grad, check_group, check_state, check_still_matrices, parameter_name
-from coupled_adam.optim.equations import Number
-from coupled_adam.optim.exchange import Known, ParamGroup, Work, advance, clipped, exchange, halt_beside, shared_over
+from coupled_adam.optim import clipping, dispatch, reductions
+from coupled_adam.optim.center import center_all_
+from coupled_adam.optim.checks import (
+    Form,
+    check_flags,
+    check_grad,
+    check_group,
+    check_keys,
+    check_rate,
+    check_settings,
+    check_state,
+    check_still_matrices,
+    parameter_name,
+)
+from coupled_adam.optim.equations import Number, has_numbers, readable
+from coupled_adam.optim.exchange import Known, ParamGroup, Work, clipped, exchange, halt_beside, shared_over
+from coupled_adam.optim.moves import move
 from coupled_adam.optim.reductions import local
-from coupled_adam.optim.state import new_state, numbers_of_moment, prepare, restore
+from coupled_adam.optim.state import form_of_state, new_state, not_finite, numbers_of_moment, prepare, restore
+
+#: A parameter that a step may update: its group, its index there, itself, and the keys of its state that must change.
+Member = tuple[ParamGroup, int, Tensor, list[str]]
+
+
+#: Steps after which a coupled parameter should have had a gradient.
+PATIENCE = 10
 
 
 class AdamFamily(Optimizer):
     """Adam and its relatives, along the axes ``second_moment``, ``direction`` and ``decay`` of a param group."""
 
     grad_norm: Tensor | None = None
-    """Global norm of the gradients of the last step, before clipping; None unless ``max_grad_norm`` is set."""
+    """Global norm of the gradients of the last step, before clipping; None unless ``max_grad_norm`` or
+    ``error_if_nonfinite`` is set."""
+
+    error_if_nonfinite: bool = False
+    """Whether a step raises RuntimeError where that norm is not finite."""
 
     #: How many matrices with spectral decay each group had when it was added.
     _matrices: tuple[int, ...] = ()
@@ -34,14 +57,27 @@ class AdamFamily(Optimizer):
     #: ``torch.amp.GradScaler`` then hands over its scale and whether it has found an infinity, and reads neither.
     _step_supports_amp_scaling = True
 
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], *, error_if_nonfinite: bool, **flags_of_adamw: object
+    ) -> None:
+        if not isinstance(error_if_nonfinite, bool):
+            raise TypeError(f"Invalid error_if_nonfinite: {error_if_nonfinite!r}; it must be True or False")
+        check_flags(flags_of_adamw)
+        self.error_if_nonfinite = error_if_nonfinite
+        super().__init__(params, defaults)
+
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group. Its missing keys take the defaults of the constructor; it is checked like the others."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a param group is a dict, not {type(param_group).__name__}: {{'params': […], …}}")
+        param_group = dict(param_group)  # torch writes into it, and the caller may build another optimizer of it
         if self.param_groups:
             param_group.setdefault("max_grad_norm", self.param_groups[0]["max_grad_norm"])  # a checkpoint may set it
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_group(group, self.defaults, type(self).__name__)
+            check_keys(group, self.defaults)
+            check_group(group, type(self).__name__)
             if group["max_grad_norm"] != self.param_groups[0]["max_grad_norm"]:
                 raise ValueError("max_grad_norm bounds the norm over all groups; give it once, to the optimizer")
         except (ValueError, TypeError):
@@ -52,8 +88,8 @@ class AdamFamily(Optimizer):
         self._matrices = (*self._matrices[: len(self.param_groups) - 1], matrices)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy and a pickle keep."""
-        return {**super().__getstate__(), "_matrices": self._matrices}
+        """Return what a copy and a pickle keep: all but what torch and its schedulers put beside it."""
+        return {**_own_attributes(self), **super().__getstate__()}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -69,39 +105,58 @@ class AdamFamily(Optimizer):
             closure: recomputes the loss, which is returned.
 
         Raises:
-            RuntimeError: a parameter was resized or flattened after its state was made, or has a gradient that cannot
-                be used. Nothing has moved.
+            RuntimeError, ValueError, TypeError: a parameter, its gradient, its state or a hyperparameter cannot be
+                used: the parameter was resized, flattened or moved after its state was made, for one; or a norm that
+                ``error_if_nonfinite`` refuses. Nothing has moved.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_capture()
-        self._create_missing_state()
+        first = not torch.compiler.is_compiling() and not any(self.state.values())
+        self._prepare_state(self._check())
         unscale, halt = self._amp_scaling()
-        if halt is True:
+        if halt is True or (first and self._only_makes_state()):
             return loss
         bound: float | None = self.param_groups[0]["max_grad_norm"] if self.param_groups else None
-        rescaled = bound is not None or not dispatch.is_one(unscale)
-        known = exchange(self._collect(halt), held=None if bound is None else self._held(), rescaled=rescaled)
+        normed = bound is not None or self.error_if_nonfinite
+        rescaled = normed or not dispatch.is_one(unscale)
+        known = exchange(self._collect(halt), held=self._held() if normed else None, rescaled=rescaled)
         factor = self._clip(known, bound, unscale)
+        if self.error_if_nonfinite and not (isinstance(halt, Tensor) and halt > 0):
+            self._check_norm(known.work)
         if rescaled:
             known = clipped(known, factor)
-        _move(known, factor)
-        center_all_([(x.param, x.halt) for x in known.work if x.group["center"] and not x.foreseen])
+        move(known, factor)
+        center_all_([(x.param, x.rests) for x in known.work if x.group["center"] and not x.foreseen])
         self._publish(known.work)
         return loss
 
     def _clip(self, known: Known, bound: float | None, unscale: Number) -> Number:
         """Return what multiplies the gradients, GradScaler's part of it in ``unscale``; note their norm."""
-        if bound is None or known.norm is None:
+        if known.norm is None:
             return unscale
-        if dispatch.is_one(unscale):
-            self.grad_norm = known.norm
-            return clipping.coefficient(known.norm, bound)
+        one = dispatch.is_one(unscale)
         unscale = dispatch.beside(unscale, known.norm)
-        self.grad_norm = known.norm * unscale
-        return clipping.coefficient(self.grad_norm, bound) * unscale
+        self.grad_norm = known.norm if one else known.norm * unscale
+        clip = 1.0 if bound is None else clipping.coefficient(self.grad_norm, bound)
+        return clip if one else clip * unscale
+
+    def _check_norm(self, work: Sequence[Work]) -> None:
+        """Raise RuntimeError if the norm of the gradients is not finite, which every process knows alike."""
+        if self.grad_norm is None or math.isfinite(norm := float(self.grad_norm)):
+            return
+        bad = [item for item in work if not local(item.grad).isfinite().all()]
+        names = [parameter_name(self.param_groups[item.index[0]], item.index[1]) for item in bad]
+        if names:
+            cause = f"infinite or NaN in {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
+        else:
+            cause = "all are finite in this process; they are not in another, or their squares overflow"
+        raise RuntimeError(
+            f"the norm of the gradients is {norm} ({cause}). Nothing has moved: leave this batch out, or set "
+            "optimizer.error_if_nonfinite = False to step all the same"
+        )
 
     def _amp_scaling(self) -> tuple[Number, Tensor | bool]:
         """Return what to multiply gradients by, and whether GradScaler has found an infinity among them.
@@ -140,32 +195,100 @@ class AdamFamily(Optimizer):
                 state = self.state[param]
                 shared, here = shared_over(param, state, group), halt_beside(param, halt)
                 if grad is not None:
-                    check_grad(group, i)
                     grad = grad.coalesce().to_dense() if grad.is_sparse else reductions.placed_like(param, grad)
-                    work.append(Work(param, grad, state, group, number, shared, halt=here))
+                    work.append(Work(param, grad, state, group, (number, i), shared, halt=here))
                 elif shared:
                     zero = torch.zeros_like(param)
-                    work.append(Work(param, zero, state, group, number, shared, present=False, halt=here))
+                    work.append(Work(param, zero, state, group, (number, i), shared, present=False, halt=here))
         return work
 
-    def _create_missing_state(self) -> None:
-        """Create state for every parameter, with a gradient or not: a distributed checkpoint must be complete."""
+    def _members(self) -> Iterator[tuple[ParamGroup, int, Tensor]]:
+        """Go through the parameters that a step may update; others are frozen, and get their state when they thaw."""
+        for group in self.param_groups:
+            for i, param in enumerate(group["params"]):
+                if param.requires_grad or param.grad is not None:
+                    yield group, i, param
+
+    def _check(self) -> list[Member]:
+        """Raise for whatever would fail halfway through the step.
+
+        Returns:
+            The members, and which tensors of their state must follow a converted parameter.
+        """
         for number, group in enumerate(self.param_groups):
             check_still_matrices(group, self._matrices[number])
-            for i, param in enumerate(group["params"]):
-                if not (param.requires_grad or param.grad is not None):
-                    continue  # frozen; its state is made when it thaws
-                check_state(group, i, self.state[param])
-                if not self.state[param]:
-                    self.state[param] = self._new_state(param, group)
-                if "u" in self.state[param]:
-                    self._warn_of_strong_decay(param, group, i)
+            self._check_numbers(number, group)
+        members = []
+        for group, i, param in self._members():
+            state = self.state.get(param) or {}
+            changes = check_state(group, i, state, self._form_of_state(param, group, state) if state else {})
+            check_grad(group, i)
+            members.append((group, i, param, changes))
+        return members
+
+    def _check_numbers(self, number: int, group: ParamGroup) -> None:
+        """Check the hyperparameters that have changed since they were checked last: schedulers change the learning
+        rate, and anybody may change anything."""
+        if torch.compiler.is_compiling():
+            return
+        check_rate(group["lr"])
+        values = [value for key, value in group.items() if key not in ("params", "param_names", "lr")]
+        known = self.__dict__.setdefault("_checked", {})
+        before = known.get(number, ())
+        if len(before) != len(values) or any(a is not b for a, b in zip(before, values, strict=True)):
+            check_settings(group)
+            known[number] = values
+
+    def _prepare_state(self, members: Iterable[Member]) -> None:
+        """Create state for every parameter, with a gradient or not: a distributed checkpoint must be complete."""
+        fresh = {param: self._new_state(param, group) for group, _, param, _ in members if not self.state.get(param)}
+        self.state.update(fresh)
+        for group, i, param, changes in members:
+            state = self.state[param]
+            if changes:
+                form = self._form_of_state(param, group, state)
+                state.update({key: state[key].to(form[key][1], form[key][0]) for key in changes})
+            if "u" in state:
+                self._warn_of_strong_decay(param, group, i)
+            if param.grad is None and group["second_moment"] == "vocabulary" and readable(state["step"]):
+                self._warn_of_no_gradient(group, i, bool(state["step"] == 0))
+
+    def _form_of_state(self, param: Tensor, group: ParamGroup, state: dict[str, Any]) -> Form:
+        return form_of_state(param, group, state)
+
+    def _only_makes_state(self) -> bool:
+        """Return whether this is the step by which ``torch.distributed.checkpoint`` has state made before it reads or
+        loads it: the very first, with learning rates and gradients of 0. It must not count, nor anything move.
+
+        All processes that share something must agree, at the price of one number that they exchange in a first step at
+        a learning rate of 0.
+        """
+        rates = [group["lr"] for group in self.param_groups]
+        if any(isinstance(lr, Tensor) and not readable(lr) for lr in rates):
+            return False
+        params = [param for _, _, param in self._members()]
+        if any(lr != 0 for lr in rates) or not all(has_numbers(local(param)) for param in params):
+            return False
+        moving = any(bool(_numbers_in(param.grad).any()) for param in params if param.grad is not None)
+        if over := self._sharing(params):
+            flag = local(params[0]).new_full((1,), float(moving), dtype=torch.float32)
+            moving = reductions.run_one(reductions.complete(flag, over)).item() > 0
+        return not moving
+
+    def _sharing(self, params: Sequence[Tensor]) -> reductions.ProcessGroups:
+        """List the process groups that share some of the parameters."""
+        return tuple(dict.fromkeys(group for param in params for group in reductions.holders(param)))
 
     def _check_capture(self) -> None:
         """Raise RuntimeError if a graph is being captured that would count no steps."""
+        if self.error_if_nonfinite and (torch.compiler.is_compiling() or _capturing()):
+            raise RuntimeError(
+                "error_if_nonfinite=True reads the norm of the gradients in every step, which neither torch.compile "
+                "nor a CUDA graph can do; set optimizer.error_if_nonfinite = False"
+            )
         if torch.compiler.is_compiling() or all(group["capturable"] for group in self.param_groups):
             return
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if _capturing():
             raise RuntimeError("a CUDA graph can capture this step if the optimizer is built with capturable=True")
 
     def _new_state(self, param: Tensor, group: ParamGroup) -> dict[str, Any]:
@@ -190,6 +313,18 @@ class AdamFamily(Optimizer):
                 stacklevel=6,
             )
 
+    def _warn_of_no_gradient(self, group: ParamGroup, i: int, never: bool) -> None:
+        """Warn once of a coupled parameter that the loss does not seem to see at all."""
+        without, name = self.__dict__.setdefault("_without_gradient", {}), parameter_name(group, i)
+        without[name] = without.get(name, 0) + 1 if never else 0
+        if without[name] == PATIENCE:
+            warnings.warn(
+                f"coupled {name} has had no gradient in the first {PATIENCE} steps. If the model was resized or tied "
+                "after the optimizer was built, this is no longer its embedding: build the optimizer afterwards",
+                UserWarning,
+                stacklevel=5,
+            )
+
     def first_moment(self, param: Tensor) -> Tensor:
         """Return the first moment of a parameter as floating-point numbers, in whatever form the state keeps it.
 
@@ -200,16 +335,25 @@ class AdamFamily(Optimizer):
             raise ValueError(f"the parameter of shape {tuple(param.shape)} has no moments yet: call step() first")
         return numbers_of_moment(self.state[param])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, resize_vocabulary: bool = False) -> None:
         """Load a checkpoint of this class, of ``torch.optim.AdamW``, or of the authors' reference implementation.
 
         A full (V, H) second moment of a parameter that is coupled here is folded to its mean over the vocabulary, so a
-        running AdamW job can switch to Coupled Adam. Moments keep their precision whatever the parameters' dtype. The
-        checkpoint's hyperparameters replace this optimizer's, but which groups are coupled does not change.
+        running AdamW job can switch to Coupled Adam; the row of one that is not coupled here is unfolded. Moments keep
+        their precision whatever the parameters' dtype. The checkpoint's hyperparameters replace this optimizer's, but
+        which groups are coupled does not change.
 
         Parameters are matched by name where both sides have names (``param_groups`` gives them), else by position,
         which needs groups of the same sizes, in the same order. Where the checkpoint has other groups (an AdamW of one
         group, say), the hyperparameters stay this optimizer's.
+
+        A warning names parameters whose moments are infinite or NaN.
+
+        Args:
+            state_dict: what ``state_dict()`` returned; it is not modified.
+            resize_vocabulary: take a checkpoint of the model with fewer or more tokens. Its parameters may have another
+                number of rows, all the same one. Rows beyond are dropped. New ones get a first moment of 0; a shared
+                second moment stays, and in one that is not shared they get the mean of the others.
 
         Raises:
             ValueError: the groups or the shapes of the state do not fit; the message names the parameter.
@@ -217,7 +361,7 @@ class AdamFamily(Optimizer):
         prepared: dict[str, Any] = {}
 
         def fit(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            prepared.update(prepare(state_dict, self.param_groups))
+            prepared.update(prepare(state_dict, self.param_groups, resize=resize_vocabulary))
             return prepared
 
         # As the last of the hooks: it must see what those of other libraries make of the checkpoint.
@@ -227,77 +371,40 @@ class AdamFamily(Optimizer):
         finally:
             handle.remove()
         restore(self, prepared, self._new_state)
+        self._warn_of_infinities()
+
+    def _warn_of_infinities(self) -> None:
+        members = [
+            (parameter_name(g, i), self.state.get(p)) for g in self.param_groups for i, p in enumerate(g["params"])
+        ]
+        found = [f"{key} of {name}" for name, state in members if state for key in not_finite(state)]
+        if found:
+            warnings.warn(
+                f"the checkpoint has infinite numbers, NaN, or negative second moments ({', '.join(found[:3])}"
+                f"{', …' if len(found) > 3 else ''}): what they belong to will not move again, or become NaN. Load an "
+                "earlier checkpoint",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
-def _move(known: Known, clip: Number) -> None:
-    """Move all parameters: group by group those that torch's AdamW takes, in one call, and then the others."""
-    for _, items in itertools.groupby(known.work, key=lambda item: item.number):
-        _move_group(list(items), known, clip)
+def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the attributes that a class of this package, or a class made of one, has given its instance.
+
+    Left out are the hooks and the like of every Optimizer of torch, a ``step`` that a scheduler has put in place of the
+    method, and what can be computed anew.
+    """
+    torchs = {*vars(Optimizer([torch.zeros(1, device="cpu")], {})), "_opt_called", "grad_scale", "found_inf"}
+    own = {name: x for name, x in vars(optimizer).items() if name not in torchs}
+    of_class = {name: getattr(type(optimizer), name, None) for name in own}
+    return {k: x for k, x in own.items() if not (callable(of_class[k]) or isinstance(of_class[k], cached_property))}
 
 
-def _move_group(items: Sequence[Work], known: Known, clip: Number) -> None:
-    group, halt = items[0].group, items[0].halt
-    torchs: list[Work] = []
-    together: dict[Any, list[Work]] = {}
-    alone: list[Work] = []
-    for item in items:
-        if item.coupled or item.spectral:
-            alone.append(item)
-        elif dispatch.takes_torchs_adamw(*item.tensors, group, clip, item.halt):
-            torchs.append(item)
-        elif dispatch.moves_together(*item.tensors, group["direction"]):
-            together.setdefault(_likeness(item), []).append(item)
-        else:
-            alone.append(item)
-    if torchs:
-        steps = [item.state["step"] for item in torchs]
-        params, grads, exp_avgs, exp_avg_sqs = _columns(torchs)
-        dispatch.adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, group, clip, halt)
-    for alike in together.values():
-        _move_together(alike, clip)
-    for item in alone:
-        _move_one(item, known, clip)
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _columns(items: Sequence[Work]) -> list[list[Tensor]]:
-    """List parameters, gradients, first and second moments of this process."""
-    return [list(column) for column in zip(*(item.tensors for item in items), strict=True)]
-
-
-def _likeness(item: Work) -> tuple[Any, ...]:
-    """Return what parameters of a group must have in common to be moved by one launch, and should to be moved fast."""
-    step: Tensor = item.state["step"]
-    even = item.tensors[0].numel() % triton_launch.EVEN == 0
-    return (*((x.dtype, x.device) for x in item.tensors), step.item() if step.device.type == "cpu" else None, even)
-
-
-def _move_together(items: Sequence[Work], clip: Number) -> None:
-    step = items[0].steps + 1
-    if isinstance(step, Tensor):
-        step = torch.stack([item.state["step"] for item in items]).to(step.dtype) + 1
-    params, grads, exp_avgs, exp_avg_sqs = _columns(items)
-    c, direction = items[0].coefficients(step, clip), items[0].group["direction"]
-    triton_launch.move_many_(params, exp_avgs, exp_avg_sqs, grads, c, direction, step, items[0].halt)
-    advance(items)
-
-
-def _move_one(item: Work, known: Known, clip: Number) -> None:
-    mean = known.mean(item, clip) if item.coupled else None
-    spectral = known.triple(item) if item.spectral else None
-    step, direction = item.steps + 1, item.group["direction"]
-    c = item.coefficients(step, clip)
-    if mean is None:
-        param, grad, exp_avg, exp_avg_sq = item.tensors
-        dispatch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, direction, step, spectral, item.halt)
-    else:
-        param, grad = local(item.param), local(item.grad)
-        root = dispatch.root_of_rows_(local(item.state["exp_avg_sq"]), mean[:1], c, item.halt)
-        if not item.foreseen:
-            dispatch.move_rows_(param, item.moment, grad, root, c, direction, step, spectral, item.halt)
-        else:
-            exp_avg = local(item.state["exp_avg"])
-            after = update.mean_moved(mean[1:], root, c, direction)
-            after = after if item.halt is None else torch.where(item.halt > 0, 0, after)
-            sums = move_centered_(param, exp_avg, grad, root, c, direction, step, after, item.halt)
-            keep_column_sums(item.param, item.state["exp_avg"], sums)
-    advance([item])
+def _numbers_in(grad: Tensor) -> Tensor:
+    """Return the numbers of a gradient that this process holds, in any order."""
+    part = local(grad)
+    return part.coalesce().values() if part.is_sparse else part

@@ -75,6 +75,13 @@ def local(x: Tensor) -> Tensor:
     return x
 
 
+def whole(x: Tensor) -> Tensor:
+    """Return all of ``x`` in every process: communicates if it is a DTensor."""
+    if isinstance(x, SHARDED):
+        return x.full_tensor()  # type: ignore[no-any-return, attr-defined]
+    return x
+
+
 def holders(x: Tensor, dim: int | None = None) -> ProcessGroups:
     """Return the process groups that share ``x`` along ``dim``, or any dimension if None; empty for a whole tensor."""
     if not torch.distributed.is_available():

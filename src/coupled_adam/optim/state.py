@@ -1,14 +1,17 @@
 """Checkpoints of the optimizers: what fits, folding of AdamW's second moment, and moments that keep their precision."""
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from coupled_adam.optim.checks import EIGHT_BIT, check_group, parameter_name
+from coupled_adam.optim.checks import EIGHT_BIT, Form, check_group, parameter_name
 from coupled_adam.optim.eight_bit import EightBit, Moment, blocks_of, quantized
+from coupled_adam.optim.equations import has_numbers
 from coupled_adam.optim.reductions import (
     holders,
     local,
@@ -18,6 +21,7 @@ from coupled_adam.optim.reductions import (
     run_one,
     vocabulary_group,
     vocabulary_mean,
+    whole,
 )
 from coupled_adam.optim.update import numbers_of
 
@@ -48,6 +52,19 @@ def is_plain_adamw(param: Tensor, group: dict[str, Any]) -> bool:
     )
 
 
+def form_of_state(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Form:
+    """Return dtype and device of what must be in a state, by its key. That of the step count may also be the CPU."""
+    dtype, device = state_dtype(param), param.device
+    form: Form = {"step": (torch.float32, step_device(param, group)), "exp_avg_sq": (dtype, device)}
+    if EIGHT_BIT[0] in state:
+        form |= {EIGHT_BIT[0]: (torch.int8, device), EIGHT_BIT[1]: (torch.float32, device)}
+    else:
+        form["exp_avg"] = (torch.bfloat16 if group["state_dtype"] == torch.bfloat16 else dtype, device)
+    if "u" in state:
+        form["u"] = (dtype, device)
+    return form
+
+
 def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     """Make the state before the first step."""
     dtype = state_dtype(param)
@@ -55,7 +72,8 @@ def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     coupled = group["second_moment"] == "vocabulary"
     row = reduced_like(param, part.new_zeros((1, *part.shape[1:]), dtype=dtype), 0) if coupled else None
     state = {
-        "step": torch.zeros((), dtype=torch.float32, device=step_device(param, group)),
+        # Not of zeros(): a fake tensor made like this remembers its number, which torch's AdamW reads.
+        "step": torch.tensor(0.0, dtype=torch.float32, device=step_device(param, group)),
         **_new_moment(param, group),
         "exp_avg_sq": torch.zeros_like(param, dtype=dtype) if row is None else row,
     }
@@ -110,7 +128,8 @@ def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
 
     There torch's fused kernels want it, and a captured graph. Scaled gradients take it there too (``Work.advance``).
     """
-    return param.device if group["capturable"] or is_plain_adamw(param, group) else torch.device("cpu")
+    beside = group["capturable"] or is_plain_adamw(param, group)
+    return param.device if beside and param.device.type != "meta" else torch.device("cpu")
 
 
 def takes_spectral_decay(param: Tensor) -> bool:
@@ -119,8 +138,11 @@ def takes_spectral_decay(param: Tensor) -> bool:
     return wanted and param.ndim >= 2 and min(param.shape[-2:]) > 1
 
 
-def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]], *, resize: bool = False) -> dict[str, Any]:
     """Copy ``state_dict`` so that it fits ``groups``: checked, second moments folded, hyperparameters filled in.
+
+    Args:
+        resize: whether the vocabulary may have another size than in the checkpoint.
 
     Raises:
         ValueError: the number of groups or parameters differs, a moment has another shape than its parameter needs, or
@@ -128,20 +150,26 @@ def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[st
     """
     saved_groups = _matched(state_dict["param_groups"], groups)
     state, fitted_groups = dict(state_dict["state"]), []
+    sizes: dict[tuple[int, int], str] = {}
     for group, saved in zip(groups, saved_groups, strict=True):
         if saved.get("amsgrad"):
             raise ValueError("The checkpoint was made with amsgrad=True, which has no counterpart here")
         if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay", 0) != 0:
             raise ValueError(
-                "The checkpoint is one of torch.optim.Adam with L2 regularization; here decay is decoupled"
+                "The checkpoint is one of an Adam with L2 regularization (decoupled_weight_decay=False), as torch's "
+                "Adam, NAdam and RAdam write them; here decay is decoupled"
             )
         for i, key in enumerate(saved["params"]):
             if state.get(key):
-                state[key] = _fit(state[key], group, i)
+                kept = _resized(state[key], group, i, sizes) if resize else state[key]
+                state[key] = _fit(kept, group, i)
         fitted = {k: v for k, v in saved.items() if k not in ADAMW_FLAGS}
         # As everywhere in torch the checkpoint's hyperparameters win. The algorithm is the optimizer's own.
         fitted_groups.append({**group, **fitted, **{key: group[key] for key in OWN if key in group}})
-        check_group({**fitted_groups[-1], "params": group["params"]}, group, "this optimizer")
+        check_group({**fitted_groups[-1], "params": group["params"]}, "this optimizer")
+    if len(sizes) > 1:
+        changes = ", ".join(f"from {old} to {new} rows ({name})" for (old, new), name in sizes.items())
+        raise ValueError(f"resize_vocabulary=True resizes one vocabulary, but parameters went {changes}")
     return {**state_dict, "state": state, "param_groups": fitted_groups}
 
 
@@ -150,7 +178,7 @@ def _matched(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -
 
     Where the groups differ, the hyperparameters are those of ``groups``.
     """
-    names, saved_names = _names(groups), _names(saved_groups)
+    names, saved_names = names_in(groups), names_in(saved_groups)
     sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
     if sizes == saved_sizes and (names == saved_names or not names or not saved_names):
         return saved_groups
@@ -163,7 +191,7 @@ def _matched(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -
     return [{**group, "params": [next(keys) for _ in group["params"]]} for group in groups]
 
 
-def _names(groups: list[dict[str, Any]]) -> list[str]:
+def names_in(groups: list[dict[str, Any]]) -> list[str]:
     """List the names of the parameters of all groups; empty where they have none."""
     return [bare(name) for group in groups for name in group.get("param_names", ())]
 
@@ -206,8 +234,7 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
         fitted["u"] = saved["u"] if "u" in saved else _first_u(param)
         if fitted["u"].shape != param.shape[:-1]:
             raise ValueError(_misfit(name, "u", fitted["u"], tuple(param.shape[:-1])))
-    # A copy: torch's loading leaves the step count to be shared with whoever saved it.
-    fitted["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).clone()
+    fitted["step"] = _count(saved["step"], name)
     shapes = [tuple(param.shape), (len(param), blocks_of(param.shape[-1]))] if len(first) > 1 else [tuple(param.shape)]
     for key, shape in zip(first, shapes, strict=True):
         if tuple(saved[key].shape) != shape:
@@ -219,6 +246,8 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
             square = fitted["exp_avg_sq"] = _folded(square, param)
     else:
         expected = tuple(param.shape)
+        if param.ndim == 2 and tuple(square.shape) == (1, param.shape[1]):  # was coupled; so every row has the same
+            square = fitted["exp_avg_sq"] = whole(square).expand(param.shape)
     if tuple(square.shape) != expected:
         raise ValueError(_misfit(name, "exp_avg_sq", square, expected))
     return fitted
@@ -232,12 +261,64 @@ def _folded(square: Tensor, param: Tensor) -> Tensor:
     return reduced_like(square, run_one(vocabulary_mean(part, square)), 0)
 
 
+def _count(step: Any, name: str) -> Tensor:
+    """Return a saved step count, as tensor or number, as a copy: torch's loading would share it with its owner."""
+    if isinstance(step, Tensor) and step.numel() == 1:
+        return step.detach().to(torch.float32).reshape(()).clone()
+    if isinstance(step, Real) and math.isfinite(step):
+        return torch.tensor(float(step), dtype=torch.float32, device="cpu")
+    raise ValueError(f"The checkpoint's step of {name} is {step!r}; it must be a number, or a tensor of one element")
+
+
+def _resized(saved: dict[str, Any], group: dict[str, Any], i: int, sizes: dict[tuple[int, int], str]) -> dict[str, Any]:
+    """Return a saved state with as many rows as the group's i-th parameter has now; note the numbers in ``sizes``.
+
+    New rows have a first moment of 0, and the mean of the others for a second one that they do not share.
+    """
+    param, name = group["params"][i], parameter_name(group, i)
+    first = saved.get(EIGHT_BIT[0], saved.get("exp_avg"))
+    if first is None or param.ndim == 0 or len(first) == len(param) or first.shape[1:] != param.shape[1:]:
+        return saved
+    if vocabulary_group(param) is not None:
+        raise ValueError(f"{name} is a vocabulary shard (vocabulary_group), which resize_vocabulary=True cannot resize")
+    sizes.setdefault((len(first), len(param)), name)
+    moments = {key: whole(saved[key]) for key in (*EIGHT_BIT, "exp_avg", "exp_avg_sq", "master") if key in saved}
+    square = moments.pop("exp_avg_sq", None)
+    if square is not None and square.shape == first.shape:
+        square = _with_rows(square, square.mean(0, keepdim=True), len(param))
+    if "master" in moments:
+        moments["master"] = torch.cat([moments["master"].to(param.device), param.detach()[len(first) :]])[: len(param)]
+    moments = {key: _with_rows(x, torch.zeros_like(x[:1]), len(param)) for key, x in moments.items()}
+    # The singular vector is that of another matrix, and grows anew.
+    return {"step": saved.get("step"), **moments, **({} if square is None else {"exp_avg_sq": square})}
+
+
+def _with_rows(x: Tensor, new: Tensor, rows: int) -> Tensor:
+    """Cut off rows, or append them."""
+    return torch.cat([x[:rows], new.expand(max(rows - len(x), 0), *x.shape[1:])])
+
+
 def _misfit(name: str, key: str, found: Tensor, expected: tuple[int, ...]) -> str:
     shape = tuple(found.shape)
-    return (
-        f"The checkpoint's {key} of {name} has shape {shape}, not {expected}; it belongs to another model or to other "
-        "param groups"
-    )
+    text = f"The checkpoint's {key} of {name} has shape {shape}, not {expected}; "
+    if len(shape) == len(expected) > 0 and shape[1:] == expected[1:]:
+        return text + (
+            "if tokens were added or removed, load_state_dict(state_dict, resize_vocabulary=True) loads it, else it "
+            "belongs to another model or to other param groups"
+        )
+    return text + "it belongs to another model or to other param groups"
+
+
+def not_finite(state: dict[str, Any]) -> list[str]:
+    """Name the moments of a state that no step can use: infinite, NaN, or a negative second one."""
+    found = []
+    for key in ("exp_avg", EIGHT_BIT[1], "exp_avg_sq"):
+        x = local(state[key]) if key in state else None
+        if x is None or not has_numbers(x):
+            continue
+        fine = ((x >= 0) & (x < math.inf)).all() if key == "exp_avg_sq" else x.isfinite().all()
+        found += [] if fine else [key]
+    return found
 
 
 def restore(

@@ -1,5 +1,6 @@
 """Adams for plain replicated parameters, its state spread over the processes (ZeRO)."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -10,10 +11,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from coupled_adam.optim.adams import Adams
-from coupled_adam.optim.checks import StateDtype, check_grad, parameter_name
+from coupled_adam.optim.checks import Form, StateDtype, parameter_name
 from coupled_adam.optim.equations import Number
 from coupled_adam.optim.exchange import ParamGroup, Work, shared_over
-from coupled_adam.optim.reductions import placed_like
+from coupled_adam.optim.optimizer import Member
+from coupled_adam.optim.reductions import ProcessGroups, local, placed_like
 from coupled_adam.optim.state import new_state
 
 if dist.is_available():
@@ -52,6 +54,9 @@ class Adams_ZeRO(Adams):
     Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054, stage 1 and 2; the interface is that of ``adams-torch``.
     """
 
+    #: Whether the master weights were made before the first step, and are to follow the parameters until then.
+    _follows = False
+
     def __init__(
         self,
         params: ParamsT,
@@ -65,6 +70,7 @@ class Adams_ZeRO(Adams):
         coupling_scale: float = 1.0,
         coupling_factor: float = 0.0,
         max_grad_norm: float | None = None,
+        error_if_nonfinite: bool = False,
         maximize: bool = False,
         state_dtype: StateDtype = None,
     ) -> None:
@@ -81,9 +87,27 @@ class Adams_ZeRO(Adams):
             coupling_scale=coupling_scale,
             coupling_factor=coupling_factor,
             max_grad_norm=max_grad_norm,
+            error_if_nonfinite=error_if_nonfinite,
             maximize=maximize,
             state_dtype=state_dtype,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "Adams_ZeRO with a process_group cannot be pickled: a process group belongs to its process. Save "
+                "state_dict() with torch.distributed.checkpoint, or leave process_group None, which is all processes"
+            )
+        return super().__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Adams_ZeRO":
+        """Copy all but the process group and the mesh of it, which both copies use."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        shared = {"process_group": self.process_group}
+        memo.update({id(x): x for x in (self.process_group, self._mesh) if x is not None})
+        copied.__setstate__({**copy.deepcopy({**super().__getstate__(), "process_group": None}, memo), **shared})
+        return copied
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group; its parameters become those of the first process everywhere."""
@@ -151,6 +175,25 @@ class Adams_ZeRO(Adams):
         master = self._master(param)
         return {**new_state(master, group), "master": master}
 
+    def _only_makes_state(self) -> bool:
+        self._follows = super()._only_makes_state()
+        return self._follows
+
+    def _prepare_state(self, members: Iterable[Member]) -> None:
+        super()._prepare_state(members)
+        if not self._follows:
+            return
+        self._follows = False
+        for param, state in self.state.items():
+            here, master = local(self._master(param)), local(state["master"])
+            unchanged = master.to(param.dtype).to(master.dtype) == here
+            master.copy_(torch.where(unchanged, master, here))
+
+    def _form_of_state(self, param: Tensor, group: ParamGroup, state: dict[str, Any]) -> Form:
+        master = state.get("master")
+        form = super()._form_of_state(master if isinstance(master, Tensor) else param, group, state)
+        return {"master": (self.master_dtype, param.device), **form}
+
     def _amp_scaling(self) -> tuple[Number, Tensor | bool]:
         if getattr(self, "found_inf", None) is not None:  # GradScaler sets it, whether or not it has unscaled before
             raise RuntimeError(
@@ -163,25 +206,26 @@ class Adams_ZeRO(Adams):
         candidates = []
         for number, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    check_grad(group, i)
                 if param.requires_grad or param.grad is not None:
-                    candidates.append((param, group, number))
+                    candidates.append((param, group, number, i))
         anywhere = self._anywhere([param for param, *_ in candidates])
         work = []
-        for (param, group, number), present in zip(candidates, anywhere, strict=True):
+        for (param, group, number, i), present in zip(candidates, anywhere, strict=True):
             if present:
                 state = self.state[param]
                 shared = shared_over(state["master"], state, group)
-                work.append(Work(state["master"], self._mean_gradient(param), state, group, number, shared))
+                work.append(Work(state["master"], self._mean_gradient(param), state, group, (number, i), shared))
         return work
+
+    def _sharing(self, params: Sequence[Tensor]) -> ProcessGroups:
+        return (self.process_group or dist.group.WORLD,) if self._processes > 1 else ()
 
     def _anywhere(self, params: Sequence[Tensor]) -> list[bool]:
         """Return, for every parameter, whether any rank has a gradient."""
         here = [param.grad is not None for param in params]
         if self._mesh is None or not params:
             return here
-        counts = torch.tensor(here, dtype=torch.float32).to(params[0].device)
+        counts = torch.tensor(here, dtype=torch.float32, device="cpu").to(params[0].device)
         dist.all_reduce(counts, group=self.process_group)
         # Reading the counts waits for them on an accelerator, which a process with all gradients need not do.
         return here if all(here) else [count > 0 for count in counts.tolist()]
@@ -196,18 +240,18 @@ class Adams_ZeRO(Adams):
         return total.redistribute(placements=self._placements(param)) / self._processes
 
     def _publish(self, work: Sequence[Work]) -> None:
-        masters = {id(item.param) for item in work}
+        masters = {id(item.param) for item in work if item.rests is not True}
         for group in self.param_groups:
             for param in group["params"]:
                 if param in self.state and id(self.state[param]["master"]) in masters:
                     self._copy_master(param, self.state[param]["master"])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, resize_vocabulary: bool = False) -> None:
         """Load a checkpoint, as ``Adams.load_state_dict``; parameters then are what its master weights are.
 
         Whole tensors are spread over the processes. One that has no master weights takes the parameters' values.
         """
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict, resize_vocabulary=resize_vocabulary)
         for group in self.param_groups:
             for param in group["params"]:
                 if state := self.state.get(param):

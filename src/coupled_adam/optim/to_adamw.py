@@ -1,0 +1,116 @@
+"""The way back: the state of an optimizer of this package in the form of ``torch.optim.AdamW``."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from coupled_adam.optim.checks import parameter_name
+from coupled_adam.optim.optimizer import AdamFamily
+from coupled_adam.optim.reductions import placed_like, whole
+from coupled_adam.optim.state import names_in, numbers_of_moment, state_dtype
+
+#: What schedulers of torch put into a group of any optimizer.
+OF_SCHEDULERS = ("initial_lr", "swa_lr")
+
+
+def adamw_state_dict(optimizer: AdamFamily, adamw: Optimizer | None = None) -> dict[str, Any]:
+    """Return the state of a Coupled Adam as ``torch.optim.AdamW.load_state_dict`` takes it.
+
+    A second moment that rows share is given to each of them; first moments in 8 bits or bfloat16 become float32. What
+    AdamW does not know is left out: coupling with its scale and factor, centering, clipping by the optimizer.
+
+    Args:
+        optimizer: ``coupled_adam.CoupledAdam``, or another whose groups all take the direction "ratio" and decoupled
+            decay.
+        adamw: the optimizer that is to load it, if its groups are others; parameters are then matched by name, which
+            both must have, or by identity, and hyperparameters are those of ``adamw``. None: the groups are those of
+            ``optimizer``.
+
+    Returns:
+        A state dict of tensors that nobody else holds, or DTensors of the parameters' placements.
+
+    Raises:
+        ValueError: a parameter takes a step of Adams, which AdamW cannot continue; or the parameters of the two
+            optimizers cannot be matched.
+
+    Examples:
+        >>> from torch import nn
+        >>> from coupled_adam import CoupledAdam, adamw_state_dict, param_groups
+        >>> model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 100, bias=False))
+        >>> optimizer = CoupledAdam(param_groups(model, coupled=[model[1]]))
+        >>> model(torch.tensor([1, 2])).sum().backward()
+        >>> optimizer.step()
+        >>> adamw = torch.optim.AdamW(model.parameters())
+        >>> adamw.load_state_dict(adamw_state_dict(optimizer, adamw))
+        >>> adamw.state[model[1].weight]["exp_avg_sq"].shape
+        torch.Size([100, 8])
+    """
+    for group in optimizer.param_groups:
+        for i, param in enumerate(group["params"]):
+            _check(optimizer, group, i, optimizer.state.get(param, {}))
+    if adamw is None:
+        groups = _groups(optimizer)
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+    else:
+        groups, params = adamw.state_dict()["param_groups"], _counterparts(optimizer, adamw)
+    keys = (key for group in groups for key in group["params"])
+    states = ((key, param, optimizer.state.get(param)) for key, param in zip(keys, params, strict=True))
+    return {"state": {key: _state(param, state) for key, param, state in states if state}, "param_groups": groups}
+
+
+def _check(optimizer: AdamFamily, group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
+    """Raise ValueError for a parameter whose step is not that of AdamW but for the coupling."""
+    if group["direction"] != "ratio" or (group["decay"] == "spectral" and "u" in state):
+        raise ValueError(
+            f"{parameter_name(group, i)} is trained by {type(optimizer).__name__} with "
+            f"direction={group['direction']!r} and decay={group['decay']!r}, a step that AdamW cannot continue; start "
+            "torch.optim.AdamW anew"
+        )
+
+
+def _groups(optimizer: AdamFamily) -> list[dict[str, Any]]:
+    """Return the groups as AdamW packs them, with the keys that the installed torch gives them."""
+    defaults = torch.optim.AdamW([torch.zeros(1, device="cpu")]).param_groups[0]
+    shared = ("lr", "betas", "eps", "weight_decay", "maximize")
+    groups, first = [], 0
+    for group in optimizer.param_groups:
+        kept = {key: group[key] for key in (*shared, "param_names", *OF_SCHEDULERS) if key in group}
+        groups.append({**defaults, **kept, "params": list(range(first, first + len(group["params"])))})
+        first += len(group["params"])
+    return copy.deepcopy(groups)
+
+
+def _counterparts(optimizer: AdamFamily, adamw: Optimizer) -> list[Tensor]:
+    """List the parameters of ``optimizer`` in the order of those of ``adamw``, matched by identity, else by name."""
+    ours = [param for group in optimizer.param_groups for param in group["params"]]
+    theirs = [param for group in adamw.param_groups for param in group["params"]]
+    if set(map(id, theirs)) == set(map(id, ours)):
+        return theirs
+    names, their_names = names_in(optimizer.param_groups), names_in(adamw.param_groups)
+    if not names or not their_names:
+        raise ValueError(
+            "the two optimizers have other parameters, and no names to match them by: build both of (name, parameter) "
+            "pairs, as model.named_parameters() gives them"
+        )
+    if missing := set(names) ^ set(their_names):
+        raise ValueError(f"Parameter {min(missing)!r} is in one of the two optimizers, but not in both")
+    by_name = dict(zip(names, ours, strict=True))
+    found = [by_name[name] for name in their_names]
+    for name, a, b in zip(their_names, found, theirs, strict=True):
+        if a.shape != b.shape:
+            raise ValueError(f"Parameter {name!r} has shape {tuple(a.shape)}, in the other optimizer {tuple(b.shape)}")
+    return found
+
+
+def _state(param: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return a state with moments of the parameter's shape and placement, float32 or float64."""
+    square: Tensor = state["exp_avg_sq"]
+    if square.shape != param.shape:
+        square = placed_like(param, whole(square).expand(param.shape))
+    moments = {"exp_avg": placed_like(param, numbers_of_moment(state)), "exp_avg_sq": placed_like(param, square)}
+    # Expanded rows must become rows of memory, and nothing be shared with this optimizer.
+    full = {key: x.to(state_dtype(x), copy=True).contiguous() for key, x in moments.items()}
+    return {"step": state["step"].detach().to("cpu", torch.float32, copy=True), **full}

@@ -1,0 +1,82 @@
+"""torch's default dtype and device say nothing about what an optimizer computes."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_harmless import OPTIMIZERS, Model, made, same, snapshot, train
+
+from coupled_adam.optim import dispatch
+from coupled_adam.optim.optimizer import AdamFamily
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"state_dtype": torch.bfloat16, "max_grad_norm": 0.1},
+    {"state_dtype": "8bit", "coupling_factor": 0.1},
+]
+
+
+def trained(cls: type, center: bool, dtype: torch.dtype, options: dict, model: Model) -> tuple[Model, AdamFamily]:
+    model, optimizer = made(cls, center, model.to(dtype), **options)
+    for i in range(3):
+        for p in model.parameters():
+            noise = torch.randn(
+                p.shape, dtype=torch.float32, device="cpu", generator=torch.Generator("cpu").manual_seed(i)
+            )
+            p.grad = noise.to(dtype)
+        optimizer.step()
+    saved = optimizer.state_dict()
+    model, optimizer = made(cls, center, model, **options)
+    optimizer.load_state_dict(saved)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64, "meta"], ids=str)
+def default(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_defaults_of_torch_change_nothing(cls: type, options: dict, dtype: torch.dtype, default: Any) -> None:
+    for numba in (True, False):
+        for center in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dispatch, "HAS_NUMBA", numba and dispatch.HAS_NUMBA)
+                expected = snapshot(*trained(cls, center, dtype, options, Model()))
+                model = Model()
+                try:
+                    if default == "meta":
+                        torch.set_default_device("meta")
+                    else:
+                        torch.set_default_dtype(default)
+                    model, optimizer = trained(cls, center, dtype, options, model)
+                finally:
+                    torch.set_default_device(None)
+                    torch.set_default_dtype(torch.float32)
+                assert same(expected, snapshot(model, optimizer))
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_checkpoint_with_plain_numbers_for_steps_loads_under_any_default(cls: type, default: Any) -> None:
+    model, optimizer = made(cls)
+    train(model, optimizer)
+    saved = optimizer.state_dict()
+    saved["state"] = {key: {**state, "step": 3} for key, state in saved["state"].items()}
+    try:
+        if default == "meta":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(default)
+        optimizer.load_state_dict(saved)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert {state["step"].item() for state in optimizer.state.values()} == {4}
