@@ -8,7 +8,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the p
 # Nothing that the user or the shell has set up, and no network, decides what a test sees.
 HUB_CACHE = tempfile.mkdtemp(prefix="coupled-adam-tests-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HUB_CACHE}
-for shell in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR", "PY_COLORS", "PYTHONIOENCODING", "PYTHONWARNINGS"):
+for shell in (
+    "COLUMNS",
+    "FORCE_COLOR",
+    "GITHUB_ACTIONS",
+    "NO_COLOR",
+    "PY_COLORS",
+    "PYTHONIOENCODING",
+    "PYTHONWARNINGS",
+):
     os.environ.pop(shell, None)
 
 from collections import Counter
