@@ -5,19 +5,8 @@ import shutil
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the processes of the suite share the cores
-# Nothing that the user or the shell has set up, and no network, decides what a test sees.
-HUB_CACHE = tempfile.mkdtemp(prefix="coupled-adam-tests-")
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HUB_CACHE}
-for shell in (
-    "COLUMNS",
-    "FORCE_COLOR",
-    "GITHUB_ACTIONS",
-    "NO_COLOR",
-    "PY_COLORS",
-    "PYTHONIOENCODING",
-    "PYTHONWARNINGS",
-):
-    os.environ.pop(shell, None)
+os.environ["HF_HUB_OFFLINE"] = "1"  # no network, and no model that somebody has downloaded
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="coupled-adam-tests-")
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,9 +26,15 @@ progress.show_log()  # as the command line does
 collect_ignore = ["lm/kill_run.py"]  # a program, not a module
 
 
+def pytest_configure() -> None:
+    """What a shell or CI has set for programs' output is not for the programs that are tested."""
+    for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR", "PYTHONIOENCODING", "PYTHONWARNINGS"):
+        os.environ.pop(name, None)
+
+
 def pytest_unconfigure() -> None:
     """Leave nothing behind."""
-    shutil.rmtree(HUB_CACHE, ignore_errors=True)
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
