@@ -1,15 +1,173 @@
-"""``coupled-adam`` and ``python -m coupled_adam``."""
+"""``coupled-adam`` and ``python -m coupled_adam``: how every command starts and ends, whatever is installed."""
 
+import os
+import signal
 import sys
+import threading
+import warnings
+from types import FrameType
+
+from coupled_adam import __version__
+from coupled_adam.errors import BAD_PATH, INSTALL, DivergedError, InputError, Interrupted, of_system, one_line, require
+from coupled_adam.terminal import print_error, print_line, survive_encoding
+
+#: What a shell adds to the number of the signal that ended a program.
+SIGNALED = 128
+
+#: Characters of an error: a message of ours lists what there is to choose from.
+LONGEST = 4000
+
+#: The help of an installation that has the optimizers alone.
+HELP = """\
+Usage: coupled-adam [OPTIONS] COMMAND [ARGS]...
+
+  AdamW for language models that keeps token embeddings centered: optimizers, experiments, measurements.
+
+  The optimizers are installed (from coupled_adam import CoupledAdam, param_groups). The commands need the extra demo;
+  {install}
+
+Options:
+  --version   Show the version and exit.
+  -h, --help  Show this message and exit.
+
+Commands:
+  demo         Compare AdamW with Coupled Adam on real text.
+  prepare      Turn text into token shards, with a validation split by document.
+  experiments  List the papers' experiments and their miniatures, or show one.
+  train        Train one experiment, or resume it.
+  reproduce    Train and evaluate the remaining runs of a suite.
+  evaluate     Evaluate a run: loss, embeddings, export, downstream tasks.
+  export       Export a model that transformers loads without this package.
+  report       Report on evaluated runs: the paper's table, a page with charts.
+  audit        Audit the embeddings of any model."""
 
 
 def main() -> None:
-    """Run the command line, or say in one line which extra it needs."""
+    """Run the command line, and exit with its status.
+
+    0; 1 after a failure; 2 after an input that the user can fix, whoever notices it; 128 and its number after a signal.
+    A failure that nobody has foreseen keeps its traceback.
+    """
+    survive_encoding()
+    formatwarning, warnings.formatwarning = warnings.formatwarning, _warning
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        """The first ends the work, which may take a moment; the second does not wait."""
+        interrupts.append(number)
+        if len(interrupts) > 1:
+            os._exit(SIGNALED + number)
+        raise KeyboardInterrupt
+
+    # A shell may have had the signal ignored, as for a job in the background.
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
     try:
-        from coupled_adam import cli
-    except ImportError as error:
-        sys.exit(f"coupled-adam: {error}; the command line needs pip install 'coupled-adam[lm]'")
-    cli.main()
+        status = _status(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        _forget_output()
+        status = 1
+    except OSError as error:
+        _forget_output()
+        status = _failed(error)
+    except BaseException as error:
+        # Some libraries make an error of their own of an interrupt, above all while they are imported.
+        if not interrupts and not isinstance(error, KeyboardInterrupt):
+            raise
+        interrupts.append(signal.SIGINT)
+        status = SIGNALED + signal.SIGINT
+    finally:
+        warnings.formatwarning = formatwarning
+        if ours and not interrupts:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(status)
+
+
+def _status(arguments: list[str]) -> int:
+    """Run a command, and return the exit status; broken pipes are left to the caller."""
+    if arguments == ["--version"]:
+        print_line(__version__)
+        return 0
+    try:
+        if not arguments or {"-h", "--help"} & set(arguments):
+            try:
+                require("demo", "typer", "rich")
+            except ImportError:
+                print_line(HELP.format(install=INSTALL.format(extra="demo")))
+                return 0
+        return _command(arguments)
+    except (InputError, DivergedError, ImportError, MemoryError, RecursionError, Interrupted) as error:
+        return _failed(error)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _failed(error)
+    except RuntimeError as error:
+        if _lacks_memory(error):
+            return _failed(error)
+        raise
+
+
+def _command(arguments: list[str]) -> int:
+    require("demo", "typer", "rich")
+    import typer
+
+    from coupled_adam.cli import app
+
+    try:
+        ended = app(args=arguments or ["--help"], standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        help_for = f"; see {context.command_path} --help" if context else ""
+        raise InputError(f"{error.format_message().rstrip('.')}{help_for}") from None
+    return ended if isinstance(ended, int) else 0
+
+
+def _failed(error: Exception) -> int:
+    """Print the one line of a failure, and return the exit status that it stands for."""
+    text, status = one_line(error, LONGEST), 1
+    if isinstance(error, ImportError):
+        if (error.name or "").startswith("coupled_adam"):
+            raise error
+        if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
+            text = f"{error.name} not installed; {INSTALL.format(extra='demo')}"
+        status = 2
+    elif isinstance(error, InputError):
+        status = 2
+    elif isinstance(error, Interrupted):
+        print_error(f"{text}. Rerun the same command to resume.")
+        return SIGNALED + error.signal_number
+    elif isinstance(error, OSError):
+        text, status = one_line(of_system(error), LONGEST), 2 if error.errno in BAD_PATH else 1
+    elif isinstance(error, RecursionError):
+        text = f"the input is nested too deeply ({text})"
+    elif isinstance(error, MemoryError) or _lacks_memory(error):
+        text = f"out of memory ({text})"
+    print_error(f"coupled-adam: {text}")
+    return status
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Return whether torch could not allocate a tensor."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+
+
+def _forget_output() -> None:
+    """Nobody reads standard output any more: let Python not complain when it empties its buffer at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"{one_line(filename)}:{lineno}: {category.__name__}: {one_line(message, LONGEST)}\n"
 
 
 if __name__ == "__main__":

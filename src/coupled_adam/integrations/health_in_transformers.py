@@ -5,7 +5,7 @@ from typing import Any
 from coupled_adam.errors import require
 from coupled_adam.integrations.health_callbacks import HealthReport
 
-require("lm", "transformers")
+require("demo", "transformers")
 
 from transformers import TrainerCallback  # noqa: E402
 
