@@ -32,13 +32,13 @@ Options:
 
 Commands:
   demo         Compare AdamW with Coupled Adam on real text.
-  prepare      Turn text into token shards, with a validation split by document.
-  experiments  List the papers' experiments and their miniatures, or show one.
+  prepare      Turn text into token shards.
+  experiments  List the papers' experiments and miniatures, or show one.
   train        Train one experiment, or resume it.
   reproduce    Train and evaluate the remaining runs of a suite.
   evaluate     Evaluate a run: loss, embeddings, export, downstream tasks.
   export       Export a model that transformers loads without this package.
-  report       Report on evaluated runs: the paper's table, a page with charts.
+  report       Report on evaluated runs: the paper's table and charts.
   audit        Audit the embeddings of any model."""
 
 
@@ -67,18 +67,13 @@ def main() -> None:
     try:
         status = _status(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads the output has seen enough
-        _forget_output()
-        status = 1
-    except OSError as error:
-        _forget_output()
-        status = _failed(error)
     except BaseException as error:
         # Some libraries make an error of their own of an interrupt, above all while they are imported.
-        if not interrupts and not isinstance(error, KeyboardInterrupt):
-            raise
-        interrupts.append(signal.SIGINT)
-        status = SIGNALED + signal.SIGINT
+        if interrupts or isinstance(error, KeyboardInterrupt):
+            interrupts.append(signal.SIGINT)
+            status = SIGNALED + signal.SIGINT
+        else:
+            status = _failed(error)
     finally:
         warnings.formatwarning = formatwarning
         if ours and not interrupts:
@@ -87,28 +82,17 @@ def main() -> None:
 
 
 def _status(arguments: list[str]) -> int:
-    """Run a command, and return the exit status; broken pipes are left to the caller."""
+    """Run a command, and return the exit status."""
     if arguments == ["--version"]:
         print_line(__version__)
         return 0
-    try:
-        if not arguments or {"-h", "--help"} & set(arguments):
-            try:
-                require("demo", "typer", "rich")
-            except ImportError:
-                print_line(HELP.format(install=INSTALL.format(extra="demo")))
-                return 0
-        return _command(arguments)
-    except (InputError, DivergedError, ImportError, MemoryError, RecursionError, Interrupted) as error:
-        return _failed(error)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        return _failed(error)
-    except RuntimeError as error:
-        if _lacks_memory(error):
-            return _failed(error)
-        raise
+    if not arguments or {"-h", "--help"} & set(arguments):
+        try:
+            require("demo", "typer", "rich")
+        except ImportError:
+            print_line(HELP.format(install=INSTALL.format(extra="demo")))
+            return 0
+    return _command(arguments)
 
 
 def _command(arguments: list[str]) -> int:
@@ -130,38 +114,48 @@ def _command(arguments: list[str]) -> int:
     return ended if isinstance(ended, int) else 0
 
 
-def _failed(error: Exception) -> int:
-    """Print the one line of a failure, and return the exit status that it stands for."""
+def _failed(error: BaseException) -> int:
+    """Print the one line of a failure, and return the exit status that it stands for; raise one that is a bug."""
     text, status = one_line(error, LONGEST), 1
-    if isinstance(error, ImportError):
-        if (error.name or "").startswith("coupled_adam"):
+    match error:
+        case Interrupted():
+            print_error(f"{text}. Rerun the same command to resume.")
+            return SIGNALED + error.signal_number
+        case BrokenPipeError():  # whoever reads the output has seen enough
+            _end_output()
+            return status
+        case InputError():
+            status = 2
+        case ImportError() if not (error.name or "").startswith("coupled_adam"):
+            status = 2
+            if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
+                text = f"{error.name} not installed; {INSTALL.format(extra='demo')}"
+        case OSError():
+            _end_output()  # it may be what is full
+            text, status = one_line(of_system(error), LONGEST), 2 if error.errno in BAD_PATH else 1
+        case RecursionError():
+            text = f"the input is nested too deeply ({text})"
+        case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or _lacks_memory(error):
+            text = f"out of memory ({text})"
+        case DivergedError():
+            pass
+        case _:
             raise error
-        if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
-            text = f"{error.name} not installed; {INSTALL.format(extra='demo')}"
-        status = 2
-    elif isinstance(error, InputError):
-        status = 2
-    elif isinstance(error, Interrupted):
-        print_error(f"{text}. Rerun the same command to resume.")
-        return SIGNALED + error.signal_number
-    elif isinstance(error, OSError):
-        text, status = one_line(of_system(error), LONGEST), 2 if error.errno in BAD_PATH else 1
-    elif isinstance(error, RecursionError):
-        text = f"the input is nested too deeply ({text})"
-    elif isinstance(error, MemoryError) or _lacks_memory(error):
-        text = f"out of memory ({text})"
     print_error(f"coupled-adam: {text}")
     return status
 
 
-def _lacks_memory(error: Exception) -> bool:
+def _lacks_memory(error: BaseException) -> bool:
     """Return whether torch could not allocate a tensor."""
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
-def _forget_output() -> None:
-    """Nobody reads standard output any more: let Python not complain when it empties its buffer at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _end_output() -> None:
+    """Write what standard output still holds; where that is impossible, let Python not complain about it at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _warning(

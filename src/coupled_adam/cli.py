@@ -97,7 +97,7 @@ def prepare_command(
     column: Annotated[str, typer.Option(help="Column that holds the text (tables and datasets).")] = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
-    """Turn text into token shards, with a validation split by document."""
+    """Turn text into token shards. The validation split is by document."""
     from coupled_adam.lm.config import Data
     from coupled_adam.lm.prepare import prepare
     from coupled_adam.lm.sources import source_of
@@ -120,7 +120,7 @@ def experiments_command(
     gpu: Annotated[str, typer.Option(help="GPU for the hours: A100, H100, H200, B200, L40S.")] = "H100",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the papers' experiments and their miniatures, or show one. With configuration, memory, FLOPs."""
+    """List the papers' experiments and miniatures, or show one. With configuration, memory, FLOPs."""
     from coupled_adam import experiments
     from coupled_adam.lm.estimate import UTILIZATION, estimate
     from coupled_adam.report.aggregate import short
@@ -359,7 +359,7 @@ def report_command(
     out: Annotated[Path, typer.Option(help="Directory of aggregate.csv and report.html.")] = Path("report"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
-    """Report on evaluated runs: the paper's table, a page with charts. Published figures stand beside ours."""
+    """Report on evaluated runs: the paper's table and charts. Published figures stand beside ours."""
     from coupled_adam.report.aggregate import table
     from coupled_adam.report.report_page import report
 

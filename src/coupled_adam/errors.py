@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import os
 import signal
 import unicodedata
 
@@ -60,10 +61,10 @@ def of_system(error: OSError) -> str:
         >>> of_system(FileNotFoundError(2, "No such file or directory", "my.toml"))
         'my.toml: no such file or directory'
     """
-    if error.filename is None or error.strerror is None:
+    if error.strerror is None:
         return str(error)
-    name = error.filename if isinstance(error.filename, str) else repr(error.filename)
-    return f"{name}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+    reason = error.strerror[:1].lower() + error.strerror[1:]
+    return reason if error.filename is None else f"{os.fspath(error.filename)}: {reason}"
 
 
 def one_line(error: object, limit: int = 300) -> str:
