@@ -136,7 +136,7 @@ def _failed(error: BaseException) -> int:
         case RecursionError():
             text = f"the input is nested too deeply ({text})"
         case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or _lacks_memory(error):
-            text = f"out of memory ({text})"
+            text = f"out of memory ({text})" if str(error) else "out of memory"
         case DivergedError():
             pass
         case _:

@@ -135,9 +135,20 @@ def experiments_command(
         return
     if name:
         print_line(loaded[name].to_toml())
-    left: tuple[str, ...] = ("experiment", "model", "params", "tokens", "steps", "embedding", "core", f"{gpu} h")
+    # Of all but a few grids it is AdamW, and a terminal is narrow.
+    cores = {n: e.optimizer.core.name for n, e in loaded.items()} if name else {}
+    headings = (
+        "experiment",
+        "model",
+        "params",
+        "tokens",
+        "steps",
+        "embedding",
+        *(["core"] if cores else []),
+        f"{gpu} h",
+    )
     print_table(
-        [(heading, "left") for heading in left],
+        [(heading, "left") for heading in headings],
         [
             (
                 n,
@@ -146,7 +157,7 @@ def experiments_command(
                 short(estimates[n].tokens),
                 f"{e.train.steps:,}",
                 e.method,
-                e.optimizer.core.name,
+                *([cores[n]] if cores else []),
                 f"{hours:,.0f}" if (hours := estimates[n].gpu_hours) >= 100 else f"{hours:.3g}",
             )
             for n, e in loaded.items()

@@ -51,9 +51,10 @@ def print_table(
     from rich import box
     from rich.table import Table
 
-    table = Table(caption=_text(caption, "dim italic") if caption else None, box=box.SIMPLE)
+    shown = _text(caption, "dim italic") if caption else None
+    table = Table(caption=shown, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for heading, justify in headings:
-        table.add_column(_text(heading), justify=justify)
+        table.add_column(_text(heading), justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*map(_text, row))
     _show(table)
