@@ -3,6 +3,7 @@
 import contextlib
 import io
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,12 +21,13 @@ def called(
     """What ``function`` does as a program with these arguments, whose output goes to files of that encoding."""
     argv = ["program", *map(str, arguments)]
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding, newline="\n", write_through=True) for _ in range(2))
-    code, threads = 0, torch.get_num_threads()
+    code, threads, handler = 0, torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             function()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    signal.signal(signal.SIGINT, handler)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
     written = [stream.buffer.getvalue().decode(encoding) for stream in (out, err)]

@@ -1,5 +1,6 @@
 """``coupled-adam`` and ``python -m coupled_adam``: how every command starts and ends, whatever is installed."""
 
+import atexit
 import os
 import signal
 import sys
@@ -69,15 +70,14 @@ def main() -> None:
         sys.stdout.flush()
     except BaseException as error:
         # Some libraries make an error of their own of an interrupt, above all while they are imported.
-        if interrupts or isinstance(error, KeyboardInterrupt):
-            interrupts.append(signal.SIGINT)
-            status = SIGNALED + signal.SIGINT
-        else:
-            status = _failed(error)
+        interrupted = bool(interrupts) or isinstance(error, KeyboardInterrupt)
+        interrupts.append(signal.SIGINT)  # from here on the next one is the second
+        status = SIGNALED + signal.SIGINT if interrupted else _failed(error)
     finally:
         warnings.formatwarning = formatwarning
-        if ours and not interrupts:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupts.append(signal.SIGINT)
+    if ours:  # Python's own end would die of one, after everything is done
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.exit(status)
 
 
