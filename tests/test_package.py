@@ -38,7 +38,7 @@ COMMANDS = sorted(typer.main.get_command(app).commands)
 
 
 def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, encoding="utf-8", timeout=120)
 
 
 def bare(code: str) -> subprocess.CompletedProcess[str]:

@@ -91,11 +91,13 @@ def test_what_is_printable_stays() -> None:
 
 @pytest.fixture(scope="module")
 def oddly_named(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A matrix under each of the names, but for what no file system takes."""
+    """A matrix under each of the names."""
     directory = tmp_path_factory.mktemp("odd")
-    paths = [directory / f"{name}.npy" for name in NAMES.values()]
-    for path in paths:
-        np.save(path, 1 + np.random.default_rng(0).normal(size=(60, 4)))
+    paths = []
+    for name in NAMES.values():
+        with contextlib.suppress(OSError, UnicodeEncodeError):  # some file systems do not take every name
+            np.save(directory / f"{name}.npy", 1 + np.random.default_rng(0).normal(size=(60, 4)))
+            paths.append(directory / f"{name}.npy")
     return paths
 
 
@@ -106,7 +108,7 @@ def test_files_of_any_name_are_audited(oddly_named: list[Path], encoding: str, t
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\u2028]", result.stdout + result.stderr)
     assert "a[red]b[link=x]c.npy" in result.stdout
     page = (tmp_path / "a.html").read_text("utf-8")
-    assert "a\\udcffb.npy" in page
+    assert "a\\udcffb.npy" in page or not any("\udcff" in path.name for path in oddly_named)
     found = json.loads(command("audit", *oddly_named, "--json", encoding=encoding).stdout)
     assert [matrix["model"] for matrix in found] == [path.name for path in oddly_named]
 
@@ -284,13 +286,13 @@ main()
 @pytest.mark.parametrize("action", ["once()", "swallowed()", "twice()"])
 def test_ctrl_c_is_silent_at_any_time(module: str, action: str) -> None:
     code = INTERRUPTED.format(module=module, action=action)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=60)
     assert (result.returncode, result.stderr) == (130, "")
 
 
 def test_a_warning_is_one_line() -> None:
     code = INTERRUPTED.format(module="coupled_adam.cli", action="warned()").replace('"experiments"', '"bogus"')
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=60)
     warning, usage = result.stderr.splitlines()
     assert warning.endswith(": UserWarning: a b\\x1b[1m") and usage.startswith("coupled-adam: No such command")
 
@@ -301,7 +303,7 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
     code = code.replace('"experiments"]', '"--help"]').replace(
         "main()\n", "signal.signal(signal.SIGINT, signal.SIG_IGN); main()\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=60)
     assert (result.returncode, result.stderr) == (0, "") and "Commands:" in result.stdout
 
 
@@ -313,7 +315,7 @@ def test_output_that_nobody_takes_is_no_traceback(shut: str) -> None:
             [sys.executable, "-c", "import time; time.sleep(0.3); from coupled_adam.__main__ import main; main()"],
             stdout=target or subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         )
         if process.stdout:
             process.stdout.close()

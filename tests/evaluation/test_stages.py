@@ -59,7 +59,7 @@ def test_the_stages_measure_what_training_measured_and_more(run_dir: Path) -> No
     run = open_run(run_dir)
     fit = geometry.second_moment_frequency_fit(run.second_moment(), run.corpus.unigram_counts)
     assert figures["second_moment_frequency_fit"] == pytest.approx(fit)
-    assert results["embeddings"] == json.loads((run_dir / "evaluation" / "embeddings.json").read_text())
+    assert results["embeddings"] == json.loads((run_dir / "evaluation" / "embeddings.json").read_text("utf-8"))
     assert len(results["embeddings"]["singular_values"]) == 16
     assert list(results["embeddings"]["word_similarity"]) == [
         "original", "centered", "centered_scaled", "post_process", "post_process_fix",
