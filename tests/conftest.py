@@ -1,10 +1,13 @@
 """How the suite runs, and text and settings that several tests share."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the processes of the suite share the cores
+os.environ["HF_HUB_OFFLINE"] = "1"  # no network, and no model that somebody has downloaded
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="coupled-adam-tests-")
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from paragraphs import paragraphs
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Error, Page, sync_playwright
 from processes import Processes
 
 from coupled_adam import progress
@@ -21,6 +24,17 @@ from coupled_adam.lm.config import Experiment
 progress.show_log()  # as the command line does
 
 collect_ignore = ["lm/kill_run.py"]  # a program, not a module
+
+
+def pytest_configure() -> None:
+    """What a shell or CI has set for programs' output is not for the programs that are tested."""
+    for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR", "PYTHONIOENCODING", "PYTHONWARNINGS"):
+        os.environ.pop(name, None)
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -61,12 +75,18 @@ CHROMIUM = next(
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """A real browser, without a network of its own."""
-    if CHROMIUM is None:
-        pytest.fail("no Chromium on this machine: apt-get install chromium, or deselect with -m 'not browser'")
+    """A real browser, without a network of its own: an installed one, or the one that playwright has downloaded.
+
+    Where none starts, its tests are skipped; in CI they fail.
+    """
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        try:
+            launched = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        except Error as error:
+            found = f"{CHROMIUM} does not start ({error.message.splitlines()[0]})" if CHROMIUM else "no Chromium here"
+            end = pytest.fail if os.environ.get("CI", "").lower() not in ("", "0", "false") else pytest.skip
+            end(f"{found}; to install it on Debian: apt-get install chromium")
         yield launched
         launched.close()
 

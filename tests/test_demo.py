@@ -34,12 +34,12 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo")
     result = demo("--text", text, "--steps", "20", "--seed", "2", "--out", out)
     assert result.returncode == 0, result.stderr
-    (out / "printed").write_text(result.stdout)
+    (out / "printed").write_text(result.stdout, encoding="utf-8")
     return out
 
 
 def test_the_table_shows_both_runs_beside_the_paper(finished: Path) -> None:
-    printed = (finished / "printed").read_text()
+    printed = (finished / "printed").read_text("utf-8")
     results = json.loads((finished / "results.json").read_text())
     line = next(line for line in printed.splitlines() if "mean shift ratio" in line)
     adamw, coupled = (results["runs"][m]["figures"]["mean_shift_ratio"] for m in ("adamw", "coupled_adam"))

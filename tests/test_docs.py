@@ -1,7 +1,10 @@
 """The code in the README and the documentation runs as it stands there."""
 
+import ast
 import re
 import socket
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,19 +15,35 @@ import torch.distributed as dist
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from coupled_adam import Adams_ZeRO, CoupledAdam, param_groups
+import coupled_adam
+from coupled_adam import geometry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [
-    pytest.param(block, id=f"{page.name}-{i}")
-    for page in PAGES
-    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE))
-]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+INDENTED = re.compile(r"(?:^    .*\n(?:\n(?=    ))?)+", re.MULTILINE)
+
+
+def is_python(text: str) -> bool:
+    """Whether it does something, in Python; a name of a command is an expression too."""
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except SyntaxError:
+        return False
+    return any(isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.Call) for node in nodes)
+
+
+def blocks(page: Path) -> list[str]:
+    """The Python of a page, between fences or indented."""
+    text = page.read_text("utf-8")
+    indented = [textwrap.dedent(block) for block in INDENTED.findall(FENCED.sub("", text))]
+    return [block for kind, block in FENCED.findall(text) if kind == "python"] + list(filter(is_python, indented))
+
+
+BLOCKS = [pytest.param(block, id=f"{page.name}-{i}") for page in PAGES for i, block in enumerate(blocks(page))]
 
 
 @pytest.fixture
@@ -38,47 +57,74 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def names(tmp_path: Path) -> dict[str, Any]:
-    """What the text around the blocks speaks of."""
+def what_a_reader_has(tmp_path: Path) -> dict[str, Any]:
+    """A model, data, and a job that runs; everything else a block imports or makes itself."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=120, tie_word_embeddings=False, **sizes))
     model.save_pretrained(tmp_path / "model")
-    model.embedding = model.get_input_embeddings()
+    model.head = model.get_output_embeddings()
     tokens = torch.randint(120, (2, 8))
     batch = {"input_ids": tokens, "labels": tokens}
-    dataset = [{"input_ids": row, "labels": row} for row in tokens]
-    arguments = TrainingArguments(str(tmp_path / "trained"), report_to="none", use_cpu=True)
-    trainer = Trainer(model, arguments, train_dataset=dataset)
-    optimizer = CoupledAdam(param_groups(model))
+    optimizer = coupled_adam.CoupledAdam(coupled_adam.param_groups(model))
     model(**batch).loss.backward()
     optimizer.step()
     model.zero_grad()
-    saved = optimizer.state_dict()
     checkpoint.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path / "checkpoint")
-    other_parameters = [p for p in model.parameters() if p is not model.embedding.weight]
-    return locals() | {
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "saved": optimizer.state_dict(),
+        "batch": batch,
         "batches": [batch],
+        "dataset": [{"input_ids": row, "labels": row} for row in tokens],
         "dataloader": DataLoader([batch], batch_size=None),
-        "Adams_ZeRO": Adams_ZeRO,
-        "CoupledAdam": CoupledAdam,
-        "param_groups": param_groups,
-        "fully_shard": fully_shard,
         "mesh": init_device_mesh("cpu", (1,)),
     }
 
 
 def test_there_are_blocks() -> None:
-    assert len(BLOCKS) >= 7
+    assert len(BLOCKS) >= 20
+
+
+def test_a_block_is_found_however_it_is_set(tmp_path: Path) -> None:
+    fenced = "```python\na = 1\n```\n\n```bash\nd = 2\n```\n"
+    indented = "\n    import b\n\n    b.c()\n\nText:\n\n    pip install x\n\nText:\n\n    pytest\n"
+    (tmp_path / "page.md").write_text(fenced + indented, encoding="utf-8")
+    assert blocks(tmp_path / "page.md") == ["a = 1\n", "import b\n\nb.c()\n"]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_block_runs(block: str, alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = names(tmp_path)
+    given = what_a_reader_has(tmp_path)
     monkeypatch.chdir(tmp_path)  # what a block saves
     block = re.sub(r"^model = \.\.\..*\n", "", block, flags=re.MULTILINE)
     block = re.sub(r'"[\w./-]+\.gguf"', repr(str(tmp_path / "model")), block)
     exec(compile(block, "a block of the documentation", "exec"), given)
+
+
+def documented() -> set[str]:
+    """What the API pages ask for: objects, and members of them."""
+    names = set()
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        for name, options in re.findall(r"^::: (\S+)\n((?:    .*\n)*)", page.read_text("utf-8") + "\n", re.MULTILINE):
+            members = re.search(r"members: \[([^\]]*)\]", options)
+            names |= {name, *(f"{name}.{member.strip()}" for member in (members[1].split(",") if members else []))}
+    return names
+
+
+@pytest.mark.parametrize("package", [coupled_adam, geometry], ids=lambda package: package.__name__)
+def test_every_public_name_stands_in_the_api_pages(package: Any) -> None:
+    """``tools/check_docs.py`` looks for them in the pages that are built."""
+    asked_for, missing = documented(), []
+    for name in set(package.__all__) - {"__version__"}:
+        value, path = getattr(package, name), f"{package.__name__}.{name}"
+        # A name that a submodule has too stands for the submodule there: the page must ask for the function in it.
+        of_module = path in sys.modules or f"coupled_adam.optim.{name}" in sys.modules
+        found = {f"{value.__module__}.{value.__qualname__}"} | (set() if of_module else {path, package.__name__})
+        if not asked_for & found:
+            missing.append(name)
+    assert missing == []
 
 
 def test_links_lead_somewhere() -> None:

@@ -1,66 +1,49 @@
-"""The command line: parses, calls one function, prints."""
+"""The command line: parses, calls one function, prints.
 
-import json
-import sys
+Commands import what they call themselves, so that the help is there at once.
+"""
+
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from coupled_adam import __version__, demo, experiments, progress
-from coupled_adam.audit.audit_page import audit_rows, write_audit_page
-from coupled_adam.audit.models import audit_models
+from coupled_adam import __version__, progress
 from coupled_adam.errors import InputError
-from coupled_adam.evaluation.downstream import PAPER_TASKS, PAPER_TASKS_043
-from coupled_adam.evaluation.during_training import evaluator
-from coupled_adam.evaluation.stages import STAGES, Downstream, evaluate, export_run, read_benchmarks, summary
-from coupled_adam.experiments import published_result
-from coupled_adam.figures import FIGURES, figures
-from coupled_adam.lm.config import Data, Experiment, load_experiment
-from coupled_adam.lm.estimate import PEAK_FLOPS, UTILIZATION, Estimate, estimate
-from coupled_adam.lm.metrics_jsonl import MetricsLog
-from coupled_adam.lm.parallel import init_distributed
-from coupled_adam.lm.prepare import corpus_for, prepare
-from coupled_adam.lm.sources import source_of
-from coupled_adam.lm.tracking import require_trackers
-from coupled_adam.lm.train import DivergedError, Interrupted, train
-from coupled_adam.report import aggregate
-from coupled_adam.report.aggregate import Moments, short, spread
-from coupled_adam.report.demo_page import PUBLISHED_MODEL, PUBLISHED_TOKENS, SHOWN
-from coupled_adam.report.report_page import report
-from coupled_adam.report.table import Row, rows
-from coupled_adam.reproduce import SHOWN as AVERAGED
-from coupled_adam.reproduce import reproduce
+from coupled_adam.terminal import Justify, print_error, print_json, print_line, print_styled, print_table
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+if TYPE_CHECKING:
+    from coupled_adam.lm.config import Experiment
+    from coupled_adam.lm.estimate import Estimate
+    from coupled_adam.report.table import Row
 
-#: Columns of a table that goes to a file or a pipe.
-WIDE = 130
+# Help is shown as it is written: brackets in it are no markup.
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 #: The colors of a verdict.
 LEVELS = {"good": "green", "fair": "yellow", "poor": "red", "note": "cyan"}
 
-#: Names for several tasks: those of the paper, as they are now and as they were in the paper's harness.
-TASK_SETS = {"paper": PAPER_TASKS, "paper-0.4.3": PAPER_TASKS_043}
-
-#: What a shell adds to the number of the signal that ended a program.
-SIGNALED = 128
-
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(__version__)
+        print_line(__version__)
         raise typer.Exit
 
 
 @app.callback()
-def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """AdamW for language models that keeps token embeddings centered: optimizers, experiments, measurements."""
     progress.show_log()
 
@@ -77,18 +60,24 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="Output directory; rerun the same command to resume.")] = Path("runs/demo"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
 ) -> None:
-    """Compare AdamW with Coupled Adam on real text: a table and a report, in a few minutes on two cores."""
-    results = demo.run_demo(out, text, steps, seed)
+    """Compare AdamW with Coupled Adam on real text. Prints a table and writes a report, in minutes on two cores."""
+    from coupled_adam.demo import run_demo
+    from coupled_adam.experiments import published_result
+    from coupled_adam.figures import figures
+    from coupled_adam.report.demo_page import PUBLISHED_MODEL, PUBLISHED_TOKENS, SHOWN
+    from coupled_adam.report.table import rows
+
+    results = run_demo(out, text, steps, seed)
     if as_json:
-        print(json.dumps(results, ensure_ascii=False))
+        print_json(results)
         return
     runs = results["runs"].values()
     published = [published_result(PUBLISHED_MODEL, PUBLISHED_TOKENS, run["name"]) for run in runs]
     names = [run["name"] for run in runs]
     caption = f"paper: {PUBLISHED_MODEL} parameters, {PUBLISHED_TOKENS} tokens of web text"
     shown = rows(figures(SHOWN), [run["figures"] for run in runs], published)
-    _print_table([*names, *(f"{name}, paper" for name in names)], shown, caption)
-    print(f"Report: {out / 'report.html'}")
+    _print_rows([*names, *(f"{name}, paper" for name in names)], shown, caption)
+    print_line(f"Report: {out / 'report.html'}")
 
 
 @app.command(name="prepare", epilog="Example: coupled-adam prepare books/ --tokenizer gpt2 --out data/books")
@@ -108,13 +97,17 @@ def prepare_command(
     column: Annotated[str, typer.Option(help="Column that holds the text (tables and datasets).")] = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
-    """Turn text into token shards, with a validation split by document."""
+    """Turn text into token shards. The validation split is by document."""
+    from coupled_adam.lm.config import Data
+    from coupled_adam.lm.prepare import prepare
+    from coupled_adam.lm.sources import source_of
+
     corpus = prepare(source_of(source, column), Data(tokenizer=tokenizer, vocab_size=vocab_size), out)
     sizes = {split: corpus.tokens(split) for split in ("train", "validation")}
     if as_json:
-        print(json.dumps({"directory": str(out), **corpus.meta}, ensure_ascii=False))
+        print_json({"directory": str(out), **corpus.meta})
         return
-    print(
+    print_line(
         f"{out}: {sizes['train']:,} training and {sizes['validation']:,} validation tokens of "
         f"{sum(corpus.meta['documents'].values()):,} documents, vocabulary {corpus.meta['tokenizer_tokens']:,}"
     )
@@ -124,30 +117,53 @@ def prepare_command(
 def experiments_command(
     name: Annotated[str | None, typer.Argument(help="Show this experiment.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 1,
-    gpu: Annotated[str, typer.Option(help=f"GPU for the hours: {', '.join(PEAK_FLOPS)}.")] = "H100",
+    gpu: Annotated[str, typer.Option(help="GPU for the hours: A100, H100, H200, B200, L40S.")] = "H100",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the papers' experiments and their miniatures, or show one: configuration, memory, FLOPs."""
+    """List the papers' experiments and miniatures, or show one. With configuration, memory, FLOPs."""
+    from coupled_adam import experiments
+    from coupled_adam.lm.estimate import UTILIZATION, estimate
+    from coupled_adam.report.aggregate import short
+
     gridded = {n for grid in experiments.grids() for n in grid.experiments}
     chosen = [name] if name else [n for n in experiments.names() if as_json or n not in gridded]
     loaded = {n: experiments.load(n, seed) for n in chosen}
     estimates = {n: estimate(e, gpu) for n, e in loaded.items()}
     if as_json:
         shown = {n: {"experiment": loaded[n].model_dump(), "estimate": asdict(estimates[n])} for n in chosen}
-        print(json.dumps(shown[name] if name else shown, ensure_ascii=False))
+        print_json(shown[name] if name else shown)
         return
     if name:
-        print(loaded[name].to_toml())
-    table = Table(box=box.SIMPLE, caption=f"hours: one {gpu} at {UTILIZATION:.0%} of its peak, an assumption")
-    for heading in ("experiment", "model", "parameters", "tokens", "steps", "embedding", "core", f"{gpu} hours"):
-        table.add_column(heading, no_wrap=True)
-    for n, e in loaded.items():
-        shape = f"{e.model.family} {e.model.n_layers}/{e.model.n_heads}/{e.model.hidden_size}"
-        sizes = (short(estimates[n].parameters), short(estimates[n].tokens), f"{e.train.steps:,}")
-        hours = estimates[n].gpu_hours
-        optimizers = (e.method, e.optimizer.core.name)
-        table.add_row(n, shape, *sizes, *optimizers, f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}")
-    _console().print(table)
+        print_line(loaded[name].to_toml())
+    # Of all but a few grids it is AdamW, and a terminal is narrow.
+    cores = {n: e.optimizer.core.name for n, e in loaded.items()} if name else {}
+    headings = (
+        "experiment",
+        "model",
+        "params",
+        "tokens",
+        "steps",
+        "embedding",
+        *(["core"] if cores else []),
+        f"{gpu} h",
+    )
+    print_table(
+        [(heading, "left") for heading in headings],
+        [
+            (
+                n,
+                f"{e.model.family} {e.model.n_layers}/{e.model.n_heads}/{e.model.hidden_size}",
+                short(estimates[n].parameters),
+                short(estimates[n].tokens),
+                f"{e.train.steps:,}",
+                e.method,
+                *([cores[n]] if cores else []),
+                f"{hours:,.0f}" if (hours := estimates[n].gpu_hours) >= 100 else f"{hours:.3g}",
+            )
+            for n, e in loaded.items()
+        ],
+        f"{gpu} h: hours on one {gpu} at {UTILIZATION:.0%} of its peak, an assumption",
+    )
     if name:
         _print_estimate(estimates[name])
     else:
@@ -156,26 +172,33 @@ def experiments_command(
 
 def _print_grids() -> None:
     """One row a grid: its hundreds of experiments differ in what the braces of their name stand for."""
-    table = Table(box=box.SIMPLE, caption="each can be shown and trained by name, with a value for every brace")
-    for heading, wraps in (("experiments", False), ("number", False), ("values", True)):
-        table.add_column(heading, no_wrap=not wraps)
-    for grid in experiments.grids():
-        values = "\n".join(f"{axis}: {', '.join(entries)}" for axis, entries in grid.axes.items())
-        table.add_row(grid.pattern, str(len(grid.experiments)), values)
-    _console().print(table)
+    from coupled_adam import experiments
+
+    print_table(
+        [("experiments", "left"), ("number", "right"), ("values", "left")],
+        [
+            (
+                grid.pattern,
+                str(len(grid.experiments)),
+                "\n".join(f"{axis}: {', '.join(entries)}" for axis, entries in grid.axes.items()),
+            )
+            for grid in experiments.grids()
+        ],
+        "each can be shown and trained by name, with a value for every brace",
+    )
 
 
-def _print_estimate(found: Estimate) -> None:
-    print(f"parameters        {found.parameters:,} ({found.embedding_parameters:,} in the output embedding)")
-    print(f"tokens            {found.tokens:,} in {found.steps:,} steps")
+def _print_estimate(found: "Estimate") -> None:
+    print_line(f"parameters        {found.parameters:,} ({found.embedding_parameters:,} in the output embedding)")
+    print_line(f"tokens            {found.tokens:,} in {found.steps:,} steps")
     for label, size in (
         ("weights", found.weights_bytes),
         ("gradients", found.gradients_bytes),
         ("optimizer state", found.optimizer_bytes),
         ("activations", found.activation_bytes),
     ):
-        print(f"{label:<17} {size / 2**30:,.2f} GiB" + (" for a micro-batch" if label == "activations" else ""))
-    print(f"compute           {found.flops:.3g} FLOPs")
+        print_line(f"{label:<17} {size / 2**30:,.2f} GiB" + (" for a micro-batch" if label == "activations" else ""))
+    print_line(f"compute           {found.flops:.3g} FLOPs")
 
 
 @app.command(
@@ -189,7 +212,14 @@ def train_command(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed for weight initialization and data order.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the last metrics as JSON.")] = False,
 ) -> None:
-    """Train one experiment, or resume it; also under torchrun, on one machine or many."""
+    """Train one experiment, or resume it. Also under torchrun, on one machine or many."""
+    from coupled_adam.evaluation.during_training import evaluator
+    from coupled_adam.lm.metrics_jsonl import MetricsLog
+    from coupled_adam.lm.parallel import init_distributed
+    from coupled_adam.lm.prepare import corpus_for
+    from coupled_adam.lm.tracking import require_trackers
+    from coupled_adam.lm.train import train
+
     config = _experiment(experiment, seed).overridden(overrides or [])
     run_dir = out or Path("runs") / config.run.name
     with init_distributed() as world:
@@ -198,10 +228,16 @@ def train_command(
         train(config, corpus, run_dir, evaluator(config, corpus, world), world)
         if world.is_main_process:
             last = MetricsLog(run_dir / "metrics.jsonl").read()[-1]
-            print(json.dumps(last) if as_json else _last_line(run_dir, last))
+            if as_json:
+                print_json(last)
+            else:
+                print_line(_last_line(run_dir, last))
 
 
-def _experiment(name: str, seed: int | None) -> Experiment:
+def _experiment(name: str, seed: int | None) -> "Experiment":
+    from coupled_adam import experiments
+    from coupled_adam.lm.config import load_experiment
+
     path = Path(name)
     if path.suffix != ".toml":
         return experiments.load(name, 1 if seed is None else seed)
@@ -210,6 +246,8 @@ def _experiment(name: str, seed: int | None) -> Experiment:
 
 
 def _last_line(run_dir: Path, line: dict[str, Any]) -> str:
+    from coupled_adam.figures import figures
+
     shown = figures(("loss", "validation_loss", "isotropy", "mean_shift_ratio", "word_similarity"))
     parts = [
         f"{figure.label} {figure.cell(line[figure.name])}" for figure in shown if line.get(figure.name) is not None
@@ -221,7 +259,8 @@ def _last_line(run_dir: Path, line: dict[str, Any]) -> str:
 def reproduce_command(
     suite: Annotated[str, typer.Argument(help="mini: the families of the paper's experiments, for two cores.")],
     only: Annotated[
-        list[str] | None, typer.Option(help=f"A family: {', '.join(experiments.families())}. May be repeated.")
+        list[str] | None,
+        typer.Option(help="A family: small, scaled, sgd, llama, long, drift, precision, tied, core. May be repeated."),
     ] = None,
     seeds: Annotated[str, typer.Option(help="For instance 1,2,3.  [default: those of the family]")] = "",
     out: Annotated[
@@ -229,7 +268,10 @@ def reproduce_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Train and evaluate what is missing of a suite, and report on it."""
+    """Train and evaluate the remaining runs of a suite. Then write a report."""
+    from coupled_adam.figures import figures
+    from coupled_adam.reproduce import SHOWN, reproduce
+
     try:
         numbers = [int(seed) for seed in seeds.split(",") if seed.strip()]
     except ValueError:
@@ -237,25 +279,30 @@ def reproduce_command(
     directory = out or Path("runs") / suite
     results = reproduce(suite, only or [], numbers, directory)
     if as_json:
-        print(json.dumps(results, ensure_ascii=False))
+        print_json(results)
     else:
-        table = Table(box=box.SIMPLE, caption="mean ± standard deviation over the runs")
-        for heading in ("experiment", "runs", *(figure.label for figure in figures(AVERAGED))):
-            table.add_column(heading, no_wrap=True)
-        for row in results["experiments"]:
-            table.add_row(row["name"], str(row["runs"]), *(_spread(name, row["figures"][name]) for name in AVERAGED))
-        _console().print(table)
+        print_table(
+            [(heading, "left") for heading in ("experiment", "runs", *(figure.label for figure in figures(SHOWN)))],
+            [
+                (row["name"], str(row["runs"]), *(_spread(name, row["figures"][name]) for name in SHOWN))
+                for row in results["experiments"]
+            ],
+            "mean ± standard deviation over the runs",
+        )
         if results["experiments"]:
-            print(f"Report: {directory / 'report.html'}")
+            print_line(f"Report: {directory / 'report.html'}")
     if results["diverged"]:
-        print(f"Diverged: {', '.join(results['diverged'])}", file=sys.stderr)
+        print_error(f"Diverged: {', '.join(results['diverged'])}")
     for name, reason in results["failed"].items():
-        print(f"{name} failed: {reason}", file=sys.stderr)
+        print_error(f"{name} failed: {reason}")
     if results["failed"]:
         raise typer.Exit(1)
 
 
 def _spread(name: str, moments: dict[str, Any] | None) -> str:
+    from coupled_adam.figures import FIGURES
+    from coupled_adam.report.aggregate import Moments, spread
+
     return spread(Moments(**moments) if moments else None, FIGURES[name].form)
 
 
@@ -265,32 +312,43 @@ def _spread(name: str, moments: dict[str, Any] | None) -> str:
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Directory of a trained run.")],
     data: Annotated[Path | None, typer.Option(help="Corpus directory, if it has moved since training.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help=f"A stage: {', '.join(STAGES)}. May be repeated.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A stage: validation, embeddings, export, downstream. May be repeated.")
+    ] = None,
     tasks: Annotated[
-        str, typer.Option(help=f"lm-eval tasks, separated by commas; or one of {', '.join(TASK_SETS)}.")
+        str,
+        typer.Option(
+            help="lm-eval tasks, separated by commas; or the paper's tasks: paper, as they are now, or paper-0.4.3, as "
+            "they were in its harness."
+        ),
     ] = "paper",
     limit: Annotated[int | None, typer.Option(min=1, help="Samples per task.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Directory of your own task definitions.")] = None,
     benchmarks: Annotated[Path | None, typer.Option(help="Directory of word-similarity benchmarks.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the stages' results as JSON.")] = False,
 ) -> None:
-    """Evaluate a run: validation loss, embedding quality, export and downstream tasks. Results are cached."""
+    """Evaluate a run: loss, embeddings, export, downstream tasks. Results are cached."""
+    from coupled_adam.evaluation.downstream import PAPER_TASKS, PAPER_TASKS_043
+    from coupled_adam.evaluation.stages import STAGES, Downstream, evaluate, summary
+    from coupled_adam.lm.parallel import init_distributed
+
+    sets = {"paper": PAPER_TASKS, "paper-0.4.3": PAPER_TASKS_043}
     names = tuple(name.strip() for name in tasks.split(",") if name.strip()) or PAPER_TASKS
-    names = tuple(task for name in names for task in TASK_SETS.get(name, (name,)))
+    names = tuple(task for name in names for task in sets.get(name, (name,)))
     with init_distributed() as world:
         results = evaluate(run, data, only or STAGES, benchmarks, Downstream(names, limit, include_path), world)
         if not world.is_main_process:
             return
     failed = results.get("downstream", {}).get("failed", {})
     if as_json:
-        print(json.dumps(results, ensure_ascii=False))
+        print_json(results)
     else:
         for label, value in summary(results).items():
-            print(f"{label:<45} {value}")
+            print_line(f"{label:<45} {value}")
         if "export" in results:
-            print(f"exported to {results['export']}")
+            print_line(f"exported to {results['export']}")
     if failed:
-        print(f"coupled-adam: not run: {', '.join(failed)}; the reasons are above", file=sys.stderr)
+        print_error(f"coupled-adam: not run: {', '.join(failed)}; the reasons are above")
         raise typer.Exit(1)
 
 
@@ -300,8 +358,10 @@ def export_command(
     data: Annotated[Path | None, typer.Option(help="Corpus directory, if it has moved since training.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the model.  [default: RUN/model]")] = None,
 ) -> None:
-    """Export a model that transformers loads without this package: weights, tokenizer, configuration, model card."""
-    print(export_run(run, data, out))
+    """Export a model that transformers loads without this package. Weights, tokenizer, configuration, model card."""
+    from coupled_adam.evaluation.stages import export_run
+
+    print_line(export_run(run, data, out))
 
 
 @app.command(name="report", epilog="Example: coupled-adam report runs/mini --out report")
@@ -310,12 +370,15 @@ def report_command(
     out: Annotated[Path, typer.Option(help="Directory of aggregate.csv and report.html.")] = Path("report"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
-    """Report on evaluated runs: the paper's table, and a page with charts beside the published figures."""
+    """Report on evaluated runs: the paper's table and charts. Published figures stand beside ours."""
+    from coupled_adam.report.aggregate import table
+    from coupled_adam.report.report_page import report
+
     found = report(runs, out)
     if as_json:
-        print(json.dumps(aggregate.table(found), ensure_ascii=False))
+        print_json(table(found))
     else:
-        print(f"{len(found)} runs: {out / 'aggregate.csv'}, {out / 'report.html'}")
+        print_line(f"{len(found)} runs: {out / 'aggregate.csv'}, {out / 'report.html'}")
 
 
 @app.command(name="audit", epilog="Example: coupled-adam audit gpt2 runs/demo/coupled_adam --html audit.html")
@@ -334,54 +397,30 @@ def audit_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
-    """Audit the embeddings of any model: figures, a verdict in words, several models side by side."""
+    """Audit the embeddings of any model. Figures, a verdict in words, several models side by side."""
+    from coupled_adam.audit.audit_page import audit_rows, write_audit_page
+    from coupled_adam.audit.models import audit_models
+    from coupled_adam.evaluation.stages import read_benchmarks
+
     audited, centered = audit_models(models, read_benchmarks(benchmarks), tensor=tensor, data=data, center_to=center_to)
     if html:
         write_audit_page(html, audited)
     if as_json:
-        print(json.dumps([matrix.as_json() for matrix in audited], ensure_ascii=False))
+        print_json([matrix.as_json() for matrix in audited])
     else:
-        _print_table([matrix.name for matrix in audited], audit_rows(audited))
-        console = _console()
+        _print_rows([matrix.name for matrix in audited], audit_rows(audited))
         for matrix in audited:
-            console.print(f"[bold]{escape(matrix.name)}[/bold]")
+            print_styled((matrix.name, "bold"))
             for finding in matrix.findings:
-                console.print(f"  [{LEVELS[finding.level]}]{finding.level}[/]  {escape(finding.text)}")
+                print_styled(("  ", ""), (finding.level, LEVELS[finding.level]), (f"  {finding.text}", ""))
         if html:
-            print(f"Page: {html}")
+            print_line(f"Page: {html}")
     if centered:
         provided = f"; {centered.condition}" if centered.condition else ""
         rounded = f"‖μ‖ was {centered.norm_of_mean:.4g}; rounding moves a row by at most {centered.rounding:.2g}"
-        print(f"Centered copy: {centered.path} ({rounded}){provided}", file=sys.stderr)
+        print_error(f"Centered copy: {centered.path} ({rounded}){provided}")
 
 
-def _print_table(headings: Iterable[str], shown: Sequence[Row], caption: str | None = None) -> None:
-    table = Table(caption=caption, box=box.SIMPLE)
-    table.add_column("", no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in shown:
-        table.add_row(row.label, *row.runs, *row.published)
-    _console().print(table)
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else WIDE)
-
-
-def main() -> None:
-    """Run the command line; a bad input is one line and exit status 2."""
-    try:
-        app()
-    except (InputError, ImportError) as error:  # an extra that is not installed is named by the latter
-        sys.exit(_failed(error, 2))
-    except (DivergedError, OSError) as error:
-        sys.exit(_failed(error, 1))
-    except Interrupted as stopped:
-        print(f"{stopped}. Rerun the same command to resume.", file=sys.stderr)
-        sys.exit(SIGNALED + stopped.signal_number)
-
-
-def _failed(error: Exception, code: int) -> int:
-    print(f"coupled-adam: {error}", file=sys.stderr)
-    return code
+def _print_rows(names: Iterable[str], shown: Sequence["Row"], caption: str | None = None) -> None:
+    headings: list[tuple[str, Justify]] = [("", "left"), *((name, "right") for name in names)]
+    print_table(headings, [(row.label, *row.runs, *row.published) for row in shown], caption)

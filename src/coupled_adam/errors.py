@@ -1,24 +1,70 @@
-"""Errors that the user can fix: one line that names the value and the remedy."""
+"""How work ends early: errors that the user can fix, in one line that names the value and the remedy; and stops."""
 
+import errno
 import importlib.util
+import os
+import signal
 import unicodedata
+
+#: How to install an optional extra. The package is on no index yet.
+INSTALL = "in a clone of the repository: pip install '.[{extra}]'"
 
 
 class InputError(ValueError):
     """A bad input. The command line prints the message alone and exits with status 2."""
 
 
+class DivergedError(RuntimeError):
+    """The loss or the gradient is no longer finite."""
+
+
+class Interrupted(Exception):
+    """The user, or whoever runs the machine, asked to stop. All that was done is saved."""
+
+    def __init__(self, message: str, signal_number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
 def require(extra: str, *modules: str) -> None:
     """Raise ImportError naming the optional extra that provides ``modules``, if one of them is not installed."""
     missing = [m for m in modules if importlib.util.find_spec(m) is None]
     if missing:
-        raise ImportError(f"{', '.join(missing)} not installed: pip install 'coupled-adam[{extra}]'")
+        raise ImportError(f"{', '.join(missing)} not installed; {INSTALL.format(extra=extra)}", name=missing[0])
 
 
 def require_trainer(module: str, package: str) -> None:
     """Raise ImportError naming the package of somebody else's trainer, if that is not installed."""
     if importlib.util.find_spec(module) is None:
-        raise ImportError(f"{module} not installed: pip install {package}")
+        raise ImportError(f"{module} not installed: pip install {package}", name=module)
+
+
+#: What a path that cannot be used is called by the operating system.
+BAD_PATH = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+
+
+def of_system(error: OSError) -> str:
+    """Return the message of an error of the operating system, without its number and Python's quotes.
+
+    Examples:
+        >>> of_system(FileNotFoundError(2, "No such file or directory", "my.toml"))
+        'my.toml: no such file or directory'
+    """
+    if error.strerror is None:
+        return str(error)
+    reason = error.strerror[:1].lower() + error.strerror[1:]
+    return reason if error.filename is None else f"{os.fspath(error.filename)}: {reason}"
 
 
 def one_line(error: object, limit: int = 300) -> str:
@@ -33,11 +79,19 @@ def one_line(error: object, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def printable(text: str) -> str:
-    r"""Escape what a terminal would carry out or cannot show: ``\x1b`` for the escape character.
+def printable(text: str, keep: str = "") -> str:
+    r"""Escape what a terminal would carry out or cannot show, except for the characters in ``keep``.
+
+    Control and format characters (the escape character, line breaks, changes of the writing direction), lone
+    surrogates, and characters that are none.
 
     Examples:
         >>> printable("a\x1b[31mb\n")
-        'a\\x1b[31mb\n'
+        'a\\x1b[31mb\\n'
     """
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else ascii(c)[1:-1] for c in text)
+    return "".join(c if c in keep or not _is_control(c) else ascii(c)[1:-1] for c in text)
+
+
+def _is_control(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category[0] == "C" or category in ("Zl", "Zp")

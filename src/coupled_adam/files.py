@@ -215,9 +215,9 @@ def full_disk_named(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, whole or not at all."""
+    r"""Write ``text`` as UTF-8, whole or not at all; bytes in a file's name that are not UTF-8 as \udc80."""
     with written_whole(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

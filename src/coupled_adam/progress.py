@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from coupled_adam.errors import printable
+from coupled_adam.terminal import print_error
+
 LOGGER = logging.getLogger("coupled_adam")
 
 #: Seconds between two plain lines.
@@ -39,7 +42,7 @@ class _StandardError(logging.Handler):
     """Writes to what standard error is at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr, flush=True)
+        print_error(record.getMessage())
 
 
 class Update(Protocol):
@@ -59,14 +62,14 @@ def progress_bar(name: str, done: int, total: int, shown: bool = True) -> Iterat
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("{task.description:<14}"),
+            TextColumn("{task.description:<14}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(name, completed=done, total=total, text="")
+            task = bar.add_task(printable(name), completed=done, total=total, text="")
             yield lambda done, text: bar.update(task, completed=done, text=text)
         return
     last_line = 0.0

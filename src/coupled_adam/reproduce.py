@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coupled_adam import __version__, experiments
-from coupled_adam.errors import InputError
+from coupled_adam.errors import DivergedError, InputError
 from coupled_adam.evaluation.during_training import evaluator
 from coupled_adam.evaluation.stages import evaluate
 from coupled_adam.files import make_directory, write_json
@@ -18,7 +18,7 @@ from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.estimate import estimate
 from coupled_adam.lm.prepare import prepare
 from coupled_adam.lm.sources import source_of
-from coupled_adam.lm.train import DivergedError, train
+from coupled_adam.lm.train import train
 from coupled_adam.progress import say, warn
 from coupled_adam.report.aggregate import DIVERGED, SeedGroup, read_runs
 from coupled_adam.report.report_page import report

@@ -59,14 +59,14 @@ def test_the_stages_measure_what_training_measured_and_more(run_dir: Path) -> No
     run = open_run(run_dir)
     fit = geometry.second_moment_frequency_fit(run.second_moment(), run.corpus.unigram_counts)
     assert figures["second_moment_frequency_fit"] == pytest.approx(fit)
-    assert results["embeddings"] == json.loads((run_dir / "evaluation" / "embeddings.json").read_text())
+    assert results["embeddings"] == json.loads((run_dir / "evaluation" / "embeddings.json").read_text("utf-8"))
     assert len(results["embeddings"]["singular_values"]) == 16
     assert list(results["embeddings"]["word_similarity"]) == [
         "original", "centered", "centered_scaled", "post_process", "post_process_fix",
     ]  # fmt: skip
     sample = TokenSample(**results["embeddings"]["token_sample"])
     assert len(sample.text) == 320 and sample.count == sorted(run.corpus.unigram_counts.tolist(), reverse=True)
-    assert f"| isotropy Iso | {figures['isotropy']:.3f} |" in (run_dir / "model/README.md").read_text()
+    assert f"| isotropy Iso | {figures['isotropy']:.3f} |" in (run_dir / "model/README.md").read_text("utf-8")
 
 
 def test_a_second_call_computes_nothing_and_other_weights_everything(run_dir: Path, monkeypatch) -> None:
@@ -125,7 +125,7 @@ def test_the_card_tells_only_of_its_own_weights(run_dir: Path) -> None:
     content["inputs"]["weights"] = "others"
     path.write_text(json.dumps(content))
     stages.export_run(run_dir)
-    card = (run_dir / "model" / "README.md").read_text()
+    card = (run_dir / "model" / "README.md").read_text("utf-8")
     assert "perplexity" not in card and "| isotropy Iso |" in card
 
 

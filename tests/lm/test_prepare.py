@@ -69,7 +69,7 @@ def test_lead_paragraphs_are_read_without_running_their_package() -> None:
 
 def test_a_text_that_comes_with_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'coupled-adam\[encyclopedia\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[encyclopedia\]'"):
         source_of("wikipedia-leads")
 
 

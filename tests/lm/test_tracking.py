@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from coupled_adam import cli
+from coupled_adam import __main__
 from coupled_adam.errors import InputError
 from coupled_adam.lm import tracking
 from coupled_adam.lm import train as loop
@@ -317,7 +317,7 @@ def test_a_missing_package_is_one_line_before_anything_is_made(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)
-    message = "trackio not installed: pip install 'coupled-adam[track]'"
+    message = "trackio not installed; in a clone of the repository: pip install '.[track]'"
     with pytest.raises(InputError) as raised:
         train(tracked(tiny, "tensorboard", "trackio"), corpus, tmp_path / "run")
     assert str(raised.value) == message and not (tmp_path / "run").exists()
@@ -326,6 +326,6 @@ def test_a_missing_package_is_one_line_before_anything_is_made(
     monkeypatch.chdir(tmp_path / "empty")
     monkeypatch.setattr(sys, "argv", ["coupled-adam", "train", "mini-M-300V", "tracking.trackers=['trackio']"])
     with pytest.raises(SystemExit, match="2"):
-        cli.main()
+        __main__.main()
     assert capsys.readouterr().err == f"coupled-adam: {message}\n"
     assert list((tmp_path / "empty").iterdir()) == [], "the corpus is not prepared in vain"

@@ -2,4 +2,4 @@
 
 from coupled_adam.errors import require
 
-require("lm", "tokenizers", "jinja2", "plotly")
+require("demo", "tokenizers", "jinja2", "plotly")

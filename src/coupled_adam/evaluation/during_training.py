@@ -7,6 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from coupled_adam import geometry
+from coupled_adam.errors import DivergedError
 from coupled_adam.evaluation.embedding_figures import defined, figures_while_training
 from coupled_adam.evaluation.validation import held_out, validate
 from coupled_adam.figures import Figures
@@ -14,7 +15,7 @@ from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
-from coupled_adam.lm.train import DivergedError, Evaluate
+from coupled_adam.lm.train import Evaluate
 
 
 def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None) -> Evaluate:

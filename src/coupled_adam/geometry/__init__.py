@@ -1,10 +1,13 @@
 """What an embedding matrix looks like, and why its mean moves. Works on any (V, H) array, knows nothing of models."""
 
+from coupled_adam.errors import require
+
 try:
     import numpy as _numpy  # noqa: F401
     import scipy as _scipy  # noqa: F401
-except ImportError as error:
-    raise ImportError(f"{error.name} not installed: pip install 'coupled-adam[geometry]'") from error
+except ImportError:
+    require("geometry", "numpy", "scipy")
+    raise
 
 from coupled_adam.geometry.drift import Drift, DriftMonitor, drift
 from coupled_adam.geometry.frequency import (

@@ -19,7 +19,7 @@ from torch.optim import Adam, Optimizer
 
 from coupled_adam.geometry.shards import precision, sum_over_rows, whole
 
-#: The causes, in the order of the equation above; the names of :class:`Drift`'s vectors.
+#: The causes, in the order of the equation above; the names of ``Drift``'s vectors.
 CAUSES = ("second_moments", "gradients", "decay")
 
 
@@ -146,10 +146,11 @@ class DriftMonitor:
     until a sum is asked for.
 
     Args:
-        optimizer, param: as of :func:`drift`.
+        optimizer: as ``geometry.drift`` takes it, with its state or before the first step.
+        param: an embedding matrix (V, H) of one of its groups.
 
     Raises:
-        TypeError, ValueError: as :func:`drift`.
+        TypeError, ValueError: as ``drift``.
 
     >>> weight = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     >>> optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0)

@@ -23,7 +23,7 @@ def health(model_or_matrix: nn.Module | Matrix, *, isotropy: bool = False) -> di
     * ``principal_share``: the share of the largest principal direction in the variance around the mean, in [1/H, 1]
     * ``inverse_condition``: 100·S_min/S_max of the singular values, in percent; from EᵀE, so that below 0.003 only its
       order of magnitude is known
-    * ``isotropy``, if asked for: as of :func:`coupled_adam.geometry.isotropy`; it takes twice as long as all the others
+    * ``isotropy``, if asked for: as of ``geometry.isotropy``; it takes twice as long as all the others
 
     The functions of this package of the same names give the same figures, of a matrix that is whole and on the CPU.
     Everything is summed in float64 on the matrix's device, a block of rows at a time.

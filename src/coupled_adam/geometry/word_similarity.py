@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
+from coupled_adam.errors import require
 from coupled_adam.geometry.arrays import Matrix, as_matrix, in_range
 
 #: A benchmark of which fewer pairs than this can be looked up gives no figure.
@@ -63,8 +63,7 @@ def published_benchmarks() -> tuple[Benchmark, ...]:
     Raises:
         ImportError: one of the two packages is not installed; the message names the extra.
     """
-    if missing := sorted({package for package, _ in PUBLISHED.values() if find_spec(package) is None}):
-        raise ImportError(f"{', '.join(missing)} not installed: pip install 'coupled-adam[geometry]'")
+    require("geometry", *sorted({package for package, _ in PUBLISHED.values()}))
     return tuple(
         parse_benchmark(name, files(package).joinpath(path).read_text(encoding="utf-8"))
         for name, (package, path) in PUBLISHED.items()

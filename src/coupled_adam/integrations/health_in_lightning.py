@@ -15,8 +15,8 @@ class EmbeddingHealth(Callback):  # type: ignore[misc]
 
         lightning.Trainer(callbacks=[EmbeddingHealth()])
 
-    The figures of :func:`coupled_adam.geometry.health` and, as ``drift_…``, how far each cause has moved the mean of
-    the output embedding (:meth:`coupled_adam.geometry.Drift.along_mean`), go through ``pl_module.log_dict``, so to the
+    The figures of ``geometry.health`` and, as ``drift_…``, how far each cause has moved the mean of
+    the output embedding (``geometry.Drift.along_mean``), go through ``pl_module.log_dict``, so to the
     loggers at steps that are multiples of ``log_every_n_steps`` too, and to ``trainer.callback_metrics``. The model is
     the LightningModule, or the outermost module in it that has ``get_output_embeddings()``. A resumed run goes on from
     the sums in its checkpoint.
@@ -25,7 +25,9 @@ class EmbeddingHealth(Callback):  # type: ignore[misc]
     flattens parameters, is a ValueError at the start.
 
     Args:
-        every, isotropy_every, drift: as of :class:`coupled_adam.integrations.health_callbacks.HealthReport`.
+        every: steps between two reports.
+        isotropy_every: reports of which one has the isotropy; 0 for none.
+        drift: whether to sum at every step why the mean of the output embedding moves.
 
     Raises:
         ValueError: a number of steps out of range.

@@ -5,7 +5,7 @@ from typing import Any
 from coupled_adam.errors import require
 from coupled_adam.integrations.health_callbacks import HealthReport
 
-require("lm", "transformers")
+require("demo", "transformers")
 
 from transformers import TrainerCallback  # noqa: E402
 
@@ -18,8 +18,8 @@ class EmbeddingHealth(TrainerCallback):
 
         trainer.add_callback(EmbeddingHealth(trainer))
 
-    The figures of :func:`coupled_adam.geometry.health` and, as ``drift_…``, how far each cause has moved the mean of
-    the output embedding (:meth:`coupled_adam.geometry.Drift.along_mean`), go through ``trainer.log`` to wherever the
+    The figures of ``geometry.health`` and, as ``drift_…``, how far each cause has moved the mean of
+    the output embedding (``geometry.Drift.along_mean``), go through ``trainer.log`` to wherever the
     Trainer reports: before the first step, every ``every`` steps, and after the last. A resumed run goes on from the
     sums in its checkpoint; where there are none, they begin with the first step that is seen.
 
@@ -28,7 +28,9 @@ class EmbeddingHealth(TrainerCallback):
 
     Args:
         trainer: to whose log the figures go.
-        every, isotropy_every, drift: as of :class:`coupled_adam.integrations.health_callbacks.HealthReport`.
+        every: steps between two reports.
+        isotropy_every: reports of which one has the isotropy; 0 for none.
+        drift: whether to sum at every step why the mean of the output embedding moves.
 
     Raises:
         ValueError: a number of steps out of range.

@@ -16,7 +16,7 @@ from coupled_adam.integrations.announce import announce
 from coupled_adam.optim import CoupledAdam, param_groups
 from coupled_adam.optim.groups import Coupled, output_embedding
 
-require("lm", "transformers")
+require("demo", "transformers")
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 

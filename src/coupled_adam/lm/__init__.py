@@ -2,4 +2,4 @@
 
 from coupled_adam.errors import require
 
-require("lm", "numpy", "gensim", "tokenizers", "pydantic", "tomli_w", "filelock", "rich", "xxhash")
+require("demo", "numpy", "gensim", "tokenizers", "pydantic", "tomli_w", "filelock", "rich", "xxhash")

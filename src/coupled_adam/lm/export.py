@@ -36,7 +36,7 @@ def export(run: Run, weights: dict[str, Tensor], digest: str, directory: Path) -
     Raises:
         InputError: an architecture that transformers does not provide.
     """
-    require("lm", "transformers")
+    require("demo", "transformers")
     config = transformers_config(run.experiment, run.corpus)
     config[ORIGIN] = {"run": run.experiment.run.name, "step": run.step, "weights_sha256": digest}
     if exported_digest(directory) == digest:

@@ -154,7 +154,7 @@ class Dataset:
 
     def documents(self) -> Iterator[str]:
         """Yield the texts of the column, without empty ones."""
-        require("lm", "datasets")
+        require("demo", "datasets")
         from datasets import load_dataset
 
         try:

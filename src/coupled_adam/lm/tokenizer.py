@@ -52,7 +52,7 @@ def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 def _load(name: str) -> tuple[Tokenizer, str]:
     """Load a tokenizer of transformers, by the name or directory of a model, and its end-of-text token."""
-    require("lm", "transformers")
+    require("demo", "transformers")
     from transformers import AutoTokenizer
 
     try:

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from coupled_adam import __version__
-from coupled_adam.errors import InputError
+from coupled_adam.errors import DivergedError, InputError, Interrupted
 from coupled_adam.figures import Figures
 from coupled_adam.files import make_directory, write_json, write_text
 from coupled_adam.geometry import DriftMonitor
@@ -38,18 +38,6 @@ from coupled_adam.lm.tracking import Track, require_trackers, trackers
 from coupled_adam.progress import progress_bar, warn
 
 Evaluate = Callable[[LanguageModel, bool], Figures]
-
-
-class Interrupted(Exception):
-    """The user, or whoever runs the machine, asked to stop. All that was done is saved."""
-
-    def __init__(self, message: str, signal_number: int = signal.SIGINT) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
-
-
-class DivergedError(RuntimeError):
-    """The loss or the gradient is no longer finite."""
 
 
 def train(

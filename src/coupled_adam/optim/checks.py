@@ -10,7 +10,7 @@ from torch import Tensor
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import blocks_of
 from coupled_adam.optim.equations import readable
-from coupled_adam.optim.reductions import SHARDED, local
+from coupled_adam.optim.reductions import is_dtensor, local
 
 #: Whether each element has a second moment of its own, or the rows of a matrix share one.
 SECOND_MOMENT = ("elementwise", "vocabulary")
@@ -178,7 +178,7 @@ def _check_shards(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
     """Raise RuntimeError if this process holds other parts of the moments than of the parameter."""
     first, square = state[EIGHT_BIT[0] if EIGHT_BIT[0] in state else "exp_avg"], state["exp_avg_sq"]
     like = state.get("master", group["params"][i])
-    if not any(isinstance(x, SHARDED) for x in (like, first, square)):
+    if not any(is_dtensor(x) for x in (like, first, square)):
         return
     shape = local(like).shape
     row = (1, *shape[1:]) if group["second_moment"] == "vocabulary" else shape

@@ -6,19 +6,18 @@ travel in one all-reduce.
 """
 
 import functools
+import sys
 from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from coupled_adam.optim.update import RankOne
 
-if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-
-#: Kinds of tensors that hold a part of something; asked for several times a parameter and step.
-SHARDED: tuple[type, ...] = (DTensor,) if torch.distributed.is_available() else ()
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 T = TypeVar("T")
 
@@ -52,7 +51,7 @@ def run(*batches: Sequence[Reduction[Any]]) -> list[list[Any]]:
 def run_one(reduction: Reduction[T]) -> T:
     """Run a single reduction and return its result."""
     ((result,),) = run([reduction])
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def _complete(sums: Sequence[Sum]) -> list[Tensor]:
@@ -68,17 +67,24 @@ def _complete(sums: Sequence[Sum]) -> list[Tensor]:
     return parts
 
 
+def is_dtensor(x: Tensor) -> "TypeIs[DTensor]":
+    """Return whether ``x`` is a DTensor.
+
+    None exists before their module is imported. Importing it here would take as long as torch itself, and torch warns
+    where NumPy is not installed.
+    """
+    return isinstance(x, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+
+
 def local(x: Tensor) -> Tensor:
     """Return the part of ``x`` that this rank holds: the shard of a DTensor, any other tensor itself."""
-    if isinstance(x, SHARDED):
-        return x.to_local()  # type: ignore[no-any-return, attr-defined]
-    return x
+    return x.to_local() if is_dtensor(x) else x
 
 
 def whole(x: Tensor) -> Tensor:
     """Return all of ``x`` in every process: communicates if it is a DTensor."""
-    if isinstance(x, SHARDED):
-        return x.full_tensor()  # type: ignore[no-any-return, attr-defined]
+    if is_dtensor(x):
+        return x.full_tensor()
     return x
 
 
@@ -88,7 +94,7 @@ def holders(x: Tensor, dim: int | None = None) -> ProcessGroups:
         return ()
     group = vocabulary_group(x)
     marked = (group,) if group is not None and (dim is None or dim % x.ndim == 0) else ()
-    if not isinstance(x, DTensor):
+    if not is_dtensor(x):
         return marked
     mesh = x.device_mesh
     cutting = (
@@ -122,14 +128,14 @@ def _cuts(x: "DTensor") -> list[int | None]:
 
 def placed_like(template: Tensor, x: Tensor) -> Tensor:
     """Place ``x`` as ``template`` is. Communicates where shards or pending sums come together."""
-    if not torch.distributed.is_available():
-        return x
-    if isinstance(x, DTensor):
-        if isinstance(template, DTensor) and x.device_mesh == template.device_mesh:
+    if is_dtensor(x):
+        if is_dtensor(template) and x.device_mesh == template.device_mesh:
             same = x.placements == template.placements
             return x if same else x.redistribute(placements=template.placements)
         x = x.full_tensor()
-    if isinstance(template, DTensor):
+    if is_dtensor(template):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(x, template.device_mesh, template.placements, src_data_rank=None)
     return x
 
@@ -139,8 +145,10 @@ def reduced_like(param: Tensor, part: Tensor, dim: int) -> Tensor:
 
     The reduction keeps the dimension, or is over the last one.
     """
-    if not (torch.distributed.is_available() and isinstance(param, DTensor)):
+    if not is_dtensor(param):
         return part
+    from torch.distributed.tensor import DTensor, Replicate
+
     dim %= param.ndim
     shape = torch.Size([*param.shape[:dim], *([1] if part.ndim == param.ndim else []), *param.shape[dim + 1 :]])
     cuts = zip(_cuts(param), param.placements, strict=True)
@@ -154,8 +162,10 @@ def rows_like(matrix: Tensor, part: Tensor) -> Tensor:
 
     A DTensor must have whole rows here.
     """
-    if not (torch.distributed.is_available() and isinstance(matrix, DTensor)):
+    if not is_dtensor(matrix):
         return part
+    from torch.distributed.tensor import DTensor
+
     shape, mesh = torch.Size([len(matrix), *part.shape[1:]]), matrix.device_mesh
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, mesh, matrix.placements, run_check=False, shape=shape, stride=stride)
@@ -205,8 +215,10 @@ def power_iteration(u: Tensor, matrix: Tensor, step: float | Tensor) -> Reductio
 
 def _positions(u: Tensor) -> Tensor:
     """Return where in the whole vector the elements of ``u`` that this rank holds stand."""
-    if not (torch.distributed.is_available() and isinstance(u, DTensor)):
+    if not is_dtensor(u):
         return torch.arange(u.shape[-1], device=u.device)
+    from torch.distributed.tensor import Replicate
+
     placements = tuple(p if cut == u.ndim - 1 else Replicate() for cut, p in zip(_cuts(u), u.placements, strict=True))
     return _shard_positions(u.shape[-1], u.device_mesh, placements, u.ndim)
 
@@ -214,5 +226,7 @@ def _positions(u: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _shard_positions(size: int, mesh: Any, placements: Any, ndim: int) -> Tensor:
     """Return the positions of one shard, by torch's own rule. Every rank cuts for itself, so nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
     whole = torch.arange(size, device=mesh.device_type).reshape(*[1] * (ndim - 1), size)
     return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local().reshape(-1)

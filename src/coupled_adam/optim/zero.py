@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,12 +15,12 @@ from coupled_adam.optim.checks import Form, StateDtype, parameter_name
 from coupled_adam.optim.equations import Number
 from coupled_adam.optim.exchange import ParamGroup, Work, shared_over
 from coupled_adam.optim.optimizer import Member
-from coupled_adam.optim.reductions import ProcessGroups, local, placed_like
+from coupled_adam.optim.reductions import ProcessGroups, is_dtensor, local, placed_like
 from coupled_adam.optim.state import new_state
 
-if dist.is_available():
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Placement
 
 
 class Adams_ZeRO(Adams):
@@ -114,7 +114,7 @@ class Adams_ZeRO(Adams):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for i, param in enumerate(group["params"]):
-            if dist.is_available() and isinstance(param, DTensor):
+            if is_dtensor(param):
                 self.param_groups.pop()
                 raise ValueError(
                     f"{parameter_name(group, i)} is a DTensor, sharded already; give it to Adams, which takes those"
@@ -144,6 +144,8 @@ class Adams_ZeRO(Adams):
         """The processes that share the state; None where there is but one."""
         if self._processes == 1:
             return None
+        from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
         device = self.param_groups[0]["params"][0].device.type
         if self.process_group is None:
             return init_device_mesh(device, (self._processes,))
@@ -155,6 +157,8 @@ class Adams_ZeRO(Adams):
         if self._mesh is None:
             master = whole.clone()
         else:  # nothing is sent, and no memory shared with the parameter
+            from torch.distributed.tensor import distribute_tensor
+
             master = distribute_tensor(whole, self._mesh, self._placements(param), src_data_rank=None).clone()
         if hasattr(param, "use_spectral_decay"):
             master.use_spectral_decay = param.use_spectral_decay  # type: ignore[attr-defined]
@@ -162,6 +166,8 @@ class Adams_ZeRO(Adams):
 
     def _placements(self, param: Tensor) -> "list[Placement]":
         """By rows, so that one all-reduce serves the coupling; a matrix with few rows by its longest dimension."""
+        from torch.distributed.tensor import Replicate, Shard
+
         if param.ndim == 0:
             return [Replicate()]
         longest = max(range(param.ndim), key=lambda dim: param.shape[dim])
@@ -236,6 +242,8 @@ class Adams_ZeRO(Adams):
         grad = (grad.coalesce().to_dense() if grad.is_sparse else grad).to(self.master_dtype)
         if self._mesh is None:
             return grad
+        from torch.distributed.tensor import DTensor, Partial
+
         total = DTensor.from_local(grad.contiguous(), self._mesh, [Partial()], run_check=False)
         return total.redistribute(placements=self._placements(param)) / self._processes
 

@@ -2,4 +2,4 @@
 
 from coupled_adam.errors import require
 
-require("lm", "jinja2", "plotly")
+require("demo", "jinja2", "plotly")

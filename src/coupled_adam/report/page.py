@@ -1,12 +1,14 @@
 """A page that opens offline: its style, data and chart library are in the one file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import plotly.graph_objects as go
+import plotly.io
 from plotly.offline import get_plotlyjs
 
 from coupled_adam import __version__
@@ -25,17 +27,29 @@ def write_page(path: Path, page: str, charts: Mapping[str, go.Figure], **values:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    drawn = {
-        name: figure.to_html(
-            full_html=False,
-            include_plotlyjs=False,
-            div_id=f"chart-{name}",
-            config={"responsive": True, "displaylogo": False},
-        )
-        for name, figure in charts.items()
-    }
+    with _python_json():
+        drawn = {
+            name: figure.to_html(
+                full_html=False,
+                include_plotlyjs=False,
+                div_id=f"chart-{name}",
+                config={"responsive": True, "displaylogo": False},
+            )
+            for name, figure in charts.items()
+        }
     template = environment.get_template(f"{name}.html")
     write_text(path, template.render(charts=drawn, plotly=get_plotlyjs(), version=__version__, **values))
+
+
+@contextmanager
+def _python_json() -> Iterator[None]:
+    """Have plotly write JSON as Python does, whatever is installed: orjson refuses some names that a file may have."""
+    config = plotly.io.json.config
+    before, config.default_engine = config.default_engine, "json"
+    try:
+        yield
+    finally:
+        config.default_engine = before
 
 
 def _reader(package: str) -> Callable[[str], str | None]:
