@@ -51,7 +51,7 @@ def run(*batches: Sequence[Reduction[Any]]) -> list[list[Any]]:
 def run_one(reduction: Reduction[T]) -> T:
     """Run a single reduction and return its result."""
     ((result,),) = run([reduction])
-    return result
+    return result  # type: ignore[no-any-return]
 
 
 def _complete(sums: Sequence[Sum]) -> list[Tensor]:
