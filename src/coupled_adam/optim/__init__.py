@@ -5,6 +5,7 @@ from coupled_adam.optim.center import center_
 from coupled_adam.optim.coupled_adam import CoupledAdam
 from coupled_adam.optim.describe import describe
 from coupled_adam.optim.groups import param_groups
+from coupled_adam.optim.naming import name_checkpoint
 from coupled_adam.optim.zero import Adams_ZeRO
 
-__all__ = ["Adams", "Adams_ZeRO", "CoupledAdam", "center_", "describe", "param_groups"]
+__all__ = ["Adams", "Adams_ZeRO", "CoupledAdam", "center_", "describe", "name_checkpoint", "param_groups"]

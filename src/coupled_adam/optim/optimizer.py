@@ -11,7 +11,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from coupled_adam.optim import clipping, dispatch, reductions, triton_launch, update
 from coupled_adam.optim.center import center_all_, keep_column_sums, move_centered_
@@ -33,6 +33,12 @@ class AdamFamily(Optimizer):
 
     #: ``torch.amp.GradScaler`` then hands over its scale and whether it has found an infinity, and reads neither.
     _step_supports_amp_scaling = True
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if isinstance(params, torch.nn.Module):
+            name = type(self).__name__
+            raise TypeError(f"{name} takes param groups or parameters, not a model: {name}(param_groups(model), lr=…)")
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group. Its missing keys take the defaults of the constructor; it is checked like the others."""
