@@ -126,6 +126,8 @@ def _chosen(coupled: Coupled | Iterable[Coupled], model: nn.Module) -> list[Tens
     if isinstance(coupled, bool | Mapping) or not isinstance(coupled, Iterable):
         raise TypeError(_unexpected(coupled, model))
     items = [_named(item, model) if isinstance(item, str) else item for item in coupled]
+    if any(item is None for item in items):
+        raise TypeError(_unexpected(None, model))
     return [_matrix(item, model) for item in flat(items)]
 
 

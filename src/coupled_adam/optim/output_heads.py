@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-#: Rows that padding adds to a vocabulary stay below this, as in Megatron: a multiple of 128 for each of 8 processes.
-PADDING = 1024
+#: Rows by which an output embedding may differ from the vocabulary: padding adds fewer than 1024 (Megatron: a multiple
+#: of 128 for each of 8 processes), and tokens that are never predicted, such as ImageGPT's first one, have none.
+PADDING, UNPREDICTED = 1024, 4
 
 #: What the modules of output embeddings are called.
 HEADLIKE = re.compile(r"head|logit|unembed|predict|output_proj|embed_out|vocab", re.IGNORECASE)
@@ -35,8 +36,8 @@ def output_matrices(model: nn.Module) -> list[Tensor]:
     if not items:
         if found := _headlike(model, sizes, chosen=[]):
             raise ValueError(
-                f"{says} {'None' if answer is None else 'nothing'}, but {listed(found)} looks like an output "
-                f"embedding: pass {_spelled(found)} to couple it, or coupled=[] to couple nothing"
+                f"{says} {'None' if answer is None else 'nothing'}, but the output embedding seems to be "
+                f"{listed(found)}: pass {_spelled(found)} to couple that, or coupled=[] to couple nothing"
             )
         _warn(
             f"nothing is coupled, so CoupledAdam is AdamW: {type(owner).__name__} has no output embedding "
@@ -60,7 +61,7 @@ def output_matrices(model: nn.Module) -> list[Tensor]:
 
 
 def vocabulary_sizes(model: nn.Module, owner: nn.Module) -> dict[int, str]:
-    """Return the rows that an output embedding may have, each with where it is known from; empty if nothing says."""
+    """Return the vocabulary sizes that the model tells, each with where it stands."""
     sizes: dict[int, str] = {}
     for module in model.modules():
         for key, size in _sizes_in(getattr(module, "config", None), "config"):
@@ -68,10 +69,6 @@ def vocabulary_sizes(model: nn.Module, owner: nn.Module) -> dict[int, str]:
     for item in flat(_answer(owner, "get_input_embeddings")):
         if isinstance(item, nn.Embedding):
             sizes.setdefault(item.num_embeddings, "the input embedding")
-    if not sizes:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Embedding):
-                sizes.setdefault(module.num_embeddings, name)
     return sizes
 
 
@@ -106,7 +103,7 @@ def listed(named: Iterable[tuple[str, Tensor]]) -> str:
 def candidates(model: nn.Module) -> str:
     """Name matrices that may be meant: those of heads, which models register last, before input embeddings."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
-    tied = {id(p) for _, p in _weights_beside_embeddings(model)}
+    tied = {id(p) for _, p in _matrices_beside_embeddings(model)}
     matrices = [(name, p) for name, p in model.named_parameters() if p.ndim == 2]
     tables = [(name, p) for name, p in matrices if id(p) in embeddings and id(p) not in tied]
     # The outermost modules first, as `classifier`, and what is registered late before what is registered early.
@@ -173,7 +170,8 @@ def _matrix_of(item: Any, model: nn.Module, sizes: Mapping[int, str], says: str)
         return weight
     if not isinstance(item, nn.Module):
         raise ValueError(f"{says} {kind(item)}, which is no parameter of the model; {_remedy(model)}")
-    inside = [p for p in item.parameters() if p.ndim == 2 and (p.shape[0] in sizes or not sizes)]
+    known = {id(p) for p in model.parameters()}
+    inside = [p for p in item.parameters() if id(p) in known and p.ndim == 2 and (p.shape[0] in sizes or not sizes)]
     if isinstance(weight, Tensor) and any(p.requires_grad for p in inside):
         raise ValueError(f"{says} {kind(item)}, {computed(item, model)}")
     if len(inside) != 1:
@@ -196,58 +194,66 @@ def _check_rows(matrix: Tensor, model: nn.Module, sizes: Mapping[int, str], says
             "flattened by DeepSpeed ZeRO or FSDP1 it cannot be coupled, while FSDP2 keeps matrices; coupled=[] couples "
             "nothing"
         )
-    rows = len(matrix)
+    rows, name = len(matrix), name_of(matrix, model)
+    if not sizes:  # then any of the embeddings may be that of the vocabulary
+        tables = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Embedding)]
+        sizes = {module.num_embeddings: path for path, module in tables}
     if not sizes or rows in sizes or hasattr(matrix, "vocabulary_group"):
         return
-    fitting = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and p.shape[0] in sizes]
-    if not fitting and any(0 < rows - size < PADDING for size in sizes):
+    fitting = [(n, p) for n, p in model.named_parameters() if p.ndim == 2 and p.shape[0] in sizes]
+    near = any(-UNPREDICTED <= rows - size < PADDING for size in sizes)
+    if near and (not fitting or any(map(HEADLIKE.search, _called(name)[-1:]))):
         return
     known = ", ".join(f"{size:,} ({where})" for size, where in list(sizes.items())[:SHOWN])
     raise ValueError(
-        f"{says} {listed([(name_of(matrix, model), matrix)])}, which does not fit the vocabulary of {known}: pass the "
-        f"output embedding as coupled=[module, parameter or name], or coupled=[] to couple nothing. "
+        f"{says} {listed([(name, matrix)])}, which does not fit the vocabulary of {known}: pass the output embedding "
+        "as coupled=[module, parameter or name], or coupled=[] to couple nothing. "
         f"Candidates: {listed(fitting) or candidates(model)}"
     )
 
 
 def _check_others(model: nn.Module, chosen: list[Tensor], sizes: Mapping[int, str], says: str) -> None:
     """Warn of further matrices that look like output embeddings; ValueError if the chosen one then is an input."""
-    others = _headlike(model, sizes, chosen)
+    others = _headlike(model, {**sizes, **dict.fromkeys((len(matrix) for matrix in chosen), "")}, chosen)
     if not others:
         return
     names = [(name_of(matrix, model), matrix) for matrix in chosen]
-    tied = {id(p) for _, p in _weights_beside_embeddings(model)}
-    if not any(id(matrix) in tied for matrix in chosen):
+    heads = {id(p) for _, p in _matrices_beside_embeddings(model)}
+    if not any(id(matrix) in heads for matrix in chosen):
         raise ValueError(
-            f"{says} {listed(names)}, which is the weight of an input embedding alone, and {listed(others)} looks like "
-            f"the output embedding: pass {_spelled(others)}, or {_spelled(names)} if it is right"
+            f"{says} {listed(names)}, the weight of an input embedding alone, but the output embedding seems to be "
+            f"{listed(others)}: pass {_spelled(others)}, or {_spelled(names)} if that is right"
         )
     _warn(
-        f"{listed(others)} looks like an output embedding too, but {says} {listed(names)} alone, and only that is "
-        f"coupled. To couple all, {_spelled([*names, *others])}; to silence this, {_spelled(names)}"
+        f"{says} {listed(names)}, and only that is coupled, but {listed(others)} seems to be an output embedding too. "
+        f"To couple all, {_spelled([*names, *others])}; to silence this, {_spelled(names)}"
     )
 
 
-def _weights_beside_embeddings(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the 2-D weights of modules other than embeddings, by the path of the module."""
+def _matrices_beside_embeddings(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the matrices of modules other than embeddings, also those tied to an embedding, by name."""
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            for p in module.parameters(recurse=False):
+            for name, p in module.named_parameters(prefix=path, recurse=False):
                 if p.ndim == 2:
-                    yield path, p
+                    yield name, p
+
+
+def _called(name: str) -> list[str]:
+    """Return the names of the modules around a parameter, without numbers."""
+    return [part for part in name.split(".")[:-1] if not part.isdecimal()]
 
 
 def _headlike(model: nn.Module, sizes: Mapping[int, str], chosen: list[Tensor]) -> list[tuple[str, Tensor]]:
     """List trainable matrices that are called like an output embedding and have as many rows as a vocabulary."""
     seen = {id(matrix) for matrix in chosen}
     found = []
-    for path, p in _weights_beside_embeddings(model):
-        called = [part for part in path.split(".") if not part.isdecimal()][-2:]
+    for name, p in _matrices_beside_embeddings(model):
         # A square matrix has as many rows as the vocabulary by chance.
         fits = p.shape[0] in sizes and p.shape[0] != p.shape[1]
-        if fits and p.requires_grad and id(p) not in seen and any(map(HEADLIKE.search, called)):
+        if fits and p.requires_grad and id(p) not in seen and any(map(HEADLIKE.search, _called(name)[-2:])):
             seen.add(id(p))
-            found.append((name_of(p, model), p))
+            found.append((name, p))
     return found
 
 
