@@ -35,7 +35,16 @@ def test_the_optimizers_need_torch_alone() -> None:
     blocked = f"import sys; sys.modules.update(dict.fromkeys({HEAVY}))"
     result = python(f"{blocked}; import coupled_adam as c; print(c.__all__)")
     assert result.returncode == 0, result.stderr
-    exported = ["Adams", "Adams_ZeRO", "CoupledAdam", "__version__", "center_", "describe", "param_groups"]
+    exported = [
+        "Adams",
+        "Adams_ZeRO",
+        "CoupledAdam",
+        "__version__",
+        "center_",
+        "describe",
+        "name_checkpoint",
+        "param_groups",
+    ]
     assert result.stdout.strip() == str(exported)
 
 

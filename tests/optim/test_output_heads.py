@@ -192,7 +192,7 @@ WRONG = {
         "DebertaV2ForMaskedLM",
         "DebertaV2Config",
         {**SIZES, "vocab_size": 101, "legacy": False},
-        r"lm_head.dense.weight \(16, 16\), which does not fit the vocabulary of 101 .*word_embeddings.weight \(101, 16\)$",
+        r"dense.weight \(16, 16\), which does not fit the vocabulary of 101 .*word_embeddings.weight \(101, 16\)$",
     ),
     "FSMT": ("FSMTForConditionalGeneration", "FSMTConfig", {}, r"coupled=\['model.decoder.output_projection.weight'\]"),
     "Wav2Vec2": ("Wav2Vec2ForCTC", "Wav2Vec2Config", {}, r"returns None, .*coupled=\['lm_head.weight'\]"),

@@ -34,7 +34,8 @@ def name_checkpoint(model: nn.Module, adamw: Optimizer | dict[str, Any]) -> dict
         adamw: the optimizer, or its ``state_dict()``; it is not modified.
 
     Returns:
-        The state dict with ``param_names`` in its groups, for ``load_state_dict`` of the optimizers of this package.
+        The state dict with ``param_names`` in its groups and without frozen parameters, for ``load_state_dict`` of an
+        optimizer that was built with ``param_groups``.
 
     Raises:
         ValueError: the groups are of no known kind, or of several that differ; a parameter is not in the model.
@@ -48,7 +49,7 @@ def name_checkpoint(model: nn.Module, adamw: Optimizer | dict[str, Any]) -> dict
         >>> optimizer.load_state_dict(name_checkpoint(model, adamw.state_dict()))
     """
     if isinstance(adamw, Optimizer):
-        return _named(adamw.state_dict(), _layout_of(adamw, model))
+        return _named(adamw.state_dict(), _layout_of(adamw, model), model)
     if not isinstance(adamw, dict) or not {"state", "param_groups"} <= adamw.keys():
         found = f"a dictionary with {list(adamw)[:5]}" if isinstance(adamw, dict) else f"a {type(adamw).__name__}"
         raise ValueError(
@@ -56,12 +57,19 @@ def name_checkpoint(model: nn.Module, adamw: Optimizer | dict[str, Any]) -> dict
         )
     if all("param_names" in group for group in adamw["param_groups"]):
         return dict(adamw)
-    return _named(adamw, _layout_for(adamw, model))
+    return _named(adamw, _layout_for(adamw, model), model)
 
 
-def _named(state_dict: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    groups = [{**group, "param_names": names} for group, names in zip(state_dict["param_groups"], layout, strict=True)]
-    return {**state_dict, "param_groups": groups}
+def _named(state_dict: dict[str, Any], layout: Layout, model: nn.Module) -> dict[str, Any]:
+    """Put the names into the groups, and leave out what is frozen, as ``param_groups`` does."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    groups = []
+    for group, names in zip(state_dict["param_groups"], layout, strict=True):
+        kept = [(key, name) for key, name in zip(group["params"], names, strict=True) if name in trained]
+        groups.append({**group, "params": [key for key, _ in kept], "param_names": [name for _, name in kept]})
+    keys = {key for group in groups for key in group["params"]}
+    state = {key: moments for key, moments in state_dict["state"].items() if key in keys}
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def _layout_of(optimizer: Optimizer, model: nn.Module) -> Layout:
