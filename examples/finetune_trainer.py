@@ -20,14 +20,20 @@ from typing import NoReturn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+try:
+    from coupled_adam.errors import one_line, require_trainer
+
+    require_trainer("accelerate", "accelerate")  # the Trainer needs it, and transformers does not bring it along
+    from coupled_adam import Adams, CoupledAdam, geometry, progress
+    from coupled_adam.integrations.transformers import trainer_optimizer
+    from coupled_adam.lm.sources import source_of
+except ImportError as error:
+    print(f"finetune_trainer.py: {error}", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
-
-from coupled_adam import Adams, CoupledAdam, geometry, progress
-from coupled_adam.errors import one_line
-from coupled_adam.integrations.transformers import trainer_optimizer
-from coupled_adam.lm.sources import source_of
 
 Sequences = list[dict[str, Tensor]]
 OPTIMIZERS = {"coupled_adam": CoupledAdam, "adams": Adams, "adamw": None}

@@ -6,6 +6,7 @@ In nanoGPT's model.py replace ``configure_optimizers`` by the function ``coupled
 sets the learning rate of every group, unscales, clips, and steps.
 """
 
+import argparse
 import math
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class GPT(nn.Module):
         return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
 
-def train(configure_optimizers, steps: int = 100, learning_rate: float = 1e-3) -> tuple[float, float]:
+def train(configure_optimizers, steps: int, learning_rate: float = 1e-3) -> tuple[float, float]:
     """nanoGPT's loop. Returns the last loss and the mean shift ratio of the embedding."""
     torch.manual_seed(0)
     data, model = torch.tensor(list(Path(__file__).read_bytes())), GPT()
@@ -75,8 +76,13 @@ def train(configure_optimizers, steps: int = 100, learning_rate: float = 1e-3) -
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100, help="of each of the two trainings (default: 100)")
+    options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: it must be 1 or more")
     for name, configure in (("AdamW", before), ("Coupled Adam", coupled)):
-        loss, shift = train(configure)
+        loss, shift = train(configure, options.steps)
         print(f"{name}: loss {loss:.3f}, mean shift ratio {shift:.3f}")
 
 

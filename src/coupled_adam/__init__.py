@@ -3,7 +3,16 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from coupled_adam.optim import Adams, Adams_ZeRO, CoupledAdam, adamw_state_dict, center_, describe, param_groups
+    from coupled_adam.optim import (
+        Adams,
+        Adams_ZeRO,
+        CoupledAdam,
+        adamw_state_dict,
+        center_,
+        describe,
+        name_checkpoint,
+        param_groups,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,6 +23,7 @@ __all__ = [
     "adamw_state_dict",
     "center_",
     "describe",
+    "name_checkpoint",
     "param_groups",
 ]
 

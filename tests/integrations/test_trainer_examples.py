@@ -1,12 +1,14 @@
 """The examples for trainers, as a user starts them, on a tiny model and made-up text."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from fsdp2_jobs import llama
-from in_process import program
+from in_process import command, program
 from paragraphs import paragraphs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -68,10 +70,65 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, text_file, arguments, mes
 
 def test_nanogpt_keeps_its_loop_and_its_mean_stays() -> None:
     torch.set_num_threads(1)
-    result = program(EXAMPLES / "nanogpt.py")
+    result = program(EXAMPLES / "nanogpt.py", "--steps", "100")
     assert result.returncode == 0, result.stderr
     assert "coupled over the vocabulary: transformer.wte.weight (256, 32)" in result.stdout
     found = re.findall(r"^(.*): loss (\S+), mean shift ratio (\S+)$", result.stdout, re.MULTILINE)
     (adamw, loss, shift), (coupled, coupled_loss, coupled_shift) = found
     assert (adamw, coupled) == ("AdamW", "Coupled Adam")
     assert float(coupled_shift) < float(shift) / 4 and float(coupled_loss) < float(loss) + 0.1
+
+
+def test_nanogpt_explains_itself() -> None:
+    result = program(EXAMPLES / "nanogpt.py", "--help")
+    assert result.returncode == 0 and "replace ``configure_optimizers``" in result.stdout
+    assert "loss" not in result.stdout
+    result = program(EXAMPLES / "nanogpt.py", "--steps", "0")
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (
+        2,
+        "nanogpt.py: error: --steps 0: it must be 1 or more",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nodata"], "local_task.py: nodata.*"),
+        (["nodata", "--words", "8"], "local_task.py: error: --words 8: it must be 9 or more"),
+        (["nodata", "--questions", "0"], "local_task.py: error: --questions 0: it must be 1 or more"),
+        (
+            ["CORPUS", "--questions", "3"],
+            "local_task.py: .*the text makes 0 questions; fewer --questions, or more text",
+        ),
+        (["CORPUS", "--out", "CORPUS/meta.json/no"], "local_task.py: .*"),
+    ],
+)
+def test_local_task_ends_with_one_line(tmp_path, monkeypatch, arguments, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    corpus = tmp_path / "corpus"
+    if any("CORPUS" in x for x in arguments):
+        text = tmp_path / "text.txt"
+        text.write_text("\n".join(" ".join(map(str, range(i, i + 20))) for i in range(400)), "utf-8")  # no words
+        made = command("prepare", text, "--vocab-size", "300", "--out", corpus)
+        assert made.returncode == 0, made.stderr
+    result = program(EXAMPLES / "local_task.py", *(x.replace("CORPUS", str(corpus)) for x in arguments))
+    assert result.returncode == 2, result.stdout
+    assert re.fullmatch(message, result.stderr.splitlines()[-1])
+    assert "Traceback" not in result.stderr
+
+
+def test_without_their_extras_examples_are_one_line() -> None:
+    code = """
+import runpy, sys
+for program, missing in (("local_task", "tokenizers"), ("finetune_trainer", "accelerate")):
+    sys.modules[missing] = None
+    try:
+        runpy.run_path(f"{sys.argv[1]}/{program}.py", run_name="__main__")
+    except SystemExit as end:
+        print(end.code)
+"""
+    result = subprocess.run([sys.executable, "-c", code, EXAMPLES], capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["2", "2"], result.stderr
+    first, second = (line for line in result.stderr.splitlines() if ".py: " in line)
+    assert re.fullmatch(r"local_task.py: tokenizers not installed: .*install .*", first)
+    assert second == "finetune_trainer.py: accelerate not installed: pip install accelerate"

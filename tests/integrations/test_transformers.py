@@ -7,17 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from coupled_adam import Adams, CoupledAdam, center_
-from coupled_adam.integrations.transformers import (
-    OptimizerFactory,
-    name_checkpoint,
-    resume_from_adamw,
-    trainer_optimizer,
-)
+from coupled_adam.integrations.transformers import OptimizerFactory, resume_from_adamw, trainer_optimizer
 
 VOCABULARY, WIDTH = 64, 16
 SIZES = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -207,18 +211,39 @@ def test_a_checkpoint_of_the_trainers_adamw_is_refused_with_the_remedy(tmp_path)
         resume_from_adamw(trainer(tmp_path))
 
 
-def test_naming_refuses_a_checkpoint_of_another_model(tmp_path) -> None:
-    killed(trainer(tmp_path))
-    saved = torch.load(tmp_path / "checkpoint-3" / "optimizer.pt", weights_only=True)
-    named = name_checkpoint(llama(), saved)
-    assert "lm_head.weight" in named["param_groups"][0]["param_names"]
-    assert named["param_groups"][1]["param_names"][-1] == "model.norm.weight"
-    assert "param_names" not in saved["param_groups"][0]
-    with pytest.raises(ValueError, match=r"groups of \[16, 5\] parameters, the Trainer makes groups of \[15, 5\]"):
-        name_checkpoint(llama(tied=True), saved)
-    other = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY + 1, **SIZES, tie_word_embeddings=False))
-    with pytest.raises(ValueError, match=r"'model.embed_tokens.weight' has shape \(65, 16\).*\(64, 16\)"):
-        name_checkpoint(other, saved)
+def classifier(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "bert":
+        return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **SIZES))
+    llama = LlamaForSequenceClassification(LlamaConfig(vocab_size=VOCABULARY, pad_token_id=0, **SIZES))
+    return llama if kind == "llama" else get_peft_model(llama, LoraConfig(TaskType.SEQ_CLS, r=2))
+
+
+@pytest.mark.parametrize("optimizer", [CoupledAdam, Adams])
+@pytest.mark.parametrize("kind", ["bert", "llama", "peft"])
+def test_a_classifier_trains_with_one_warning(tmp_path, kind, optimizer) -> None:
+    rows = [{**row, "labels": row["input_ids"][0] % 2} for row in data()]
+    args = arguments(tmp_path, save_strategy="no")
+    given = trainer_optimizer(args, optimizer=optimizer)
+    trained = Trainer(classifier(kind), args, train_dataset=rows, optimizer_cls_and_kwargs=given)
+    with pytest.warns(UserWarning, match=r"nothing is coupled.*has no output embedding.*coupled=\[\]") as caught:
+        trained.train()
+    assert len([w for w in caught if "coupled" in str(w.message)]) == 1
+    assert {group["second_moment"] for group in inner(trained).param_groups} == {"elementwise"}
+    before = dict(classifier(kind).named_parameters())
+    assert any(p.requires_grad and not torch.equal(p, before[name]) for name, p in trained.model.named_parameters())
+
+
+def test_parameters_that_no_optimizer_holds_are_told_once(tmp_path) -> None:
+    class Resized(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **others) -> None:
+            model.resize_token_embeddings(VOCABULARY + 3)
+
+    whole = trainer(tmp_path, ours={}, save_strategy="no")
+    whole.add_callback(Resized())
+    with pytest.warns(UserWarning, match=r"lm_head.weight \(67, 16\): not in the optimizer.*resize_token") as caught:
+        whole.train()
+    assert len([w for w in caught if "not in the optimizer" in str(w.message)]) == 1
 
 
 def test_lora_alone_couples_nothing_and_says_so_once(tmp_path) -> None:

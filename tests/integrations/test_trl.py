@@ -5,8 +5,8 @@ import torch
 from datasets import Dataset
 from fsdp2_jobs import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from coupled_adam.integrations.transformers import trainer_optimizer
 
@@ -57,3 +57,19 @@ def test_dpo_takes_it_afterwards(tmp_path, tokenizer) -> None:
     trainer.optimizer_cls_and_kwargs = trainer_optimizer(trainer.args)
     trainer.train()
     assert_coupled(trainer)
+
+
+def test_a_reward_model_has_nothing_to_couple_and_trains(tmp_path, tokenizer) -> None:
+    config = llama().config
+    config.num_labels, config.pad_token_id = 1, 0
+    args = RewardConfig(str(tmp_path), max_length=8, **OPTIONS)
+    pairs = Dataset.from_dict({"chosen": ["w1 w2 w3 w4"] * 8, "rejected": ["w1 w2 w5"] * 8})
+    chosen = trainer_optimizer(args)
+    model = LlamaForSequenceClassification(config)
+    before = model.score.weight.detach().clone()
+    trainer = RewardTrainer(
+        model, args, train_dataset=pairs, processing_class=tokenizer, optimizer_cls_and_kwargs=chosen
+    )
+    with pytest.warns(UserWarning, match="nothing is coupled.*LlamaForSequenceClassification has no output embedding"):
+        trainer.train()
+    assert not torch.equal(model.score.weight, before)

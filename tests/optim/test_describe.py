@@ -77,3 +77,17 @@ def test_zero_tells_its_state_when_it_has_one() -> None:
 def test_other_optimizers_are_refused() -> None:
     with pytest.raises(TypeError, match="SGD is no optimizer of coupled_adam"):
         describe(torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+
+
+@pytest.mark.parametrize("cls", [CoupledAdam, Adams, Adams_ZeRO])
+def test_a_head_that_the_model_does_not_hold_any_more_is_told(cls) -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+    optimizer = cls(param_groups(model, coupled=[model[1]]))
+    model[1] = nn.Linear(4, 12)
+    assert "no gradient" not in describe(optimizer)
+    for _ in range(3):
+        model(torch.tensor([1])).sum().backward()
+        optimizer.step()
+    assert "1.weight (9, 4), weight decay 0; no gradient in 3 steps: frozen, unused, or replaced" in describe(optimizer)
+    model[1] = nn.Linear(4, 9)
+    assert "no gradient" not in describe(stepped(cls(param_groups(model, coupled=[model[1]]))))

@@ -1,17 +1,25 @@
 """param_groups: roles by identity, on our model, on others', and on plain modules."""
 
+import re
+import warnings
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from coupled_adam import CoupledAdam, param_groups
+from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, center_, param_groups
 from coupled_adam.lm.config import Model
 from coupled_adam.lm.model import build_model
 
 
 def names(groups: list[dict]) -> list[list[str]]:
     return [[name for name, _ in group["params"]] for group in groups]
+
+
+def tiny_llama() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes))
 
 
 def test_our_model() -> None:
@@ -76,23 +84,95 @@ def test_the_groups_fit_torch_optimizers() -> None:
     torch.optim.AdamW(param_groups(model, coupled=[model[1]])).step()
 
 
+class Plain(nn.Module):
+    """A module that says nothing of its embeddings: input, two layers, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.norm = nn.Embedding(9, 4), nn.Linear(4, 20), nn.LayerNorm(4)
+        self.head = nn.Linear(4, 7)
+
+
+SPELLINGS = {
+    "module": lambda m: m.head,
+    "parameter": lambda m: m.head.weight,
+    "name of a module": lambda m: "head",
+    "name of a parameter": lambda m: "head.weight",
+    "list": lambda m: [m.head],
+    "tuple of names": lambda m: ("head",),
+    "set": lambda m: {m.head},
+    "generator": lambda m: (module for module in [m.head]),
+    "ModuleList": lambda m: nn.ModuleList([m.head]),
+    "nested": lambda m: [[m.head.weight]],
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, torch.compile], ids=["plain", "parallel", "compiled"])
+def test_every_spelling_couples_the_same(spelling, wrap) -> None:
+    model = Plain()
+    groups = param_groups(wrap(model), coupled=spelling(model))
+    assert [p for _, p in groups[0]["params"]] == [model.head.weight]
+    assert groups[0]["second_moment"] == "vocabulary" and "second_moment" not in groups[1]
+
+
 @pytest.mark.parametrize(
-    ("coupled", "message"),
+    ("coupled", "error", "message"),
     [
-        (None, r"get_output_embeddings.*Candidates: table.weight \(9, 4\), head.weight \(7, 4\)"),
-        (["head"], "no parameter of this"),
-        ([nn.Embedding(9, 4)], "no parameter of this.*Candidates"),
-        (["bias"], "no parameter of this"),
+        ("hed", ValueError, "of Plain, or their names, got the string 'hed'; did you mean 'head'?"),
+        (["head", "tabel.weight"], ValueError, "got the string 'tabel.weight'; did you mean 'table.weight'?"),
+        ("", ValueError, "got the string ''. Candidates: head.weight (7, 4)"),
+        ("zzz", ValueError, "got the string 'zzz'. Candidates: head.weight (7, 4)"),
+        (3, TypeError, "expected modules or parameters of Plain, or their names, got 3; coupled=[] couples nothing"),
+        (True, TypeError, "got True"),
+        ([None], TypeError, "got None"),
+        ({"head": 1}, TypeError, "got a dict"),
+        (b"head", TypeError, "got 104"),
+        (nn.Embedding(9, 4), ValueError, "got an Embedding that is not in Plain. Candidates: head.weight (7, 4)"),
+        ([torch.zeros(9, 4)], ValueError, "got a tensor of shape (9, 4) that is not in Plain"),
+        (nn.ReLU(), ValueError, "got a ReLU that has no weight"),
+        ("norm", ValueError, "'norm.weight' has shape (4,); only (vocabulary, hidden) matrices couple"),
     ],
 )
-def test_no_output_embedding_lists_candidates(coupled: list | None, message: str) -> None:
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head, self.table = nn.Linear(4, 7), nn.Embedding(9, 4)
-
-    with pytest.raises(ValueError, match=message):
+def test_anything_else_is_told_in_words(coupled, error, message) -> None:
+    with pytest.raises(error, match=re.escape(message)) as raised:
         param_groups(Plain(), coupled=coupled)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_plain_module_lists_heads_before_its_input_embedding() -> None:
+    listed = "head.weight (7, 4), up.weight (20, 4), table.weight (9, 4)"
+    with pytest.raises(ValueError, match=rf"get_output_embeddings.*or coupled=\[\] .*Candidates: {re.escape(listed)}$"):
+        param_groups(Plain())
+
+
+def test_a_part_that_knows_its_output_embedding_is_named() -> None:
+    model = nn.ModuleDict({"lm": tiny_llama(), "value": nn.Linear(16, 1)})
+    with pytest.raises(ValueError, match=r"Its part 'lm' does: coupled=model.lm.get_output_embeddings\(\)"):
+        param_groups(model)
+
+
+def test_what_is_no_model_is_told() -> None:
+    with pytest.raises(TypeError, match="param_groups takes a model, not a generator"):
+        param_groups(Plain().parameters())
+    for optimizer in (CoupledAdam, Adams, Adams_ZeRO):
+        with pytest.raises(TypeError, match=r"not a model: \w+\(param_groups\(model\)"):
+            optimizer(Plain())
+    with pytest.raises(TypeError, match="not a Plain: center_"):
+        center_(Plain())
+
+
+def test_without_names_they_fit_an_optimizer_that_takes_none() -> None:
+    groups = [{**group, "params": [p for _, p in group["params"]]} for group in param_groups(Plain(), coupled="head")]
+    assert all(isinstance(p, nn.Parameter) for group in groups for p in group["params"])
+    CoupledAdam(groups)
+
+
+def test_nothing_coupled_by_choice_is_silent() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = CoupledAdam(param_groups(Plain(), coupled=[]))
+    assert {group["second_moment"] for group in optimizer.param_groups} == {"elementwise"}
 
 
 def test_vectors_and_frozen_matrices_cannot_be_coupled() -> None:

@@ -160,7 +160,9 @@ def test_an_adamw_checkpoint_without_names_and_with_other_groups_is_refused() ->
         return optimizer
 
     coupled = CoupledAdam(param_groups(model, coupled=[model[1]]))
-    with pytest.raises(ValueError, match=r"groups of \[2\] parameters, this optimizer of \[1, 1\].*param_names"):
+    with pytest.raises(
+        ValueError, match=r"groups of \[2\] parameters, this optimizer of \[1, 1\].*name_checkpoint\(model"
+    ):
         coupled.load_state_dict(adamw(model.parameters()).state_dict())
     unnamed = [
         {**group, "params": [p for _, p in group["params"]]} for group in param_groups(model, coupled=[model[1]])

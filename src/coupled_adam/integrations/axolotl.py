@@ -6,14 +6,14 @@ plugins:
 
 from typing import Any
 
-from transformers import Trainer
-
 from coupled_adam.errors import require_trainer
-from coupled_adam.integrations.transformers import trainer_optimizer
 
 require_trainer("axolotl", "axolotl")
 
 from axolotl.integrations.base import BasePlugin  # noqa: E402
+from transformers import Trainer  # noqa: E402
+
+from coupled_adam.integrations.transformers import trainer_optimizer  # noqa: E402
 
 #: What axolotl does by param groups of its own, which an optimizer that makes its groups does not see.
 IGNORED = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")

@@ -5,16 +5,16 @@ Trainer(model, args, …, optimizer_cls_and_kwargs=trainer_optimizer(args))
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from coupled_adam.errors import require
 from coupled_adam.integrations.announce import announce
-from coupled_adam.optim import CoupledAdam, param_groups
-from coupled_adam.optim.groups import Coupled, output_embedding
+from coupled_adam.optim import CoupledAdam, name_checkpoint, param_groups
+from coupled_adam.optim.groups import Coupled
 
 require("demo", "transformers")
 
@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 def trainer_optimizer(
     args: TrainingArguments,
-    coupled: Sequence[Coupled] | None = None,
+    coupled: Coupled | Iterable[Coupled] | None = None,
     optimizer: Callable[..., Optimizer] = CoupledAdam,
     **options: Any,
 ) -> tuple[type["OptimizerFactory"], dict[str, Any]]:
@@ -37,7 +37,8 @@ def trainer_optimizer(
     Args:
         args: of the Trainer; those of TRL too.
         coupled: as of ``coupled_adam.param_groups``; None for the output embedding, or for nothing, with a warning, if
-            that is frozen, as with LoRA.
+            there is none, as in classifiers and reward models, or if it is frozen, as with LoRA. Names
+            (``coupled="lm_head"``) survive what the Trainer does to the model.
         optimizer: ``coupled_adam.CoupledAdam`` or ``coupled_adam.Adams``.
         options: more arguments of ``optimizer``, and such as replace those of ``args``; ``center=True`` as of
             ``coupled_adam.param_groups``.
@@ -65,7 +66,7 @@ def trainer_optimizer(
         )
     return OptimizerFactory, {
         "optimizer": optimizer,
-        "coupled": coupled,
+        "coupled": list(coupled) if isinstance(coupled, Iterator) else coupled,  # an optimizer may be built twice
         "trainer_clips": args.max_grad_norm,
         **ours,
         **options,
@@ -84,7 +85,7 @@ class OptimizerFactory:
         args: object = None,
         *,
         optimizer: Callable[..., Optimizer] = CoupledAdam,
-        coupled: Sequence[Coupled] | None = None,
+        coupled: Coupled | Iterable[Coupled] | None = None,
         center: bool = False,
         trainer_clips: float | None = None,
         from_adamw: bool = False,
@@ -92,76 +93,13 @@ class OptimizerFactory:
         **options: Any,
     ) -> Optimizer:
         """Build the optimizer of this model's parameters, and log once what it does with them."""
-        if coupled is None and (frozen := _frozen_head(model)):
-            warnings.warn(
-                f"nothing is coupled, so this is AdamW: the output embedding ({frozen}) is frozen, as with LoRA. To "
-                'train and couple it, LoraConfig(modules_to_save=["lm_head"]); to silence this, coupled=[]',
-                UserWarning,
-                stacklevel=2,
-            )
-            coupled = []
         groups = param_groups(model, weight_decay=weight_decay, coupled=coupled, center=center)
-        with warnings.catch_warnings():
-            if coupled is not None and len(coupled) == 0:
-                warnings.filterwarnings("ignore", "nothing is coupled")  # as asked for, or said above
-            built = optimizer(groups, weight_decay=weight_decay, **options)
+        built = optimizer(groups, weight_decay=weight_decay, **options)
         built.register_load_state_dict_pre_hook(_NamesOf(model, from_adamw))
+        built.register_step_pre_hook(_AllHeld(model))
         bound = f"to a global norm of {trainer_clips:g}" if trainer_clips else "none"
         announce(built, f"the Trainer: {bound}")
         return built
-
-
-def _frozen_head(model: nn.Module) -> str:
-    """Name the output embedding's weight if it is frozen; empty if it is trained."""
-    head = output_embedding(model)
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.requires_grad:
-        return ""
-    named = model.named_parameters(remove_duplicate=False)
-    return next((name for name, p in named if p is weight), type(head).__name__)
-
-
-def name_checkpoint(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Put the parameters' names into the optimizer's checkpoint of a Trainer that ran its own AdamW.
-
-    Such a checkpoint (``optimizer.pt``) has two groups, the decayed parameters and the others, and no names, without
-    which an optimizer with other groups cannot tell whose moments they are.
-
-    Args:
-        model: the Trainer's, with the same parameters frozen.
-        state_dict: of that optimizer; it is not modified.
-
-    Returns:
-        A copy with ``param_names`` in its groups, which ``coupled_adam.CoupledAdam.load_state_dict`` takes.
-
-    Raises:
-        ValueError: the groups or shapes are not those that the Trainer makes of this model.
-    """
-    names, saved = _trainers_groups(model), state_dict["param_groups"]
-    sizes, found = ([len(group) for group in names], [len(group["params"]) for group in saved])
-    if sizes != found:
-        raise ValueError(
-            f"no checkpoint of the Trainer's AdamW for this {type(model).__name__}: it has groups of {found} "
-            f"parameters, the Trainer makes groups of {sizes} of this model"
-        )
-    params = dict(model.named_parameters())
-    for group, members in zip(saved, names, strict=True):
-        for key, name in zip(group["params"], members, strict=True):
-            moment = state_dict["state"].get(key, {}).get("exp_avg")
-            if moment is not None and moment.shape != params[name].shape:
-                raise ValueError(
-                    f"no checkpoint of the Trainer's AdamW for this {type(model).__name__}: {name!r} has shape "
-                    f"{tuple(params[name].shape)}, the moment in its place {tuple(moment.shape)}"
-                )
-    groups = [{**group, "param_names": members} for group, members in zip(saved, names, strict=True)]
-    return {**state_dict, "param_groups": groups}
-
-
-def _trainers_groups(model: nn.Module) -> list[list[str]]:
-    """The names of the parameters that ``Trainer.create_optimizer`` decays, and of the others."""
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-    trained = [name for name, param in model.named_parameters() if param.requires_grad]
-    return [[name for name in trained if (name in decayed) is wanted] for wanted in (True, False)]
 
 
 class _NamesOf:
@@ -172,15 +110,40 @@ class _NamesOf:
 
     def __call__(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         groups = state_dict["param_groups"]
-        trainers = [len(names) for names in _trainers_groups(self.model)]
-        if any("param_names" in group for group in groups) or [len(g["params"]) for g in groups] != trainers:
+        if any("param_names" in group for group in groups):
             return None
+        try:
+            named = name_checkpoint(self.model, state_dict)
+        except ValueError:
+            return None  # the optimizer says why it does not fit
         if len(groups) != len(optimizer.param_groups) and not self.from_adamw:
             raise ValueError(
-                "this is a checkpoint of the Trainer's own AdamW, with a schedule of two param groups: call "
+                f"this is a checkpoint of the Trainer's own AdamW, with a schedule of {len(groups)} param groups: call "
                 "coupled_adam.integrations.transformers.resume_from_adamw(trainer) before trainer.train(…)"
             )
-        return name_checkpoint(self.model, state_dict)
+        return named
+
+
+class _AllHeld:
+    """Warns before the first step of trainable parameters that the optimizer does not hold."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.looked = model, False
+
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.looked:
+            return
+        self.looked = True
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        named = self.model.named_parameters()
+        missing = [f"{name} {tuple(p.shape)}" for name, p in named if p.requires_grad and id(p) not in held]
+        if missing:
+            warnings.warn(
+                f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}: not in the optimizer, so not trained. "
+                "They were replaced or unfrozen after it was built, as by resize_token_embeddings: do that before",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def resume_from_adamw(trainer: Trainer) -> None:

@@ -35,7 +35,7 @@ def center_(weight: Tensor) -> Tensor:
 
     Raises:
         ValueError: ``weight`` is no matrix.
-        TypeError: ``weight`` is not floating point.
+        TypeError: ``weight`` is no tensor, or not floating point.
 
     Source: μ-centering of "Output Embedding Centering", arXiv 2601.02031.
 
@@ -46,6 +46,11 @@ def center_(weight: Tensor) -> Tensor:
         >>> center_(head.weight).mean(0).abs().max().item() < 1e-7
         True
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"center_ takes a (vocabulary, hidden) matrix, not a {type(weight).__name__}: "
+            "center_(model.get_output_embeddings().weight)"
+        )
     if weight.ndim != 2:
         raise ValueError(
             f"center_ takes a (vocabulary, hidden) matrix, not a tensor of shape {tuple(weight.shape)}: pass the "

@@ -125,6 +125,8 @@ class CoupledAdam(AdamFamily):
             "state_dtype": state_dtype,
             "capturable": capturable,
         }
+        given = params if isinstance(params, list | tuple) else ()
+        chosen = any(isinstance(group, dict) and "second_moment" in group for group in given)
         super().__init__(
             params,
             defaults,
@@ -134,7 +136,9 @@ class CoupledAdam(AdamFamily):
             amsgrad=amsgrad,
             differentiable=differentiable,
         )
-        if not any(g["second_moment"] == "vocabulary" or g["coupling_factor"] for g in self.param_groups):
+        if not chosen and not any(
+            g["second_moment"] == "vocabulary" or g["coupling_factor"] for g in self.param_groups
+        ):
             warnings.warn(
                 "nothing is coupled, so this is AdamW: give CoupledAdam the groups of param_groups(model), "
                 'or put the embedding matrix into a group with second_moment="vocabulary"',

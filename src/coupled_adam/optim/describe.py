@@ -28,7 +28,8 @@ def describe(optimizer: Optimizer) -> str:
             and Lightning do.
 
     Returns:
-        Some lines of text. The state is that of this process, as it is or will be from the first step on.
+        Some lines of text. The state is that of this process, as it is or will be from the first step on. A coupled
+        parameter that has had no gradient, where others have, is told: the model may not hold it any more.
 
     Raises:
         TypeError: an optimizer that is not of this package.
@@ -51,17 +52,27 @@ def describe(optimizer: Optimizer) -> str:
     if not isinstance(ours, AdamFamily):
         raise TypeError(f"{type(optimizer).__name__} is no optimizer of coupled_adam, nor a wrapper around one")
     members = [(group, i) for group in ours.param_groups for i in range(len(group["params"]))]
-    lines = [*_coupled(members), *_others(members), *_centered(members), _state(ours, members), _clipping(ours)]
+    lines = [*_coupled(ours, members), *_others(members), *_centered(members), _state(ours, members), _clipping(ours)]
     return "\n  ".join([type(ours).__name__, *lines])
 
 
-def _coupled(members: list[Member]) -> Iterator[str]:
+def _coupled(optimizer: AdamFamily, members: list[Member]) -> Iterator[str]:
     coupled = [member for member in members if _is_coupled(member)]
     for member in coupled:
         shard = ", a shard" if vocabulary_group(_param(member)) is not None else ""
-        yield f"coupled over the vocabulary: {_name(member)} {tuple(_param(member).shape)}{shard}, {_decay(member)}"
+        text = f"coupled over the vocabulary: {_name(member)} {tuple(_param(member).shape)}{shard}, {_decay(member)}"
+        yield text + _untrained(optimizer, member)
     if not coupled:
         yield "coupled over the vocabulary: nothing"
+
+
+def _untrained(optimizer: AdamFamily, member: Member) -> str:
+    """Say that a parameter has not moved, where others have."""
+    steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
+    own = optimizer.state.get(_param(member), {}).get("step", 0)
+    if int(own) or not any(steps):
+        return ""
+    return f"; no gradient in {max(steps)} steps: frozen, unused, or replaced since, as by resize_token_embeddings"
 
 
 def _others(members: list[Member]) -> Iterator[str]:

@@ -1,19 +1,28 @@
 """Which parameter of a model plays which role. Roles are found by identity, never by a name or a module's type."""
 
+import difflib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-Coupled = nn.Module | Tensor
+from coupled_adam.optim.output_heads import candidates, computed, flat, kind, name_of, output_matrices
+from coupled_adam.optim.state import bare
+
+#: A module with a 2-D ``weight``, a parameter, or the name of either in the model.
+Coupled = nn.Module | Tensor | str
 
 #: What models call the bound of a soft cap on their logits in their ``config``.
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float = 0.1, coupled: Sequence[Coupled] | None = None, *, center: bool = False
+    model: nn.Module,
+    weight_decay: float = 0.1,
+    coupled: Coupled | Iterable[Coupled] | None = None,
+    *,
+    center: bool = False,
 ) -> list[dict[str, Any]]:
     """Sort a model's trainable parameters into the groups that language models are trained with.
 
@@ -21,22 +30,30 @@ def param_groups(
     * matrices (two dimensions and more) that are not coupled: ``weight_decay``
     * vectors and scalars: no weight decay
 
-    Groups without parameters are left out. They hold (name, parameter) pairs and fit any optimizer of torch, which
-    takes no notice of the keys ``second_moment`` and ``decay``.
+    Groups without parameters are left out. Optimizers of torch take no notice of the keys ``second_moment`` and
+    ``decay``. The parameters are (name, parameter) pairs; for an optimizer that takes no names, such as
+    ``ZeroRedundancyOptimizer``, strip them:
+
+        groups = [{**group, "params": [p for _, p in group["params"]]} for group in param_groups(model)]
 
     Args:
-        model: any module. The output embedding is what its ``get_output_embeddings()`` returns, as every causal
-            language model of transformers has it.
+        model: any module, trained from here on; wrap or resize it before. The output embedding is what its
+            ``get_output_embeddings()`` returns, as every causal language model of transformers has it: one module or
+            several. It must fit the vocabulary of the model's ``config`` or of its input embedding. A model without an
+            output embedding, such as a classifier, and one whose output embedding is frozen couple nothing, with a
+            warning.
         weight_decay: λ of the matrices.
-        coupled: modules with a 2-D ``weight``, or parameters, to couple instead; ``[]`` for none.
+        coupled: what to couple instead: a module with a 2-D ``weight``, a parameter, the name of either, or several of
+            them; ``[]`` for nothing, without a warning.
         center: subtract the mean of the coupled matrices' rows in every step (μ-centering, arXiv 2601.02031). With an
-            untied output embedding under a softmax this changes no probability, and a warning tells where it does.
+            untied output embedding under a softmax this changes no probability; a warning says where it does.
             After the step of an optimizer of torch, which takes no notice of this key either, call
             ``coupled_adam.center_`` instead.
 
     Raises:
-        ValueError: no output embedding is found (the message lists candidates), or an entry of ``coupled`` is no
-            trainable matrix of this model.
+        ValueError: the model has no ``get_output_embeddings()``, or its answer cannot be right (the message lists
+            candidates), or an entry of ``coupled`` is no trainable matrix of this model.
+        TypeError: ``model`` is no module, or ``coupled`` is none of the above.
 
     Examples:
         >>> from torch import nn
@@ -47,9 +64,12 @@ def param_groups(
         [['2.weight'], ['0.weight'], ['1.weight', '1.bias']]
         >>> optimizer = CoupledAdam(groups, lr=1e-3)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups takes a model, not {_told(model)}: param_groups(model)")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    chosen = [output_embedding(model)] if coupled is None else coupled
-    matrices = [_matrix(item, model) for item in chosen]
+    matrices = output_matrices(model) if coupled is None else _chosen(coupled, model)
+    for matrix in matrices:
+        _check_matrix(matrix, model)
     is_coupled = {id(matrix) for matrix in matrices}
     if center:
         _warn_where_centering_tells(model, matrices)
@@ -68,23 +88,9 @@ def param_groups(
             "decay": "decoupled",  # Adams would take its scalar_vector_weight_decay
         },
     ]
+    if not matrices:  # by choice, or with a warning: CoupledAdam need not warn
+        groups = [{**group, "second_moment": "elementwise"} for group in groups]
     return [group for group in groups if group["params"]]
-
-
-def output_embedding(model: nn.Module) -> nn.Module:
-    """Return what ``get_output_embeddings()`` of the model returns, through wrappers. Raises ValueError without one."""
-    inner = model
-    # DistributedDataParallel and its like hold the model as `module` and hide its methods.
-    while not hasattr(inner, "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
-        inner = inner.module  # type: ignore[assignment]
-    head: nn.Module | None = getattr(inner, "get_output_embeddings", lambda: None)()
-    if head is None:
-        raise ValueError(
-            f"{type(inner).__name__} does not say what its output embedding is (get_output_embeddings() is missing or "
-            f"returns None); pass it as coupled=[module or parameter], or coupled=[] to couple nothing. "
-            f"Candidates: {_candidates(model.named_parameters())}"
-        )
-    return head
 
 
 def _warn_where_centering_tells(model: nn.Module, matrices: Sequence[Tensor]) -> None:
@@ -113,25 +119,71 @@ def _setting(config: Any, key: str) -> Any:
     return config.get(key) if isinstance(config, dict) else getattr(config, key, None)
 
 
-def _matrix(item: Coupled, model: nn.Module) -> Tensor:
-    """Return the trainable 2-D parameter of ``model`` that ``item`` stands for."""
-    matrix = item.weight if isinstance(item, nn.Module) and hasattr(item, "weight") else item
-    name = next((n for n, p in model.named_parameters(remove_duplicate=False) if p is matrix), None)
-    if not isinstance(matrix, Tensor) or name is None:
-        raise ValueError(
-            f"coupled={type(item).__name__} is no parameter of this {type(model).__name__}, nor a module with a weight "
-            f"that is one. Candidates: {_candidates(model.named_parameters())}"
-        )
+def _chosen(coupled: Coupled | Iterable[Coupled], model: nn.Module) -> list[Tensor]:
+    """Return the matrices that the user's ``coupled`` stands for."""
+    if isinstance(coupled, nn.Module | Tensor | str):
+        coupled = [coupled]
+    if isinstance(coupled, bool | Mapping) or not isinstance(coupled, Iterable):
+        raise TypeError(_unexpected(coupled, model))
+    items = [_named(item, model) if isinstance(item, str) else item for item in coupled]
+    if any(item is None for item in items):
+        raise TypeError(_unexpected(None, model))
+    return [_matrix(item, model) for item in flat(items)]
+
+
+def _named(name: str, model: nn.Module) -> nn.Module | Tensor:
+    """Return the parameter or module of that name, with or without the names of wrappers in it."""
+    known: dict[str, nn.Module | Tensor] = {bare(path): module for path, module in model.named_modules() if path}
+    known |= {bare(path): p for path, p in model.named_parameters(remove_duplicate=False)}
+    if bare(name) in known:
+        return known[bare(name)]
+    matrices = [path for path, item in known.items() if getattr(getattr(item, "weight", item), "ndim", 0) == 2]
+    near = difflib.get_close_matches(name, matrices, n=1)
+    meant = f"; did you mean {near[0]!r}?" if near else f". Candidates: {candidates(model)}"
+    raise ValueError(
+        f"coupled: expected modules or parameters of {type(model).__name__}, or their names, got the string "
+        f"{name!r}{meant}"
+    )
+
+
+def _matrix(item: Any, model: nn.Module) -> Tensor:
+    """Return the parameter of ``model`` that an entry of ``coupled`` stands for."""
+    if not isinstance(item, nn.Module | Tensor):
+        raise TypeError(_unexpected(item, model))
+    matrix = item if isinstance(item, Tensor) else getattr(item, "weight", None)
+    parameters = {id(p) for p in model.parameters()}
+    if isinstance(matrix, Tensor) and id(matrix) in parameters:
+        return matrix
+    if isinstance(item, nn.Module) and isinstance(matrix, Tensor) and _path(item, model):
+        raise ValueError(f"coupled: got the {type(item).__name__} {_path(item, model)!r}, {computed(item, model)}")
+    lacks = "has no weight" if isinstance(item, nn.Module) and matrix is None else f"is not in {type(model).__name__}"
+    raise ValueError(f"coupled: got {_told(item)} that {lacks}. Candidates: {candidates(model)}")
+
+
+def _check_matrix(matrix: Tensor, model: nn.Module) -> None:
+    """Raise ValueError for a parameter that is no trainable matrix."""
+    name = name_of(matrix, model)
     if matrix.ndim != 2:
         raise ValueError(
             f"coupled parameter {name!r} has shape {tuple(matrix.shape)}; only (vocabulary, hidden) matrices couple"
         )
     if not matrix.requires_grad:
         raise ValueError(f"coupled parameter {name!r} is frozen (requires_grad=False); unfreeze it, or pass coupled=[]")
-    return matrix
 
 
-def _candidates(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Name the matrices with the most rows: an embedding is long and narrow."""
-    matrices = sorted(((n, p) for n, p in named if p.ndim == 2), key=lambda item: -item[1].shape[0])
-    return ", ".join(f"{n} {tuple(p.shape)}" for n, p in matrices[:5]) or "none, the model has no matrix"
+def _unexpected(item: object, model: nn.Module) -> str:
+    return (
+        f"coupled: expected modules or parameters of {type(model).__name__}, or their names, got {_told(item)}; "
+        "coupled=[] couples nothing, None the output embedding"
+    )
+
+
+def _told(item: object) -> str:
+    """Name an object in words: a parameter by its shape, a plain value as it is, anything else by its type."""
+    if isinstance(item, Tensor):
+        return f"a tensor of shape {tuple(item.shape)}"
+    return repr(item) if item is None or isinstance(item, int | float | str) else kind(item)
+
+
+def _path(item: nn.Module, model: nn.Module) -> str:
+    return next((path for path, module in model.named_modules() if module is item), "")

@@ -60,6 +60,9 @@ class AdamFamily(Optimizer):
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], *, error_if_nonfinite: bool, **flags_of_adamw: object
     ) -> None:
+        if isinstance(params, torch.nn.Module):
+            name = type(self).__name__
+            raise TypeError(f"{name} takes param groups or parameters, not a model: {name}(param_groups(model), lr=…)")
         if not isinstance(error_if_nonfinite, bool):
             raise TypeError(f"Invalid error_if_nonfinite: {error_if_nonfinite!r}; it must be True or False")
         check_flags(flags_of_adamw)

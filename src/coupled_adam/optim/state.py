@@ -207,9 +207,8 @@ def _unnamed(sizes: list[int], saved_sizes: list[int], *, saved_has_names: bool)
     if saved_has_names:
         return reason + "Build this optimizer with names: param_groups(model), or model.named_parameters()"
     return reason + (
-        "Put the parameters' names into the checkpoint's groups, in their order "
-        '(state_dict["param_groups"][i]["param_names"] = [...]), and build this optimizer with names too: '
-        "param_groups(model), or model.named_parameters()"
+        "Name them: load_state_dict(coupled_adam.name_checkpoint(model, state_dict)), and build this optimizer with "
+        "names too: param_groups(model), or model.named_parameters()"
     )
 
 
