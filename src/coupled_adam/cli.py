@@ -27,6 +27,7 @@ from coupled_adam.lm.estimate import PEAK_FLOPS, UTILIZATION, Estimate, estimate
 from coupled_adam.lm.metrics_jsonl import MetricsLog
 from coupled_adam.lm.parallel import init_distributed
 from coupled_adam.lm.prepare import corpus_for, prepare
+from coupled_adam.lm.run import check_run_directory
 from coupled_adam.lm.sources import source_of
 from coupled_adam.lm.tracking import require_trackers
 from coupled_adam.lm.train import DivergedError, Interrupted, train
@@ -193,11 +194,16 @@ def train_command(
     config = _experiment(experiment, seed).overridden(overrides or [])
     run_dir = out or Path("runs") / config.run.name
     with init_distributed() as world:
-        world.broadcast_from_main(lambda: require_trackers(config.tracking))  # the corpus may take long to prepare
+        # The corpus may take long to prepare.
+        world.broadcast_from_main(lambda: require_trackers(config.tracking))
+        world.broadcast_from_main(lambda: check_run_directory(run_dir, config))
         corpus = world.broadcast_from_main(lambda: corpus_for(config, data))
         train(config, corpus, run_dir, evaluator(config, corpus, world), world)
         if world.is_main_process:
-            last = MetricsLog(run_dir / "metrics.jsonl").read()[-1]
+            log = MetricsLog(run_dir / "metrics.jsonl")
+            last = next(reversed(log.read()), None)
+            if last is None:
+                raise InputError(f"{log.path}: holds no metrics; the run is trained, and can be evaluated")
             print(json.dumps(last) if as_json else _last_line(run_dir, last))
 
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired, cast
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from coupled_adam.errors import InputError, one_line
 from coupled_adam.files import checksums, read_sealed, remove_leftovers, swap, verify, write_sealed
