@@ -34,6 +34,7 @@ from coupled_adam.lm.train import DivergedError, Interrupted, train
 from coupled_adam.report import aggregate
 from coupled_adam.report.aggregate import Moments, short, spread
 from coupled_adam.report.demo_page import PUBLISHED_MODEL, PUBLISHED_TOKENS, SHOWN
+from coupled_adam.report.page import check_page
 from coupled_adam.report.report_page import report
 from coupled_adam.report.table import Row, rows
 from coupled_adam.reproduce import SHOWN as AVERAGED
@@ -341,6 +342,8 @@ def audit_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
     """Audit the embeddings of any model: figures, a verdict in words, several models side by side."""
+    if html:
+        check_page(html)  # before it is measured
     audited, centered = audit_models(models, read_benchmarks(benchmarks), tensor=tensor, data=data, center_to=center_to)
     if html:
         write_audit_page(html, audited)

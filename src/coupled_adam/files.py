@@ -131,10 +131,27 @@ def update_file(directory: Path, name: str, text: str) -> None:
     before, after = path.stat().st_size if path.exists() else None, len(text.encode())
     if before is not None and not _as_recorded(files, name, before):
         return
+    if before == after == files.get(name) and path.read_bytes() == text.encode():
+        return
     # Both sizes count meanwhile: a process that is killed in between leaves a directory that is still ours.
     write_json(directory / MANIFEST, {**manifest, "files": {**files, name: [before, after]}})
     write_text(path, text)
     write_json(directory / MANIFEST, {**manifest, "files": {**files, name: after}})
+
+
+def is_whole(directory: Path, besides: str) -> bool:
+    """Whether a directory that :func:`put_in_place` made still has all its files; one of them may have changed.
+
+    Args:
+        directory: one without a description, from an older version, counts as whole.
+        besides: name of the file that may have changed.
+    """
+    if not (directory / MANIFEST).exists():
+        return True
+    files, found = read_json(directory / MANIFEST, dict[str, Any]).get("files"), _sizes(directory)
+    return isinstance(files, dict) and all(
+        name == besides or (name in found and _as_recorded(files, name, found[name])) for name in files
+    )
 
 
 def check_file_replaceable(path: Path, mark: str) -> None:
@@ -208,7 +225,8 @@ def remove_leftovers(directory: Path, ours: Callable[[str], bool]) -> None:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _alive(process: int) -> bool:

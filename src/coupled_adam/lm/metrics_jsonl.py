@@ -43,7 +43,7 @@ class MetricsLog:
             if not content.endswith(b"\n") or not content.strip():
                 continue  # the last line of a process that was killed, or what an editor has added
             name = f"{self.path}: line {number}"
-            line = validated(name, content, dict[str, Number | None], REMEDY)
+            line = validated(name, content.rstrip(), dict[str, Number | None], REMEDY)
             step = line.get("step")
             if not isinstance(step, int) or step < 0:
                 raise InputError(f"{name}: damaged (step: should be a whole number, got {step}); {REMEDY}")
