@@ -34,7 +34,7 @@ MANIFEST = ".coupled-adam.json"
 SEAL = "sha256"
 
 #: What a process that was killed leaves beside the file or directory that it was writing.
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>[1-9][0-9]*)\.(?:tmp|old)")
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>[1-9][0-9]{0,6})\.(?:tmp|old)")
 
 #: The same of all files that this process has verified.
 _intact: dict[Path, list[int]] = {}
@@ -112,10 +112,17 @@ def swap(aside: Path, path: Path) -> None:
         aside.replace(path)
         return
     # os.replace replaces no directory that holds anything. What was there is removed once the new one stands.
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = _ours_alone(path.with_name(f".{path.name}.{os.getpid()}.old"))
     path.replace(old)
     aside.replace(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _ours_alone(aside: Path) -> Path:
+    """Return a name that holds our process's number, freed from what one that was killed left under that number."""
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside, ignore_errors=True)
+    return aside
 
 
 def update_file(directory: Path, name: str, text: str) -> None:
@@ -235,7 +242,7 @@ def _alive(process: int) -> bool:
         return False
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
+    except ProcessLookupError:
         return False
     except PermissionError:
         pass
@@ -286,7 +293,7 @@ def written_whole(path: Path, kind: str | None = None) -> Iterator[Path]:
     with full_disk_named(path):
         make_directory(path.parent)
     # The process ID: two processes that write the same file do not write into each other's.
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = _ours_alone(path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     try:
         with full_disk_named(path):
             yield aside

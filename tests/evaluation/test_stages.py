@@ -123,7 +123,7 @@ def test_what_the_other_stages_found_is_kept_where_the_tasks_fail(run_dir: Path)
 def test_the_card_tells_only_of_its_own_weights(run_dir: Path) -> None:
     stages.evaluate(run_dir, only=("validation", "embeddings", "export"))
     path = run_dir / "evaluation" / "validation.json"
-    content = read_results(path)
+    content = read_results(path, "validation")
     content["inputs"]["weights"] = "others"
     write_results(path, content)
     stages.export_run(run_dir)

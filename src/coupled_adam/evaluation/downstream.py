@@ -253,7 +253,7 @@ def _earlier(out: Path, digest: str) -> dict[tuple[Any, ...], Record]:
     if not out.exists():
         return {}
     try:
-        stored = read_results(out)
+        stored = read_results(out, "downstream")
         if stored["settings"]["model_digest"] != digest:
             return {}
         return {_key(record): record for record in [*stored["earlier"], *stored["tasks"].values()]}

@@ -108,13 +108,13 @@ class DownstreamResults(TypedDict):
 SCHEMAS: dict[str, Any] = {"validation": Validation, "embeddings": Embeddings, "downstream": DownstreamResults}
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """Read ``validation.json``, ``embeddings.json`` or ``downstream.json``.
+def read_results(path: Path, stage: str) -> dict[str, Any]:
+    """Read what a stage (a key of :data:`SCHEMAS`) has written.
 
     Raises:
         InputError: it cannot be read, is damaged, or something else; the message names file and value.
     """
-    content: dict[str, Any] = read_sealed(path, SCHEMAS[path.stem], REMEDY, older=True)
+    content: dict[str, Any] = read_sealed(path, SCHEMAS[stage], REMEDY, older=True)
     if content.pop("format", FORMAT) != FORMAT:
         raise InputError(f"{path}: of another version of this package; {REMEDY}")
     if sample := content.get("token_sample"):
@@ -125,5 +125,5 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def write_results(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one of these files."""
+    """Write the results of a stage."""
     write_sealed(path, {"format": FORMAT, **content})

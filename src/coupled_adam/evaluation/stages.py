@@ -135,7 +135,7 @@ def export_run(directory: Path, data: Path | None = None, out: Path | None = Non
 def read_stage(directory: Path, stage: str) -> dict[str, Any] | None:
     """Read the file that a stage has written for the run in ``directory``; None if there is none."""
     path = directory / "evaluation" / f"{stage}.json"
-    return read_results(path) if path.exists() else None
+    return read_results(path, stage) if path.exists() else None
 
 
 def card_figures(directory: Path, weights: str) -> dict[str, str]:
