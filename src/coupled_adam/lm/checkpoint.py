@@ -338,8 +338,11 @@ class _Planner(DefaultLoadPlanner):
     """Unpickles the values that are no tensors, such as learning rates, without running what they may ask for."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        plain = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), plain)
+        plain, name = io.BytesIO(), read_item.dest_index.fqn
+        try:
+            torch.save(torch.load(value, weights_only=True), plain)
+        except Exception:
+            raise pickle.UnpicklingError(f"{name} holds more than plain values, and was not loaded") from None
         plain.seek(0)
         super().load_bytes(read_item, plain)
 
