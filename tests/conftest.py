@@ -1,5 +1,6 @@
 """How the suite runs, and text and settings that several tests share."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -151,3 +152,10 @@ def tiny_experiment() -> Experiment:
             "evaluation": {"every": 8, "batches": 2},
         }
     )
+
+
+def as_of_an_older_version(path: Path, *unknown: str) -> None:
+    """Leaves a sealed file as the version before there were digests wrote it, without the keys ``unknown`` to it."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in content.items() if key not in ("sha256", "format", *unknown)}
+    path.write_text(json.dumps(kept), encoding="utf-8")

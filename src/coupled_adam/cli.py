@@ -217,17 +217,23 @@ def train_command(
     from coupled_adam.lm.metrics_jsonl import MetricsLog
     from coupled_adam.lm.parallel import init_distributed
     from coupled_adam.lm.prepare import corpus_for
+    from coupled_adam.lm.run import check_run_directory
     from coupled_adam.lm.tracking import require_trackers
     from coupled_adam.lm.train import train
 
     config = _experiment(experiment, seed).overridden(overrides or [])
     run_dir = out or Path("runs") / config.run.name
     with init_distributed() as world:
-        world.broadcast_from_main(lambda: require_trackers(config.tracking))  # the corpus may take long to prepare
+        # The corpus may take long to prepare.
+        world.broadcast_from_main(lambda: require_trackers(config.tracking))
+        world.broadcast_from_main(lambda: check_run_directory(run_dir, config))
         corpus = world.broadcast_from_main(lambda: corpus_for(config, data))
         train(config, corpus, run_dir, evaluator(config, corpus, world), world)
         if world.is_main_process:
-            last = MetricsLog(run_dir / "metrics.jsonl").read()[-1]
+            log = MetricsLog(run_dir / "metrics.jsonl")
+            last = next(reversed(log.read()), None)
+            if last is None:
+                raise InputError(f"{log.path}: holds no metrics; the run is trained, and can be evaluated")
             if as_json:
                 print_json(last)
             else:
@@ -401,7 +407,10 @@ def audit_command(
     from coupled_adam.audit.audit_page import audit_rows, write_audit_page
     from coupled_adam.audit.models import audit_models
     from coupled_adam.evaluation.stages import read_benchmarks
+    from coupled_adam.report.page import check_page
 
+    if html:
+        check_page(html)  # before it is measured
     audited, centered = audit_models(models, read_benchmarks(benchmarks), tensor=tensor, data=data, center_to=center_to)
     if html:
         write_audit_page(html, audited)

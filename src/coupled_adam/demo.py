@@ -5,24 +5,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from coupled_adam import __version__, experiments
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.during_training import evaluator
 from coupled_adam.evaluation.stages import evaluate
-from coupled_adam.files import make_directory, write_json
+from coupled_adam.files import check_file_replaceable, lock_in, make_directory, output_path, write_json
 from coupled_adam.lm.config import OPTIMIZER_LABELS, Experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.prepare import prepare
-from coupled_adam.lm.sources import TextFiles, WikipediaSample
+from coupled_adam.lm.run import check_run_directory
+from coupled_adam.lm.sources import Source, TextFiles, WikipediaSample
 from coupled_adam.lm.train import train
 from coupled_adam.progress import say
 from coupled_adam.report.aggregate import Evaluated, read_runs
 from coupled_adam.report.demo_page import PUBLISHED_MODEL, PUBLISHED_TOKENS, write_demo_page
+from coupled_adam.report.page import check_page
 
 #: Values of optimizer.embedding.name that are compared.
 METHODS = ("adamw", "coupled_adam")
+
+#: What stands at the top of results.json, and says that it may be replaced.
+RESULTS_MARK = '"made_by": "coupled-adam '
 
 
 def run_demo(out: Path, text: Path | None = None, steps: int | None = None, seed: int = 1) -> dict[str, Any]:
@@ -35,24 +40,32 @@ def run_demo(out: Path, text: Path | None = None, steps: int | None = None, seed
         seed: for weight initialization and data order.
 
     Raises:
-        InputError: bad text; ``out`` is no directory, in use by another process, or holds runs with other settings.
+        InputError: bad text; ``out`` is no directory, in use by another process, or holds runs with other settings, or
+            files of the demo's names that were not made by it.
         Interrupted: the user stopped it; all that was done is saved.
     """
     experiment = experiments.load("demo").with_values(run__seed=seed)
     if steps is not None:
         warmup = min(experiment.schedule.warmup_steps, max(steps // 10, 1))
         experiment = experiment.with_values(train__steps=steps, schedule__warmup_steps=warmup)
+    source = TextFiles(text) if text else WikipediaSample()
+    source.fingerprint()  # bad text is refused before there is a directory
+    if text is not None and text.is_dir():
+        output_path(out, text)
+    check_page(out / "report.html")
+    check_file_replaceable(out / "results.json", RESULTS_MARK)
+    for method in METHODS:
+        check_run_directory(out / method, experiment)
     make_directory(out)
     try:
-        with FileLock(out / ".lock", timeout=0):
-            return _run(out, text, experiment)
+        with lock_in(out):
+            return _run(out, source, experiment)
     except Timeout:
         raise InputError(f"{out}: another process is working there; wait for it, or choose another directory") from None
 
 
-def _run(out: Path, text: Path | None, experiment: Experiment) -> dict[str, Any]:
+def _run(out: Path, source: Source, experiment: Experiment) -> dict[str, Any]:
     began = time.monotonic()
-    source = TextFiles(text) if text else WikipediaSample()
     say(f"Corpus: {source.name}")
     corpus = prepare(source, experiment.data, out / "corpus")
     sizes = f"{corpus.tokens('train'):,} training and {corpus.tokens('validation'):,} validation tokens"
@@ -74,6 +87,7 @@ def _results(experiment: Experiment, corpus: Corpus, runs: dict[str, Evaluated])
         experiments.published_result(PUBLISHED_MODEL, PUBLISHED_TOKENS, OPTIMIZER_LABELS[method]) for method in METHODS
     ]
     return {
+        "made_by": f"coupled-adam {__version__}",
         "version": __version__,
         "corpus": {key: corpus.meta[key] for key in ("source", "fingerprint", "documents", "characters")}
         | {"tokens": {split: corpus.tokens(split) for split in ("train", "validation")}},

@@ -2,15 +2,22 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from coupled_adam.errors import InputError, one_line
+from coupled_adam.errors import InputError, one_line, printable
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 
@@ -25,6 +32,9 @@ MANIFEST = ".coupled-adam.json"
 
 #: Key under which a sealed JSON file holds the digest of all its other keys.
 SEAL = "sha256"
+
+#: What a process that was killed leaves beside the file or directory that it was writing.
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>[1-9][0-9]{0,6})\.(?:tmp|old)")
 
 #: The same of all files that this process has verified.
 _intact: dict[Path, list[int]] = {}
@@ -73,9 +83,7 @@ def check_replaceable(path: Path, kind: str) -> None:
             f"{path}: exists and is not a {kind} made by coupled-adam (it holds {held}); choose another place"
         )
     recorded, found = manifest.get("files"), _sizes(path)
-    if foreign := sorted(
-        name for name in found if not (isinstance(recorded, dict) and recorded.get(name) == found[name])
-    ):
+    if foreign := sorted(name for name in found if not _as_recorded(recorded, name, found[name])):
         raise InputError(
             f"{path}: {foreign[0]} was added or changed since this {kind} was made; move it away, or choose another"
         )
@@ -104,10 +112,17 @@ def swap(aside: Path, path: Path) -> None:
         aside.replace(path)
         return
     # os.replace replaces no directory that holds anything. What was there is removed once the new one stands.
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = _ours_alone(path.with_name(f".{path.name}.{os.getpid()}.old"))
     path.replace(old)
     aside.replace(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _ours_alone(aside: Path) -> Path:
+    """Return a name that holds our process's number, freed from what one that was killed left under that number."""
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside, ignore_errors=True)
+    return aside
 
 
 def update_file(directory: Path, name: str, text: str) -> None:
@@ -120,10 +135,30 @@ def update_file(directory: Path, name: str, text: str) -> None:
     files, path = manifest.get("files"), directory / name
     if not isinstance(files, dict):
         raise InputError(f"{directory / MANIFEST}: damaged (no files); delete {directory}, if you do not need it")
-    if path.exists() and files.get(name) != path.stat().st_size:
+    before, after = path.stat().st_size if path.exists() else None, len(text.encode())
+    if before is not None and not _as_recorded(files, name, before):
         return
+    if before == after == files.get(name) and path.read_bytes() == text.encode():
+        return
+    # Both sizes count meanwhile: a process that is killed in between leaves a directory that is still ours.
+    write_json(directory / MANIFEST, {**manifest, "files": {**files, name: [before, after]}})
     write_text(path, text)
-    write_json(directory / MANIFEST, {**manifest, "files": {**files, name: path.stat().st_size}})
+    write_json(directory / MANIFEST, {**manifest, "files": {**files, name: after}})
+
+
+def is_whole(directory: Path, besides: str) -> bool:
+    """Whether a directory that :func:`put_in_place` made still has all its files; one of them may have changed.
+
+    Args:
+        directory: one without a description, from an older version, counts as whole.
+        besides: name of the file that may have changed.
+    """
+    if not (directory / MANIFEST).exists():
+        return True
+    files, found = read_json(directory / MANIFEST, dict[str, Any]).get("files"), _sizes(directory)
+    return isinstance(files, dict) and all(
+        name == besides or (name in found and _as_recorded(files, name, found[name])) for name in files
+    )
 
 
 def check_file_replaceable(path: Path, mark: str) -> None:
@@ -135,12 +170,95 @@ def check_file_replaceable(path: Path, mark: str) -> None:
     """
     if path.is_dir():
         raise InputError(f"{path}: a directory; choose a name for the file")
-    if not path.exists():
+    check_writable(path.parent, path)
+    if not path.exists() and not path.is_symlink():
         return
-    with path.open("rb") as file:
-        head = file.read(4096)
-    if head and mark.encode() not in head:
+    try:
+        head = b""
+        if ours := path.is_file():  # else a device, a named pipe, or a link to nothing
+            with path.open("rb") as file:
+                head = file.read(4096)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; choose another name") from None
+    if not ours or (head and mark.encode() not in head):
         raise InputError(f"{path}: exists and was not made by coupled-adam; choose another name, or move it away")
+
+
+def check_writable(directory: Path, named: Path | None = None) -> None:
+    """Raise InputError unless files can be made in ``directory``, which need not exist yet; nothing is left there.
+
+    Args:
+        directory: where something will be written, once it has been computed.
+        named: what the message calls it; None for ``directory``.
+    """
+    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise InputError(f"{named or directory}: {existing} is not a directory; choose another place")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"{named or directory}: cannot be written ({error.strerror}); choose another place") from None
+
+
+def lock_in(directory: Path) -> "FileLock":
+    """Return the lock that keeps other processes out of a directory; it is not acquired.
+
+    Raises:
+        InputError: there is a file of that name, ``.lock``, which was not made by this package.
+    """
+    from filelock import FileLock
+
+    path = directory / ".lock"
+    # Older versions of filelock empty the file that they lock.
+    if path.is_symlink() or (path.exists() and not (path.is_file() and path.stat().st_size == 0)):
+        raise InputError(f"{path}: exists and was not made by coupled-adam; choose another directory, or move it away")
+    return FileLock(path, timeout=0)
+
+
+def remove_leftovers(directory: Path, ours: Callable[[str], bool]) -> None:
+    """Remove what processes that were killed were writing in ``directory``; what a live process writes stays.
+
+    For directories within our own, under the lock that keeps other writers out.
+
+    Args:
+        directory: where they wrote; it need not exist.
+        ours: whether this package writes a file or directory of that name there.
+    """
+    for path in directory.iterdir() if directory.is_dir() else ():
+        found = LEFTOVER.fullmatch(path.name)
+        if found is None or not ours(found["name"]) or path.is_symlink() or _alive(int(found["process"])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _alive(process: int) -> bool:
+    """Whether another process has this number. Our own was given to us after the one that was killed had it."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _as_recorded(files: object, name: str, size: int) -> bool:
+    """Whether a file is one that was recorded, with its size; or what a killed process left of writing it."""
+    if not isinstance(files, dict):
+        return False
+    folder, _, last = name.rpartition("/")
+    if (left := LEFTOVER.fullmatch(last)) and (
+        left["name"] == MANIFEST or f"{folder}/{left['name']}".lstrip("/") in files
+    ):
+        return not _alive(int(left["process"]))
+    return size in files[name] if isinstance(files.get(name), list) else files.get(name) == size
 
 
 def _sizes(directory: Path) -> dict[str, int]:
@@ -175,7 +293,7 @@ def written_whole(path: Path, kind: str | None = None) -> Iterator[Path]:
     with full_disk_named(path):
         make_directory(path.parent)
     # The process ID: two processes that write the same file do not write into each other's.
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = _ours_alone(path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     try:
         with full_disk_named(path):
             yield aside
@@ -248,31 +366,47 @@ def read_json(path: Path, schema: type[T], remedy: str = "") -> T:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}{after}") from None
-    return _validated(path, content, schema, after)
+    return validated(path, content, schema, remedy)
 
 
-def read_sealed(path: Path, schema: type[T], remedy: str = "") -> T:
+def read_sealed(path: Path, schema: type[T], remedy: str = "", *, older: bool = False) -> T:
     """As :func:`read_json`, of a file that :func:`write_sealed` wrote.
+
+    Args:
+        path, schema, remedy: as of :func:`read_json`.
+        older: also take a file from before such files were sealed: one with neither a digest nor a ``format``.
 
     Raises:
         InputError: also if a value is not the one that was written.
     """
     after = f"; {remedy}" if remedy else ""
     content = read_json(path, dict[str, Any], remedy)
-    if content.pop(SEAL, None) != _digest(content):
+    if not (older and SEAL not in content and "format" not in content) and content.pop(SEAL, None) != _digest(content):
         raise InputError(f"{path}: damaged (its checksum is not the recorded one){after}")
-    return _validated(path, json.dumps(content).encode(), schema, after)
+    return validated(path, json.dumps(content).encode(), schema, remedy)
 
 
-def _validated(path: Path, content: bytes, schema: type[T], after: str) -> T:
-    from pydantic import TypeAdapter, ValidationError
+def validated(name: object, content: bytes, schema: type[T], remedy: str = "") -> T:
+    """Parse JSON of a known shape; ``name`` says in messages where it is from. As :func:`read_json` otherwise."""
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(schema).validate_json(content, strict=True)
+        found: T = _adapter(schema).validate_json(content, strict=True)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = "".join(f"{key}: " for key in [".".join(map(str, first["loc"]))] if key)
-        raise InputError(f"{path}: damaged ({where}{one_line(first['msg'])}){after}") from None
+        value = first["input"]
+        got = "" if isinstance(value, bytes | dict) else f", got {one_line(repr(value), 60)}"
+        after = f"; {remedy}" if remedy else ""
+        raise InputError(f"{name}: damaged ({printable(where)}{one_line(first['msg'])}{got}){after}") from None
+    return found
+
+
+@functools.cache
+def _adapter(schema: Any) -> "TypeAdapter[Any]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
 
 
 def _digest(value: Mapping[str, Any]) -> str:
@@ -280,11 +414,15 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory and its parents. Raises InputError if there is a file in its place."""
+    """Create a directory and its parents. Raises InputError if there is a file in its place, or it cannot be made."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"{path}: not a directory; choose another place") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"{path}: cannot be created ({error.strerror}); choose another place") from None
 
 
 def checksums(root: Path, files: Iterable[Path], remember: bool = False) -> dict[str, dict[str, Any]]:

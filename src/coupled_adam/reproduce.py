@@ -11,17 +11,21 @@ from coupled_adam import __version__, experiments
 from coupled_adam.errors import DivergedError, InputError
 from coupled_adam.evaluation.during_training import evaluator
 from coupled_adam.evaluation.stages import evaluate
-from coupled_adam.files import make_directory, write_json
+from coupled_adam.files import check_file_replaceable, make_directory, write_json
 from coupled_adam.lm.checkpoint import latest_checkpoint, step_of, verify_checkpoint
-from coupled_adam.lm.config import Experiment, load_experiment
+from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.estimate import estimate
 from coupled_adam.lm.prepare import prepare
+from coupled_adam.lm.run import read_experiment
 from coupled_adam.lm.sources import source_of
 from coupled_adam.lm.train import train
 from coupled_adam.progress import say, warn
 from coupled_adam.report.aggregate import DIVERGED, SeedGroup, read_runs
-from coupled_adam.report.report_page import report
+from coupled_adam.report.report_page import check_outputs, report
+
+#: What stands at the top of results.json, and says that it may be replaced.
+RESULTS_MARK = '"made_by": "coupled-adam '
 
 #: Names of the figures that are averaged over seeds.
 SHOWN = ("validation_loss", "isotropy", "mean_shift_ratio", "word_similarity")
@@ -54,7 +58,7 @@ class Planned:
         if not (self.directory / DIVERGED).exists() or self.finished:
             return False
         try:
-            return not load_experiment(self.directory / "experiment.toml").differences(self.experiment)
+            return not read_experiment(self.directory).differences(self.experiment)
         except InputError:
             return False  # training says what is wrong there
 
@@ -98,13 +102,15 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
         What results.json holds.
 
     Raises:
-        InputError: as ``plan``.
+        InputError: as ``plan``; or ``out`` holds files of those names that were not made by this package.
         ImportError: a family's text comes with a package that is not installed.
         Interrupted: the user stopped it; all that was done is saved, and the same call resumes.
     """
     runs = plan(suite, only, seeds, out)
     # Before anything is trained: a text may come with a package that is not installed.
     sources = {name: source_of(name) for name in sorted({run.experiment.data.source for run in runs})}
+    check_outputs(out)
+    check_file_replaceable(out / "results.json", RESULTS_MARK)
     make_directory(out)
     gone = sum(run.diverged for run in runs)
     trained = f"{sum(run.finished for run in runs)} of them trained" + (f", {gone} diverged" if gone else "")
@@ -142,6 +148,7 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
     if done:
         report([run.directory for run in (*done, *diverged)], out)
     results = {
+        "made_by": f"coupled-adam {__version__}",
         "experiments": _summed_up(done),
         "diverged": [run.experiment.run.name for run in diverged],
         "failed": failed,

@@ -40,7 +40,7 @@ from coupled_adam.audit.embedding_files import read_embeddings
 from coupled_adam.audit.embedding_names import find_input, find_output, none_found
 from coupled_adam.audit.tensor_files import Tensors
 from coupled_adam.errors import InputError
-from coupled_adam.files import checksums, write_json, write_text
+from coupled_adam.files import checksums, write_json, write_sealed, write_text
 from coupled_adam.lm.checkpoint import save_checkpoint
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
@@ -418,7 +418,9 @@ def test_a_run_of_which_something_is_wrong(tiny: Experiment, corpus: Corpus, tmp
         read_embeddings(str(directory))
     state = dcp.parent / "state.json"  # whoever made it may have made the checksums too
     written = state.read_text()
-    write_json(state, json.loads(written) | {"checksums": checksums(dcp.parent, [dcp / ".metadata"])})
+    forged = json.loads(written) | {"checksums": checksums(dcp.parent, [dcp / ".metadata"])}
+    del forged["sha256"]
+    write_sealed(state, forged)
     with pytest.raises(InputError, match=r"damaged \(unexpected class .*mkdir"):
         read_embeddings(str(directory))
     state.write_text(written)

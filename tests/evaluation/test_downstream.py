@@ -26,6 +26,7 @@ from coupled_adam.evaluation.downstream import (
     downstream,
     mean_accuracy,
 )
+from coupled_adam.evaluation.results import read_results
 from coupled_adam.evaluation.tasks.lm_eval_043 import race_prompt, truthfulqa_accuracy
 
 Docs = list[dict[str, Any]]
@@ -157,7 +158,7 @@ def run(model_dir: Path, local_tasks: Path, tmp_path: Path) -> Callable[..., dic
     def call(*tasks: str, digest: str = "d", include_path: Path = local_tasks, **kwargs: Any) -> dict[str, Any]:
         out = tmp_path / "downstream.json"
         result = downstream(model_dir, out, digest=digest, tasks=tasks, include_path=include_path, **kwargs)
-        assert json.loads(out.read_text(encoding="utf-8")) == result, "what is returned is what is written"
+        assert read_results(out, "downstream") == result, "what is returned is what is written"
         return result
 
     return call
@@ -190,7 +191,7 @@ def log_likelihood(model_dir: Path, prompt: str, continuation: str) -> tuple[flo
 
 def test_all_tasks_of_the_paper_run_in_both_versions(all_nine: tuple[Path, Any]) -> None:
     out, result = all_nine
-    assert json.loads(out.read_text(encoding="utf-8")) == result
+    assert read_results(out, "downstream") == result
     assert not result["failed"]
     assert list(result["tasks"]) == [*PAPER_TASKS, "truthfulqa_mc2_043", "race_043"]
     for name, task in result["tasks"].items():

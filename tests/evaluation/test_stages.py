@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_experiment
+from conftest import as_of_an_older_version, tiny_experiment
 from paragraphs import paragraphs
 from typer.testing import CliRunner
 
@@ -18,6 +18,7 @@ from coupled_adam.cli import app
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation import stages
 from coupled_adam.evaluation.during_training import evaluator
+from coupled_adam.evaluation.results import read_results, write_results
 from coupled_adam.evaluation.token_sample import TokenSample, sample_tokens
 from coupled_adam.lm.metrics_jsonl import MetricsLog
 from coupled_adam.lm.prepare import prepare
@@ -59,7 +60,7 @@ def test_the_stages_measure_what_training_measured_and_more(run_dir: Path) -> No
     run = open_run(run_dir)
     fit = geometry.second_moment_frequency_fit(run.second_moment(), run.corpus.unigram_counts)
     assert figures["second_moment_frequency_fit"] == pytest.approx(fit)
-    assert results["embeddings"] == json.loads((run_dir / "evaluation" / "embeddings.json").read_text("utf-8"))
+    assert results["embeddings"] == stages.read_stage(run_dir, "embeddings")
     assert len(results["embeddings"]["singular_values"]) == 16
     assert list(results["embeddings"]["word_similarity"]) == [
         "original", "centered", "centered_scaled", "post_process", "post_process_fix",
@@ -106,6 +107,7 @@ def test_other_benchmarks_are_measured_anew(run_dir: Path, tmp_path: Path) -> No
 def test_a_model_that_cannot_be_exported_is_refused_before_anything_is_computed(run_dir: Path) -> None:
     file = run_dir / "experiment.toml"
     file.write_text(file.read_text().replace("[model]", '[model]\nnorm = "rmsnorm"'))
+    as_of_an_older_version(run_dir / "environment.json", "experiment")
     with pytest.raises(InputError, match="transformers has no gpt2 with rmsnorm"):
         stages.evaluate(run_dir)
     assert not (run_dir / "evaluation").exists()
@@ -121,9 +123,9 @@ def test_what_the_other_stages_found_is_kept_where_the_tasks_fail(run_dir: Path)
 def test_the_card_tells_only_of_its_own_weights(run_dir: Path) -> None:
     stages.evaluate(run_dir, only=("validation", "embeddings", "export"))
     path = run_dir / "evaluation" / "validation.json"
-    content = json.loads(path.read_text())
+    content = read_results(path, "validation")
     content["inputs"]["weights"] = "others"
-    path.write_text(json.dumps(content))
+    write_results(path, content)
     stages.export_run(run_dir)
     card = (run_dir / "model" / "README.md").read_text("utf-8")
     assert "perplexity" not in card and "| isotropy Iso |" in card
@@ -158,7 +160,7 @@ def test_the_command_line(run_dir: Path) -> None:
     target = CliRunner().invoke(app, ["export", str(run_dir), "--out", str(run_dir / "hf")]).stdout.strip()
     assert (Path(target) / "model.safetensors").exists()
     refused = CliRunner().invoke(app, ["export", str(run_dir), "--out", str(run_dir / "evaluation")])
-    assert "exists, and is no model exported here" in str(refused.exception)
+    assert "exists and is not a model made by coupled-adam (it holds embeddings.json" in str(refused.exception)
 
 
 def test_a_sample_stands_for_all_frequencies() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import as_of_an_older_version
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.nn import functional as F
 
@@ -281,9 +282,10 @@ def test_the_drift_is_no_figure_where_steps_are_not_known(tiny: Experiment, corp
     with pytest.raises(loop.Interrupted):
         loop.train(tiny, corpus, tmp_path / "old", interrupt)
     state = latest_checkpoint(tmp_path / "old" / "checkpoints") / "state.json"
-    state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "drift"}))
+    as_of_an_older_version(state, "drift")
     file = tmp_path / "old" / "experiment.toml"
     file.write_text(file.read_text().replace("drift = true\n", ""))
+    as_of_an_older_version(file.with_name("environment.json"), "experiment")
     loop.train(tiny, corpus, tmp_path / "old", no_figures)
     assert drawn("old") == [0, 8], "a checkpoint from before there were sums"
 

@@ -50,7 +50,7 @@ def test_the_columns_say_what_a_run_was(tmp_path: Path) -> None:
     values = {"loss__z_loss": 1e-4, "model__tied": False, "model__logits": "bfloat16", "schedule__lr": 3e-2}
     logits = {"logit_mean": -9.5, "logit_std": 3.0, "logit_max": 40.0, "log_z_squared": 81.0}
     run = write_run(tmp_path, "mini-drift-z-loss-3e-2", 2, 5.5, logits, **values)
-    (run / "environment.json").write_text(json.dumps({"packages": {"coupled-adam": "1.2.3"}}))
+    (run / "environment.json").write_text(json.dumps({"corpus": "c", "packages": {"coupled-adam": "1.2.3"}}))
     (found,) = csv.DictReader(io.StringIO(aggregate.as_csv(aggregate.read_runs([tmp_path]))))
     expected = {
         "family": "drift", "experiment": "mini-drift-z-loss-3e-2", "seed": "2", "model": "gpt2", "tied": "false",
@@ -152,7 +152,7 @@ def test_runs_are_grouped_by_all_that_changes_the_result(tmp_path: Path) -> None
 def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path, "exp")
     (run / "metrics.jsonl").write_text('{"step": 0}\n{"step"\n')
-    with pytest.raises(InputError, match=r"metrics.jsonl: line 2 is damaged"):
+    with pytest.raises(InputError, match=r"metrics.jsonl: line 2: damaged"):
         aggregate.read_runs([tmp_path])
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.metadata
-import json
 import logging
 import math
 import os
@@ -17,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coupled_adam.errors import InputError, one_line, require
+from coupled_adam.evaluation.results import read_results, write_results
 from coupled_adam.evaluation.tasks import Definition, definitions
-from coupled_adam.files import write_json
+from coupled_adam.files import check_writable
 from coupled_adam.progress import say, warn
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def downstream(
         stack.callback(setattr, datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE)
         model = functools.cache(lambda: _load(model_dir, batch_size, settings["device"]))
         missing = [d for d in defined if not results.reuse(d)]
+        if missing:
+            check_writable(out.parent, out)
         for d in missing:
             _run_one(d, manager, model, results)
     return results.write()
@@ -135,7 +137,7 @@ class Results:
         ordered = {name: self.tasks[name] for name in self.settings["tasks"] if name in self.tasks}
         result = mean_accuracy(ordered) | {"settings": self.settings, "tasks": ordered, "failed": self.failed}
         result["earlier"] = list(self.earlier.values())
-        write_json(self.out, result)
+        write_results(self.out, result)
         return result
 
 
@@ -251,12 +253,12 @@ def _earlier(out: Path, digest: str) -> dict[tuple[Any, ...], Record]:
     if not out.exists():
         return {}
     try:
-        stored = json.loads(out.read_text(encoding="utf-8"))
+        stored = read_results(out, "downstream")
         if stored["settings"]["model_digest"] != digest:
             return {}
         return {_key(record): record for record in [*stored["earlier"], *stored["tasks"].values()]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{out}: not a result of this evaluation; move it away") from error
+    except (InputError, KeyError, TypeError) as error:
+        raise InputError(f"{out}: not a result of this evaluation; move it away ({error})") from None
 
 
 def _line(record: Record) -> str:

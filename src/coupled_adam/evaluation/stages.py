@@ -18,11 +18,12 @@ from coupled_adam import __version__, geometry
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.downstream import PAPER_TASKS, downstream
 from coupled_adam.evaluation.embedding_figures import as_json
+from coupled_adam.evaluation.results import read_results, write_results
 from coupled_adam.evaluation.token_sample import sample_tokens
 from coupled_adam.evaluation.validation import batches_used, held_out, validate
 from coupled_adam.figures import FIGURES, figures
-from coupled_adam.files import read_json, write_json
-from coupled_adam.lm.export import export, exported_digest, transformers_config, write_model_card
+from coupled_adam.files import check_writable, output_path, remove_leftovers
+from coupled_adam.lm.export import check_target, export, transformers_config, write_model_card
 from coupled_adam.lm.loss import STATISTICS
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
@@ -66,18 +67,19 @@ def evaluate(
         By stage: the content of its JSON file, or for ``export`` the directory. Empty on other ranks.
 
     Raises:
-        InputError: not a trained run, a damaged checkpoint, no corpus, an unknown stage, or bad benchmarks.
+        InputError: not a trained run, a damaged checkpoint, no corpus, an unknown stage, bad benchmarks, files in the
+            run's directory that are no results of an evaluation, or a directory that cannot be written to.
     """
     if unknown := [stage for stage in only if stage not in STAGES]:
         raise InputError(f"{unknown[0]}: no stage of that name; choose from {', '.join(STAGES)}")
     world = world or World()
     exported = "export" in only or "downstream" in only
-    run = world.broadcast_from_main(lambda: open_run(directory, data))
-    if exported:
-        world.broadcast_from_main(lambda: transformers_config(run.experiment, run.corpus))  # refused before it costs
+    run = world.broadcast_from_main(lambda: _opened(directory, data, only, exported))
     model = run.model(world)
     weights = full_state_dict(model)
     sha256 = world.broadcast_from_main(lambda: sha256_of(weights))
+    if exported:
+        world.broadcast_from_main(lambda: check_target(directory / "model", sha256))
     results: dict[str, Any] = {}
     if "validation" in only:
         results["validation"] = _validation(run, model, sha256, world)
@@ -95,6 +97,20 @@ def evaluate(
     return results
 
 
+def _opened(directory: Path, data: Path | None, only: Collection[str], exported: bool) -> Run:
+    """Open the run; what cannot be done is refused before it costs."""
+    run = open_run(directory, data)
+    remove_leftovers(directory, {"model"}.__contains__)
+    remove_leftovers(directory / "evaluation", {f"{stage}.json" for stage in STAGES}.__contains__)
+    for stage in ("validation", "embeddings", "downstream"):
+        if exported or stage in only:
+            read_stage(directory, stage)
+    if exported:
+        transformers_config(run.experiment, run.corpus)
+        check_target(directory / "model")
+    return run
+
+
 def export_run(directory: Path, data: Path | None = None, out: Path | None = None) -> Path:
     """Export the run in ``directory`` to ``out`` (None: its own ``model``), and return that.
 
@@ -102,20 +118,24 @@ def export_run(directory: Path, data: Path | None = None, out: Path | None = Non
         InputError: not a trained run, no corpus, an architecture that transformers does not provide, or something else
             in ``out``.
     """
-    run, target = open_run(directory, data), out or directory / "model"
-    if target.exists() and exported_digest(target) is None:
-        raise InputError(f"{target}: exists, and is no model exported here; choose another directory")
+    run, target = open_run(directory, data), directory / "model"
+    if out is not None:
+        target = output_path(out, run.corpus.directory, directory / "checkpoints")
+    transformers_config(run.experiment, run.corpus)
+    check_target(target)
+    for stage in ("validation", "embeddings", "downstream"):
+        read_stage(directory, stage)  # of the model card; what is damaged is named before anything is written
     weights = full_state_dict(run.model())
     sha256 = sha256_of(weights)
     export(run, weights, sha256, target)
     write_model_card(run, target, card_figures(directory, sha256))
-    return target
+    return out or target
 
 
 def read_stage(directory: Path, stage: str) -> dict[str, Any] | None:
     """Read the file that a stage has written for the run in ``directory``; None if there is none."""
     path = directory / "evaluation" / f"{stage}.json"
-    return read_json(path, dict[str, Any], "delete it, and evaluate the run again") if path.exists() else None
+    return read_results(path, stage) if path.exists() else None
 
 
 def card_figures(directory: Path, weights: str) -> dict[str, str]:
@@ -166,7 +186,7 @@ def _known(run: Run, stage: str, inputs: dict[str, Any]) -> dict[str, Any] | Non
 def _written(run: Run, stage: str, inputs: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
     """Write the stage's file, and return what it holds."""
     made = {"inputs": {**inputs, "version": __version__}, "step": run.step, **content}
-    write_json(run.directory / "evaluation" / f"{stage}.json", made)
+    write_results(run.directory / "evaluation" / f"{stage}.json", made)
     return made
 
 
@@ -177,6 +197,7 @@ def _validation(run: Run, model: LanguageModel, weights: str, world: World) -> d
     known = world.broadcast_from_main(lambda: _known(run, "validation", inputs))
     if known and STATISTICS[0] in known:  # else it is from before there were those of the logits
         return known
+    world.broadcast_from_main(lambda: check_writable(run.directory / "evaluation"))
     if world.is_main_process:
         say(f"{run.experiment.run.name}: validation")
     found = validate(model, batches, count, world)
@@ -196,6 +217,7 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, directory: Path | Non
     }
     if known := _known(run, "embeddings", inputs):
         return known
+    check_writable(run.directory / "evaluation")
     say(f"{run.experiment.run.name}: embeddings")
     counts, moment = run.corpus.unigram_counts, run.second_moment()
     if moment is not None and moment.shape != embedding.shape:

@@ -1,24 +1,30 @@
 """Save and resume, on torch.distributed.checkpoint.
 
 A directory ``step-00001000/`` holds ``dcp/``, written by the ranks together, and ``state.json``, with the checksums of
-what is in it.
+what is in it and a digest of itself. Nothing else in the directory of the checkpoints is read or removed.
+
+A checkpoint may be somebody else's: reading it runs no code that it carries.
 """
 
+import io
 import os
 import pickle
+import re
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -29,9 +35,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from typing_extensions import TypedDict
 
-from coupled_adam.errors import InputError
-from coupled_adam.files import checksums, read_json, swap, verify, write_json
+from coupled_adam.errors import InputError, one_line
+from coupled_adam.files import checksums, read_sealed, remove_leftovers, swap, verify, write_sealed
+from coupled_adam.lm.metrics_jsonl import Number
 from coupled_adam.lm.parallel import World
 from coupled_adam.progress import warn
 
@@ -40,6 +48,29 @@ WRITE_FAILED = ("inline_container", "No space left", "File too large", "Disk quo
 
 #: What to do about a damaged checkpoint.
 REMEDY = "train the run again with the same command: it resumes from the checkpoint before, if there is one"
+
+#: Of state.json. Before it had a format, it had no digest of itself either.
+FORMAT = 2
+
+#: The names of checkpoints: the step in eight digits, or in as many as it has.
+NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
+
+
+class Sum(TypedDict):
+    """Size and checksum of a file."""
+
+    bytes: int
+    xxh3_128: str
+
+
+class State(TypedDict):
+    """What state.json holds."""
+
+    step: int
+    checksums: dict[str, Sum]
+    format: NotRequired[int]
+    corpus: NotRequired[str]
+    drift: NotRequired[dict[str, list[Number]]]
 
 
 def save_checkpoint(
@@ -61,7 +92,7 @@ def save_checkpoint(
         directory: of all checkpoints of the run.
         step: number of steps done.
         model, optimizers: what to save.
-        state: plain values for state.json.
+        state: plain values for state.json: the fingerprint of the ``corpus``, and what :class:`State` has else.
         world: the ranks of the run.
         keep_last: how many of the newest checkpoints stay, this one included.
         keep_every: checkpoints at multiples of this many steps stay too.
@@ -88,7 +119,9 @@ def save_checkpoint(
         files = {k: v for part in world.gather(checksums(aside, own)) for k, v in part.items()}
         if world.is_main_process:
             with _full_disk_named(aside, size):
-                write_json(aside / "state.json", {"step": step, **state, "checksums": files})
+                write_sealed(aside / "state.json", {"format": FORMAT, "step": step, **state, "checksums": files})
+                if path.is_symlink():
+                    path.unlink()  # what it points at is left alone
                 swap(aside, path)
             _delete_older(directory, path, keep_last, keep_every)
         world.wait()
@@ -99,11 +132,19 @@ def save_checkpoint(
 
 
 def _delete_older(directory: Path, newest: Path, keep_last: int, keep_every: int | None) -> None:
-    steps = sorted(step for path in directory.glob("step-*") if (step := step_of(path)) < step_of(newest))
-    last = steps[len(steps) - (keep_last - 1) :]
-    for step in steps:
-        if step not in last and not (keep_every is not None and step % keep_every == 0):
-            shutil.rmtree(directory / f"step-{step:08d}")
+    """Delete checkpoints before ``newest``. Links, and directories of other names, are somebody else's."""
+    older = [path for path in _named_as_ours(directory) if step_of(path) < step_of(newest)]
+    for path in older[max(keep_last - 1, 0) :]:
+        if not (path.is_symlink() or (keep_every is not None and step_of(path) % keep_every == 0)):
+            shutil.rmtree(path)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what processes that were killed while they wrote a checkpoint left in ``directory``.
+
+    Under the lock of the run: nobody else may be writing there.
+    """
+    remove_leftovers(directory, lambda name: NAME.fullmatch(name) is not None)
 
 
 def _bytes(content: Any) -> int:
@@ -134,12 +175,24 @@ def _full_disk_named(aside: Path, size: int) -> Iterator[None]:
 
 def step_of(checkpoint: Path) -> int:
     """Return the number of steps after which a checkpoint was saved."""
-    return int(checkpoint.name.removeprefix("step-"))
+    found = NAME.fullmatch(checkpoint.name)
+    if found is None:
+        raise InputError(f"{checkpoint}: no checkpoint; those are called step- and eight digits")
+    return int(found[1])
+
+
+def _named_as_ours(directory: Path) -> list[Path]:
+    """List the directories that have the name of a checkpoint, newest first."""
+    found: Iterable[Path] = directory.iterdir() if directory.is_dir() else ()
+    return sorted((path for path in found if NAME.fullmatch(path.name) and path.is_dir()), key=step_of, reverse=True)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """List the complete checkpoints in ``directory``, newest first; what was being written at a crash is skipped."""
-    return sorted((path.parent for path in directory.glob("step-*/state.json")), reverse=True)
+    """List the complete checkpoints in ``directory``, newest first; what was being written at a crash is skipped.
+
+    Copies and whatever else has another name than ``step-`` and eight digits do not count.
+    """
+    return [path for path in _named_as_ours(directory) if (path / "state.json").exists()]
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -147,10 +200,10 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return next(iter(complete_checkpoints(directory)), None)
 
 
-def intact_checkpoint(directory: Path, world: World) -> Path | None:
+def intact_checkpoint(directory: Path, world: World, corpus: str | None = None) -> Path | None:
     """Return the newest checkpoint whose files are as they were written; log those that are passed over.
 
-    All ranks call this together.
+    All ranks call this together. ``corpus`` is the fingerprint of the run's corpus, if that is known.
 
     Raises:
         InputError: there are checkpoints, and all of them are damaged; the message names a file.
@@ -158,7 +211,7 @@ def intact_checkpoint(directory: Path, world: World) -> Path | None:
     damage: list[InputError] = []
     for path in world.broadcast_from_main(lambda: complete_checkpoints(directory)):
         try:
-            verify_checkpoint(path, world)
+            verify_checkpoint(path, world, corpus)
         except InputError as error:
             damage.append(error)
             continue
@@ -170,18 +223,16 @@ def intact_checkpoint(directory: Path, world: World) -> Path | None:
     return None
 
 
-def verify_checkpoint(path: Path, world: World | None = None) -> dict[str, Any]:
+def verify_checkpoint(path: Path, world: World | None = None, corpus: str | None = None) -> State:
     """Check the files of a checkpoint against their checksums; the ranks share the work. Returns state.json.
 
     Raises:
-        InputError: a file is missing or damaged; the message names it. On all ranks alike.
+        InputError: a file is missing or damaged, or it is the state of another step or corpus than it should be; the
+            message names the file. On all ranks alike.
     """
     world = world or World()
-    state = world.broadcast_from_main(lambda: read_json(path / "state.json", dict[str, Any], REMEDY))
-    recorded = state.get("checksums")
-    if not isinstance(recorded, dict):
-        raise InputError(f"{path / 'state.json'}: damaged (no checksums); {REMEDY}")
-    problem = None
+    state = world.broadcast_from_main(lambda: _read_state(path, corpus))
+    recorded, problem = state["checksums"], None
     try:
         verify(path, {name: recorded[name] for name in sorted(recorded)[world.rank :: world.size]}, REMEDY)
     except InputError as error:
@@ -192,9 +243,21 @@ def verify_checkpoint(path: Path, world: World | None = None) -> dict[str, Any]:
     return state
 
 
+def _read_state(path: Path, corpus: str | None) -> State:
+    file = path / "state.json"
+    state = read_sealed(file, State, REMEDY, older=True)
+    if state.get("format", FORMAT) != FORMAT:
+        raise InputError(f"{file}: format {state.get('format')}, this version reads format {FORMAT}; {REMEDY}")
+    if state["step"] != step_of(path):
+        raise InputError(f"{file}: damaged (step {state['step']}, in a directory of step {step_of(path)}); {REMEDY}")
+    if corpus is not None and state.get("corpus", corpus) != corpus:
+        raise InputError(f"{file}: damaged (corpus {state.get('corpus')}, the run's is {corpus}); {REMEDY}")
+    return state
+
+
 def load_checkpoint(
     path: Path, model: nn.Module, optimizers: Sequence[Optimizer] = (), world: World | None = None
-) -> dict[str, Any]:
+) -> State:
     """Load the weights, and the state of the optimizers given, in place. Returns what state.json holds.
 
     The number of ranks, and how they share the model, may differ from those that saved it.
@@ -208,14 +271,15 @@ def load_checkpoint(
         reader = _Reader(path / "dcp")
         if not optimizers:
             model_state = get_model_state_dict(model)
-            load({"model": model_state}, storage_reader=reader, no_dist=alone)
+            load({"model": model_state}, storage_reader=reader, planner=_Planner(), no_dist=alone)
             set_model_state_dict(model, model_state)
         else:
             model_state, optimizer_state = get_state_dict(model, optimizers)
             groups = cast(list[dict[str, Any]], optimizer_state["param_groups"])
             known = reader.read_metadata().state_dict_metadata
             newer = [_not_stored(group, f"optimizer.param_groups.{i}", known) for i, group in enumerate(groups)]
-            load({"model": model_state, "optimizer": optimizer_state}, storage_reader=reader, no_dist=alone)
+            content = {"model": model_state, "optimizer": optimizer_state}
+            load(content, storage_reader=reader, planner=_Planner(), no_dist=alone)
             for group, settings in zip(groups, newer, strict=True):
                 group |= settings
             set_state_dict(model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state)
@@ -254,7 +318,7 @@ def load_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
             if not isinstance(stored, TensorStorageMetadata):
                 raise InputError(f"{path}: this checkpoint holds no {name}")
             content[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
-        load(dict(content), storage_reader=reader, no_dist=True)
+        load(dict(content), storage_reader=reader, planner=_Planner(), no_dist=True)
     return content
 
 
@@ -266,16 +330,32 @@ def _damage_named(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except (Exception, CheckpointException) as error:  # of every kind; torch's own is no Exception
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:160]
+        reason = one_line(next((line for line in reversed(str(error).splitlines()) if line.strip()), error), 160)
         raise InputError(f"{path}: damaged ({reason})") from None
 
 
+class _Planner(DefaultLoadPlanner):
+    """Unpickles the values that are no tensors, such as learning rates, without running what they may ask for."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        plain, name = io.BytesIO(), read_item.dest_index.fqn
+        try:
+            torch.save(torch.load(value, weights_only=True), plain)
+        except Exception:
+            raise pickle.UnpicklingError(f"{name} holds more than plain values, and was not loaded") from None
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
+
+
 class _Reader(FileSystemReader):
-    """Reads a checkpoint that may be somebody else's: torch unpickles its description without any check."""
+    """Reads the description of a checkpoint, which torch unpickles without any check."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with Path(self.path, ".metadata").open("rb") as file:
             metadata: Metadata = _Unpickler(file).load()
+        for info in metadata.storage_data.values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise pickle.UnpicklingError(f"{info.relative_path} is no file of this checkpoint")
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         return metadata

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from coupled_adam.errors import InputError, require
-from coupled_adam.files import update_file, write_json, written_whole
+from coupled_adam.files import (
+    MANIFEST,
+    check_replaceable,
+    check_writable,
+    is_whole,
+    read_json,
+    update_file,
+    write_json,
+    written_whole,
+)
 from coupled_adam.lm.config import Experiment, Model
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.model import RMS_EPS, ROTARY_BASE
@@ -27,6 +36,9 @@ ORIGIN = "coupled_adam"
 #: What such a directory is said to be, where it would be replaced.
 KIND = "model"
 
+#: The model card, which a user may change.
+CARD = "README.md"
+
 
 def export(run: Run, weights: dict[str, Tensor], digest: str, directory: Path) -> None:
     """Write model, tokenizer, configuration and model card of ``run`` to ``directory``, whole or not at all.
@@ -34,12 +46,13 @@ def export(run: Run, weights: dict[str, Tensor], digest: str, directory: Path) -
     An export of the same ``digest`` (of ``weights``, all of them by our names, on the CPU) is left as it is.
 
     Raises:
-        InputError: an architecture that transformers does not provide.
+        InputError: an architecture that transformers does not provide, or something else in ``directory``.
     """
     require("demo", "transformers")
     config = transformers_config(run.experiment, run.corpus)
     config[ORIGIN] = {"run": run.experiment.run.name, "step": run.step, "weights_sha256": digest}
-    if exported_digest(directory) == digest:
+    check_target(directory, digest)
+    if _holds(directory, digest):
         return
     import transformers
 
@@ -54,7 +67,7 @@ def export(run: Run, weights: dict[str, Tensor], digest: str, directory: Path) -
     with written_whole(directory, KIND) as aside, _without_progress():
         model.save_pretrained(aside)
         _save_tokenizer(run, aside)
-        (aside / "README.md").write_text(model_card(run, {}), encoding="utf-8")
+        (aside / CARD).write_text(model_card(run, {}), encoding="utf-8")
 
 
 @contextmanager
@@ -71,13 +84,33 @@ def _without_progress() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
+def check_target(directory: Path, digest: str | None = None) -> None:
+    """Raise InputError if a model cannot be exported to ``directory``. Nothing is changed.
+
+    Args:
+        directory: as of ``export``.
+        digest: of the weights; None if it is not known yet, and any model exported there may be that one.
+    """
+    held = exported_digest(directory)
+    if (held is not None and digest is None) or (digest is not None and _holds(directory, digest)):
+        return
+    check_replaceable(directory, KIND)
+    check_writable(directory.parent, directory)
+
+
+def _holds(directory: Path, digest: str) -> bool:
+    """Whether ``directory`` is an export of these weights that need not be written again."""
+    return exported_digest(directory) == digest and is_whole(directory, CARD)
+
+
 def exported_digest(directory: Path) -> str | None:
     """Return the hash of the weights that ``export`` wrote to ``directory``; None if there are none."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        return str(config[ORIGIN]["weights_sha256"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        origin = read_json(directory / "config.json", dict[str, Any]).get(ORIGIN)
+    except InputError:
         return None
+    digest = origin.get("weights_sha256") if isinstance(origin, dict) else None
+    return digest if isinstance(digest, str) else None
 
 
 def transformers_config(experiment: Experiment, corpus: Corpus) -> dict[str, Any]:
@@ -238,7 +271,8 @@ def _save_tokenizer(run: Run, directory: Path) -> None:
 
 def write_model_card(run: Run, directory: Path, figures: Mapping[str, str]) -> None:
     """Update the card of an exported model with what was measured of it: labels and values, ready to print."""
-    update_file(directory, "README.md", model_card(run, figures))
+    if (directory / MANIFEST).exists():  # else it was exported by an older version
+        update_file(directory, CARD, model_card(run, figures))
 
 
 def model_card(run: Run, figures: Mapping[str, str]) -> str:

@@ -1,6 +1,7 @@
 """Why the mean of the output embedding moves during a run: sums over its steps, which survive a resume."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from coupled_adam.figures import Figures
@@ -14,7 +15,7 @@ SPLIT = ("adamw", "coupled_adam")
 
 
 def watch_drift(
-    experiment: Experiment, model: LanguageModel, optimizers: Optimizers, state: dict[str, Any] | None
+    experiment: Experiment, model: LanguageModel, optimizers: Optimizers, state: Mapping[str, Any] | None
 ) -> DriftMonitor | None:
     """Sum the drift from the first step on. All ranks must call this.
 

@@ -3,19 +3,33 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from typing_extensions import TypedDict
 
 from coupled_adam.errors import InputError
-from coupled_adam.files import read_json
+from coupled_adam.files import check_writable, read_sealed, write_sealed
 from coupled_adam.lm.checkpoint import latest_checkpoint, load_checkpoint, load_tensors, quiet, step_of, tensor_names
 from coupled_adam.lm.config import Experiment, load_experiment
 from coupled_adam.lm.corpus import Corpus, open_corpus
 from coupled_adam.lm.model import LanguageModel, build_model
 from coupled_adam.lm.parallel import World, parallelize
+
+#: What to do about an environment.json that is damaged.
+RESTORE = "it holds the fingerprint of the run's corpus; restore it, or start a new run in another directory"
+
+
+class Environment(TypedDict):
+    """What environment.json holds: where a run was trained, and on what."""
+
+    corpus: str
+    corpus_directory: NotRequired[str]
+    packages: NotRequired[dict[str, str]]
+    experiment: NotRequired[dict[str, Any]]
+    """The settings as in experiment.toml, without those of the trackers."""
 
 
 @dataclass(frozen=True)
@@ -69,28 +83,86 @@ def open_checkpoint(directory: Path) -> tuple[Experiment, Path]:
     """Find the experiment and the newest checkpoint of the run in ``directory``.
 
     Raises:
-        InputError: no run there, or one that has no checkpoint yet.
+        InputError: no run there, one that has no checkpoint yet, or an experiment.toml that was changed.
     """
     if not (directory / "experiment.toml").exists():
         raise InputError(f"{directory}: holds no run: there is no experiment.toml")
     checkpoint = latest_checkpoint(directory / "checkpoints")
     if checkpoint is None:
         raise InputError(f"{directory}: no checkpoint yet; train it with `coupled-adam train`, which resumes it")
-    return load_experiment(directory / "experiment.toml"), checkpoint
+    return read_experiment(directory), checkpoint
 
 
-def read_environment(directory: Path) -> dict[str, Any]:
+def read_experiment(directory: Path) -> Experiment:
+    """Read experiment.toml of a run, and compare it with what environment.json, if it is there, says the run is.
+
+    Raises:
+        InputError: it is missing, not valid, or was changed since the run was started.
+    """
+    path = directory / "experiment.toml"
+    experiment = load_experiment(path)
+    if (directory / "environment.json").exists():
+        started = read_environment(directory).get("experiment")
+        if started and (changed := Experiment.from_dict(started, str(path)).differences(experiment)):
+            raise InputError(
+                f"{path}: changed since the run was started ({'; '.join(changed)}, the first is what it was started "
+                "with); restore it, or start a new run in another directory"
+            )
+    return experiment
+
+
+def read_environment(directory: Path) -> Environment:
     """Read environment.json of a run. Raises InputError if it is missing or damaged."""
-    path = directory / "environment.json"
-    environment = read_json(
-        path, dict[str, Any], "it holds the fingerprint of the run's corpus; restore it, or start a new run"
-    )
-    if not isinstance(environment.get("corpus"), str):
-        raise InputError(f"{path}: damaged (no fingerprint of the corpus); restore it, or start a new run")
-    return environment
+    return read_sealed(directory / "environment.json", Environment, RESTORE, older=True)
 
 
-def check_corpus(directory: Path, environment: dict[str, Any], corpus: Corpus) -> None:
+def write_environment(directory: Path, experiment: Experiment, corpus: Corpus, **values: Any) -> None:
+    """Write environment.json of a run that begins; ``values`` say where."""
+    environment = {
+        "format": 2,  # of the first there was no digest
+        **values,
+        "corpus": corpus.fingerprint,
+        "corpus_directory": str(corpus.directory.resolve()),
+        "experiment": experiment.model_dump(mode="json", exclude={"tracking"}, exclude_none=True),
+    }
+    write_sealed(directory / "environment.json", environment)
+
+
+def check_run_directory(directory: Path, experiment: Experiment) -> None:
+    """Raise InputError if training in ``directory`` would replace what is no run's. Nothing is changed.
+
+    A run can be resumed there, or begin where nothing has the name of a file that it writes.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: not a directory; choose another place")
+    if (directory / "experiment.toml").exists():
+        read_environment(directory)  # written before: where it is missing, somebody else wrote the other
+        return
+    check_writable(directory)
+    try:
+        read_sealed(directory / "environment.json", Environment)
+        left = {"environment.json"}  # by a process that was killed before it wrote experiment.toml
+    except InputError:
+        left = set()
+    trackers = {"tensorboard": ["tensorboard"], "wandb": ["wandb", "tracking-id"], "trackio": ["tracking-id"]}
+    written = ["experiment.toml", "environment.json", "metrics.jsonl", "checkpoints"]
+    written += [name for tracker in experiment.tracking.trackers for name in trackers[tracker]]
+    for path in (directory / name for name in written if name not in left):
+        if path.is_symlink() or (any(path.iterdir()) if path.is_dir() else path.exists()):
+            raise InputError(
+                f"{path}: exists, and {directory} holds no run of coupled-adam; choose another directory, or move it "
+                "away"
+            )
+
+
+def check_outside_corpus(directory: Path, corpus: Corpus) -> None:
+    """Raise InputError if a run in ``directory`` would lie in its corpus."""
+    place, text = directory.resolve(), corpus.directory.resolve()
+    if place == text or text in place.parents:
+        raise InputError(f"{directory}: lies in the corpus {corpus.directory}; choose another directory for the run")
+
+
+def check_corpus(directory: Path, environment: Environment, corpus: Corpus) -> None:
     """Raise InputError unless ``corpus`` is the one that the run in ``directory`` was trained on."""
     if environment["corpus"] != corpus.fingerprint:
         raise InputError(

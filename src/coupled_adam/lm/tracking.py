@@ -1,5 +1,6 @@
 """Where a run can be watched besides metrics.jsonl, which needs none of it: TensorBoard, W&B, trackio."""
 
+import re
 import sys
 import textwrap
 import uuid
@@ -8,7 +9,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
-from coupled_adam.errors import InputError, require
+from coupled_adam.errors import InputError, one_line, require
 from coupled_adam.files import write_text
 from coupled_adam.lm.config import Experiment, Tracking
 from coupled_adam.lm.parallel import World
@@ -140,7 +141,7 @@ def trackers(experiment: Experiment, run_dir: Path, start: int, world: World) ->
             except Exception as error:
                 # Not closed: what waits for a lost connection would hold up the training.
                 del running[name]
-                warn(f"{name} failed, and the run goes on without it: {_one_line(error)}")
+                warn(f"{name} failed, and the run goes on without it: {one_line(error)}")
 
     def open_all() -> None:
         wanted = experiment.tracking.trackers if start < experiment.train.steps else ()
@@ -148,7 +149,7 @@ def trackers(experiment: Experiment, run_dir: Path, start: int, world: World) ->
             try:
                 running[name] = TRACKERS[name](experiment, run_dir, start)
             except Exception as error:
-                raise InputError(f"{name} cannot be opened (it is in tracking.trackers): {_one_line(error)}") from error
+                raise InputError(f"{name} cannot be opened (it is in tracking.trackers): {one_line(error)}") from error
 
     def track(line: dict[str, Any]) -> None:
         figures = {key: value for key, value in line.items() if key != "step" and value is not None}
@@ -176,8 +177,7 @@ def _identity(run_dir: Path) -> str:
     file = run_dir / "tracking-id"
     if not file.exists():
         write_text(file, uuid.uuid4().hex[:8])
-    return file.read_text(encoding="utf-8")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    identity = file.read_text(encoding="utf-8", errors="replace")
+    if not re.fullmatch("[0-9a-f]{8}", identity):
+        raise InputError(f"{file}: damaged ({one_line(identity, 40)}); delete it to show the run as a new one")
+    return identity

@@ -20,11 +20,18 @@ from torch import Tensor, nn
 from coupled_adam import __version__
 from coupled_adam.errors import DivergedError, InputError, Interrupted
 from coupled_adam.figures import Figures
-from coupled_adam.files import make_directory, write_json, write_text
+from coupled_adam.files import lock_in, make_directory, remove_leftovers, write_text
 from coupled_adam.geometry import DriftMonitor
 from coupled_adam.lm.batches import Batches
-from coupled_adam.lm.checkpoint import intact_checkpoint, load_checkpoint, save_checkpoint, step_of
-from coupled_adam.lm.config import Experiment, load_experiment
+from coupled_adam.lm.checkpoint import (
+    intact_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+    step_of,
+)
+from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.estimate import flops_per_token, peak_flops, speed
 from coupled_adam.lm.mean_drift import drift_figures, watch_drift
@@ -32,12 +39,22 @@ from coupled_adam.lm.metrics_jsonl import MetricsLog
 from coupled_adam.lm.model import LanguageModel, build_model, parameter_count
 from coupled_adam.lm.optimizers import Optimizers, build_optimizers
 from coupled_adam.lm.parallel import World, no_sync, parallelize
-from coupled_adam.lm.run import check_corpus, read_environment
+from coupled_adam.lm.run import (
+    check_corpus,
+    check_outside_corpus,
+    check_run_directory,
+    read_environment,
+    read_experiment,
+    write_environment,
+)
 from coupled_adam.lm.schedule import learning_rate
 from coupled_adam.lm.tracking import Track, require_trackers, trackers
-from coupled_adam.progress import progress_bar, warn
+from coupled_adam.progress import progress_bar, say, warn
 
 Evaluate = Callable[[LanguageModel, bool], Figures]
+
+#: The files of a run that are written whole, under another name at first.
+WRITTEN = frozenset({"environment.json", "experiment.toml", "metrics.jsonl", "tracking-id"})
 
 
 def train(
@@ -51,8 +68,9 @@ def train(
     number of ranks does not change the global batch, nor the run; all ranks call this and ``evaluate`` together.
 
     Raises:
-        InputError: ``run_dir`` is in use, or holds a run with other settings or another corpus; every checkpoint there
-            is damaged; the batch cannot be split over the ranks; a tracker is not installed or cannot be opened.
+        InputError: ``run_dir`` is in use, or holds a run with other settings or another corpus, or files that are no
+            run's under the names of a run; every checkpoint there is damaged; the batch cannot be split over the ranks;
+            a tracker is not installed or cannot be opened.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved, and the next call resumes from it.
         DivergedError: the loss or gradient norm is not finite; the last checkpoint is intact.
         OSError: the disk is full; the last checkpoint is intact.
@@ -61,10 +79,15 @@ def train(
     torch.set_flush_denormal(True)  # products of denormal numbers are a hundred times slower
     micro = micro_batch(experiment, world)
     world.broadcast_from_main(lambda: require_trackers(experiment.tracking))
-    lock = FileLock(run_dir / ".lock")
-    world.broadcast_from_main(lambda: _claim(run_dir, experiment, corpus, lock))
+    lock = lock_in(run_dir)
+    writable = world.broadcast_from_main(lambda: _claim(run_dir, experiment, corpus, lock))
     try:
-        return _train(_prepared(experiment, corpus, run_dir, world), run_dir, evaluate, world, micro)
+        prepared = _prepared(experiment, corpus, run_dir, world)
+        if prepared.start == experiment.train.steps:
+            return prepared.model
+        if not writable:
+            raise InputError(f"{run_dir}: cannot be written, and its last checkpoint is damaged; copy it elsewhere")
+        return _train(prepared, run_dir, evaluate, world, micro)
     finally:
         lock.release()
 
@@ -96,11 +119,18 @@ def _prepared(experiment: Experiment, corpus: Corpus, run_dir: Path, world: Worl
     optimizers = build_optimizers(model, experiment)
     batches = Batches(corpus.shards("train"), sequence_length, experiment.batch_size, seed, corpus.vocab_size)
     start, state = 0, None
-    if checkpoint := intact_checkpoint(run_dir / "checkpoints", world):
-        finished = step_of(checkpoint) == experiment.train.steps
+    if checkpoint := intact_checkpoint(run_dir / "checkpoints", world, corpus.fingerprint):
+        start = step_of(checkpoint)
+        if start > experiment.train.steps:
+            raise InputError(f"{checkpoint}: of another run: this one has {experiment.train.steps} steps; move it away")
+        finished = start == experiment.train.steps
+        if world.is_main_process:
+            say(f"{run_dir}: finished, and only loaded" if finished else f"resuming from step {start} of {run_dir}")
         state = load_checkpoint(checkpoint, model, [] if finished else optimizers.all, world)
-        start = state["step"]
-    drift = watch_drift(experiment, model, optimizers, state)
+    try:
+        drift = watch_drift(experiment, model, optimizers, state)
+    except ValueError as error:
+        raise InputError(f"{checkpoint}: damaged ({error}); start a new run") from None
     return Prepared(experiment, corpus, model, wrapped, optimizers, batches, drift, start)
 
 
@@ -233,35 +263,50 @@ def stop_requested() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def _claim(run_dir: Path, experiment: Experiment, corpus: Corpus, lock: FileLock) -> None:
-    """Record what this run is, or check that the run already there is the same; lock out other processes."""
+def _claim(run_dir: Path, experiment: Experiment, corpus: Corpus, lock: FileLock) -> bool:
+    """Record what this run is, or check that the run already there is the same; lock out other processes.
+
+    Returns:
+        Whether others are locked out. Of a finished run on a disk that cannot be written to they are not.
+    """
     file = run_dir / "experiment.toml"
+    check_run_directory(run_dir, experiment)
+    check_outside_corpus(run_dir, corpus)
     make_directory(run_dir)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire()
     except Timeout:
         raise InputError(f"{run_dir}: another process is training there; wait for it, or choose another") from None
+    except OSError as error:
+        newest = latest_checkpoint(run_dir / "checkpoints")
+        if newest is None or step_of(newest) != experiment.train.steps:
+            raise InputError(f"{run_dir}: cannot be written ({error.strerror}); choose another place") from None
     try:
         if file.exists():
-            if differences := load_experiment(file).differences(experiment):
+            if differences := read_experiment(run_dir).differences(experiment):
                 raise InputError(
                     f"{run_dir} holds a run with other settings ({'; '.join(differences)}, the first is there): "
                     "choose another directory, or the same settings to resume"
                 )
             check_corpus(run_dir, read_environment(run_dir), corpus)
-            return
+            if lock.is_locked:
+                remove_leftovers(run_dir, WRITTEN.__contains__)
+                remove_unfinished(run_dir / "checkpoints")
+            return lock.is_locked
         for caveat in experiment.caveats:
             warn(f"{experiment.run.name}: {caveat}")
+        remove_leftovers(run_dir, WRITTEN.__contains__)
         packages = {name: version(name) for name in ("torch", "numpy", "tokenizers")}
-        environment = {
-            "python": platform.python_version(),
-            "packages": {"coupled-adam": __version__, **packages},
-            "threads": torch.get_num_threads(),
-            "corpus": corpus.fingerprint,
-            "corpus_directory": str(corpus.directory.resolve()),
-        }
-        write_json(run_dir / "environment.json", environment)
+        write_environment(
+            run_dir,
+            experiment,
+            corpus,
+            python=platform.python_version(),
+            packages={"coupled-adam": __version__, **packages},
+            threads=torch.get_num_threads(),
+        )
         write_text(file, experiment.to_toml())
+        return True
     except BaseException:
         lock.release()
         raise

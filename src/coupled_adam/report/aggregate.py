@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scipy import stats
+from typing_extensions import TypedDict
 
 from coupled_adam import experiments
 from coupled_adam.errors import InputError
@@ -21,9 +22,10 @@ from coupled_adam.evaluation.stages import is_papers_accuracy, read_stage
 from coupled_adam.evaluation.token_sample import TokenSample
 from coupled_adam.figures import MISSING, Figure
 from coupled_adam.files import read_json
-from coupled_adam.lm.config import OPTIMIZER_LABELS, Experiment, load_experiment
+from coupled_adam.lm.config import OPTIMIZER_LABELS, Experiment
 from coupled_adam.lm.estimate import estimate
 from coupled_adam.lm.metrics_jsonl import MetricsLog
+from coupled_adam.lm.run import read_environment, read_experiment
 
 Value = float | None
 
@@ -32,6 +34,13 @@ ADAMW, COUPLED = OPTIMIZER_LABELS["adamw"], OPTIMIZER_LABELS["coupled_adam"]
 
 #: The file in a run's directory that says, under ``reason``, how it diverged. `coupled-adam reproduce` writes it.
 DIVERGED = "diverged.json"
+
+
+class Divergence(TypedDict):
+    """What that file holds."""
+
+    reason: str
+
 
 #: What is known of the logits, from the validation stage.
 LOGITS = ("logit_mean", "logit_std", "logit_max", "log_z_squared")
@@ -141,7 +150,7 @@ def read_runs(directories: Iterable[Path]) -> list[Evaluated]:
         inner = (
             [directory]
             if (directory / "experiment.toml").exists()
-            else sorted(p.parent for p in directory.glob("*/experiment.toml"))
+            else sorted(p.parent for p in directory.glob("*/experiment.toml") if not p.parent.name.startswith("."))
         )
         if not inner:
             raise InputError(f"{directory}: holds no run, and no directory in it does")
@@ -150,7 +159,7 @@ def read_runs(directories: Iterable[Path]) -> list[Evaluated]:
 
 
 def _read_run(directory: Path) -> Evaluated:
-    experiment = load_experiment(directory / "experiment.toml")
+    experiment = read_experiment(directory)
     files = {stage: read_stage(directory, stage) or {} for stage in ("validation", "embeddings", "downstream")}
     # Figures of a run on its way are not those of the experiment.
     for stage in ("validation", "embeddings"):
@@ -160,12 +169,10 @@ def _read_run(directory: Path) -> Evaluated:
     if files["downstream"].get("settings", {}).get("model_digest") not in measured:
         files["downstream"] = {}
     curve = MetricsLog(directory / "metrics.jsonl").evaluations()
-    environment, why = directory / "environment.json", directory / DIVERGED
-    made_by = read_json(environment, dict[str, Any], "delete it") if environment.exists() else {}
-    diverged = (
-        read_json(why, dict[str, Any], "delete it").get("reason") if why.exists() and not files["validation"] else None
-    )
-    version = made_by.get("packages", {}).get("coupled-adam")
+    why, version = directory / DIVERGED, None
+    if (directory / "environment.json").exists():
+        version = read_environment(directory).get("packages", {}).get("coupled-adam")
+    diverged = read_json(why, Divergence, "delete it")["reason"] if why.exists() and not files["validation"] else None
     return Evaluated(directory, experiment, curve, **files, version=version, diverged=diverged)
 
 

@@ -45,7 +45,7 @@ def write_demo_page(path: Path, runs: Sequence[Evaluated], source: str) -> None:
     """
 
     def drawn(name: str, highest: float | None = None) -> go.Figure:
-        series = [(run.method, [(line["step"], line[name]) for line in run.curve]) for run in runs]
+        series = [(run.method, [(line["step"], line[name]) for line in run.curve if name in line]) for run in runs]
         return charts.curves(FIGURES[name].title, series, highest=highest)
 
     samples = {run.method: sample for run in runs if (sample := run.token_sample)}

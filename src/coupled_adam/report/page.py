@@ -12,7 +12,15 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 
 from coupled_adam import __version__
-from coupled_adam.files import write_text
+from coupled_adam.files import check_file_replaceable, write_text
+
+#: What stands near the top of all pages, and says that they may be replaced.
+MARK = '<meta name="generator" content="coupled-adam '
+
+
+def check_page(path: Path) -> None:
+    """Raise InputError unless a page may be written to ``path``: nothing is there, or a page of ours."""
+    check_file_replaceable(path, MARK)
 
 
 def write_page(path: Path, page: str, charts: Mapping[str, go.Figure], **values: Any) -> None:
@@ -20,7 +28,11 @@ def write_page(path: Path, page: str, charts: Mapping[str, go.Figure], **values:
 
     ``page`` is the name of the page's module, ``coupled_adam.report.demo_page`` for one; its template has the same name
     and lies beside it. All extend page.html, which lies here.
+
+    Raises:
+        InputError: as ``check_page``.
     """
+    check_page(path)
     package, _, name = page.rpartition(".")
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.FunctionLoader(_reader(p)) for p in (package, "coupled_adam.report")]),

@@ -8,7 +8,7 @@ from typing import Any
 from coupled_adam import experiments
 from coupled_adam.errors import InputError
 from coupled_adam.figures import FIGURES, Figure, cell, figures
-from coupled_adam.files import write_text
+from coupled_adam.files import check_file_replaceable, write_text
 from coupled_adam.report.aggregate import (
     ADAMW,
     Comparison,
@@ -23,10 +23,13 @@ from coupled_adam.report.aggregate import (
     spread,
     table,
 )
-from coupled_adam.report.page import write_page
+from coupled_adam.report.page import check_page, write_page
 from coupled_adam.report.sections import sections
 from coupled_adam.report.sweeps import Sweeps, sweeps
 from coupled_adam.report.table import published_value
+
+#: Columns that the table of no other program has side by side.
+TABLE_MARK = "Smin/Smax,family,experiment,seed,model"
 
 #: A one-sided t-test below this is called significant, as in the paper.
 SIGNIFICANT = 0.05
@@ -60,8 +63,10 @@ def report(directories: Sequence[Path], out: Path) -> list[Evaluated]:
     """Write aggregate.csv and report.html to ``out`` for the runs in ``directories``, and return the runs.
 
     Raises:
-        InputError: directories without runs, damaged files, or runs of which none has been evaluated.
+        InputError: directories without runs, damaged files, runs of which none has been evaluated, or files of those
+            names in ``out`` that were not made by this package.
     """
+    check_outputs(out)
     runs = read_runs(directories)
     if not any(run.embeddings or run.validation for run in runs):
         raise InputError(
@@ -94,6 +99,12 @@ def report(directories: Sequence[Path], out: Path) -> list[Evaluated]:
         diverged=[run.name for run in runs if run.diverged],
     )
     return runs
+
+
+def check_outputs(out: Path) -> None:
+    """Raise InputError unless aggregate.csv and report.html may be written to ``out``."""
+    check_file_replaceable(out / "aggregate.csv", TABLE_MARK)
+    check_page(out / "report.html")
 
 
 def comparison_lines(pairs: Sequence[Comparison], columns: Sequence[Figure]) -> list[Line]:
