@@ -11,11 +11,11 @@ from coupled_adam import __version__, experiments
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.during_training import evaluator
 from coupled_adam.evaluation.stages import evaluate
-from coupled_adam.files import make_directory, write_json
+from coupled_adam.files import make_directory, output_path, write_json
 from coupled_adam.lm.config import OPTIMIZER_LABELS, Experiment
 from coupled_adam.lm.corpus import Corpus
-from coupled_adam.lm.prepare import prepare
-from coupled_adam.lm.sources import TextFiles, WikipediaSample
+from coupled_adam.lm.prepare import prepare, resolved
+from coupled_adam.lm.sources import Source, WikipediaSample, local_source
 from coupled_adam.lm.train import train
 from coupled_adam.progress import say
 from coupled_adam.report.aggregate import Evaluated, read_runs
@@ -42,19 +42,22 @@ def run_demo(out: Path, text: Path | None = None, steps: int | None = None, seed
     if steps is not None:
         warmup = min(experiment.schedule.warmup_steps, max(steps // 10, 1))
         experiment = experiment.with_values(train__steps=steps, schedule__warmup_steps=warmup)
+    source = local_source(text) if text else WikipediaSample()
+    output_path(out / "corpus", *source.paths)
+    source.fingerprint()  # reads the text: what is wrong with it is said before there is a directory
     make_directory(out)
     try:
         with FileLock(out / ".lock", timeout=0):
-            return _run(out, text, experiment)
+            return _run(out, source, experiment)
     except Timeout:
         raise InputError(f"{out}: another process is working there; wait for it, or choose another directory") from None
 
 
-def _run(out: Path, text: Path | None, experiment: Experiment) -> dict[str, Any]:
+def _run(out: Path, source: Source, experiment: Experiment) -> dict[str, Any]:
     began = time.monotonic()
-    source = TextFiles(text) if text else WikipediaSample()
     say(f"Corpus: {source.name}")
     corpus = prepare(source, experiment.data, out / "corpus")
+    experiment = resolved(experiment, corpus)
     sizes = f"{corpus.tokens('train'):,} training and {corpus.tokens('validation'):,} validation tokens"
     say(f"  {sizes} in {corpus.directory}")
     for method in METHODS:
