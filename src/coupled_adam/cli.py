@@ -85,16 +85,24 @@ def prepare_command(
     source: Annotated[
         str,
         typer.Argument(
-            help="wikipedia-sample or wikipedia-leads; a file or directory of .txt and .md, .parquet or .jsonl; or the "
-            "name of a dataset, for instance Skylion007/openwebtext."
+            help="wikipedia-sample or wikipedia-leads; a file or directory of .txt and .md, or of .parquet, .jsonl, "
+            ".json, .csv or .tsv, also compressed; or a dataset of the Hugging Face hub, for instance "
+            "Skylion007/openwebtext or HuggingFaceFW/fineweb:sample-10BT."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory of the corpus; rerun the same command to resume.")],
     tokenizer: Annotated[
-        str, typer.Option(help="bpe, trained on the text, or the name or directory of a transformers model.")
+        str,
+        typer.Option(help="bpe, trained on the text; the name or directory of a transformers model; or of a corpus."),
     ] = "bpe",
     vocab_size: Annotated[int, typer.Option(min=257, help="Vocabulary size of bpe.")] = 8192,
     column: Annotated[str, typer.Option(help="Column that holds the text (tables and datasets).")] = "text",
+    sequence_length: Annotated[
+        int, typer.Option(min=1, help="Tokens of a sequence. Training and validation part must hold one at least.")
+    ] = 128,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a corpus of other text or settings in this place.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
     """Turn text into token shards. The validation split is by document."""
@@ -102,14 +110,14 @@ def prepare_command(
     from coupled_adam.lm.prepare import prepare
     from coupled_adam.lm.sources import source_of
 
-    corpus = prepare(source_of(source, column), Data(tokenizer=tokenizer, vocab_size=vocab_size), out)
-    sizes = {split: corpus.tokens(split) for split in ("train", "validation")}
+    data = Data(tokenizer=tokenizer, vocab_size=vocab_size, sequence_length=sequence_length)
+    corpus = prepare(source_of(source, column), data, out, overwrite)
     if as_json:
         print_json({"directory": str(out), **corpus.meta})
         return
     print_line(
-        f"{out}: {sizes['train']:,} training and {sizes['validation']:,} validation tokens of "
-        f"{sum(corpus.meta['documents'].values()):,} documents, vocabulary {corpus.meta['tokenizer_tokens']:,}"
+        f"{out}: {corpus.tokens('train'):,} training and {corpus.tokens('validation'):,} validation tokens of "
+        f"{corpus.documents:,} documents, vocabulary {corpus.meta['tokenizer_tokens']:,}"
     )
 
 
@@ -216,7 +224,7 @@ def train_command(
     from coupled_adam.evaluation.during_training import evaluator
     from coupled_adam.lm.metrics_jsonl import MetricsLog
     from coupled_adam.lm.parallel import init_distributed
-    from coupled_adam.lm.prepare import corpus_for
+    from coupled_adam.lm.prepare import corpus_for, resolved
     from coupled_adam.lm.run import check_run_directory
     from coupled_adam.lm.tracking import require_trackers
     from coupled_adam.lm.train import train
@@ -228,6 +236,7 @@ def train_command(
         world.broadcast_from_main(lambda: require_trackers(config.tracking))
         world.broadcast_from_main(lambda: check_run_directory(run_dir, config))
         corpus = world.broadcast_from_main(lambda: corpus_for(config, data))
+        config = resolved(config, corpus)
         train(config, corpus, run_dir, evaluator(config, corpus, world), world)
         if world.is_main_process:
             log = MetricsLog(run_dir / "metrics.jsonl")

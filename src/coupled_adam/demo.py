@@ -14,9 +14,9 @@ from coupled_adam.evaluation.stages import evaluate
 from coupled_adam.files import check_file_replaceable, lock_in, make_directory, output_path, write_json
 from coupled_adam.lm.config import OPTIMIZER_LABELS, Experiment
 from coupled_adam.lm.corpus import Corpus
-from coupled_adam.lm.prepare import prepare
+from coupled_adam.lm.prepare import prepare, resolved
 from coupled_adam.lm.run import check_run_directory
-from coupled_adam.lm.sources import Source, TextFiles, WikipediaSample
+from coupled_adam.lm.sources import Source, WikipediaSample, local_source
 from coupled_adam.lm.train import train
 from coupled_adam.progress import say
 from coupled_adam.report.aggregate import Evaluated, read_runs
@@ -48,10 +48,9 @@ def run_demo(out: Path, text: Path | None = None, steps: int | None = None, seed
     if steps is not None:
         warmup = min(experiment.schedule.warmup_steps, max(steps // 10, 1))
         experiment = experiment.with_values(train__steps=steps, schedule__warmup_steps=warmup)
-    source = TextFiles(text) if text else WikipediaSample()
-    source.fingerprint()  # bad text is refused before there is a directory
-    if text is not None and text.is_dir():
-        output_path(out, text)
+    source = local_source(text) if text else WikipediaSample()
+    output_path(out / "corpus", *source.paths)
+    source.fingerprint()  # reads the text: what is wrong with it is said before there is a directory
     check_page(out / "report.html")
     check_file_replaceable(out / "results.json", RESULTS_MARK)
     for method in METHODS:
@@ -68,6 +67,7 @@ def _run(out: Path, source: Source, experiment: Experiment) -> dict[str, Any]:
     began = time.monotonic()
     say(f"Corpus: {source.name}")
     corpus = prepare(source, experiment.data, out / "corpus")
+    experiment = resolved(experiment, corpus)
     sizes = f"{corpus.tokens('train'):,} training and {corpus.tokens('validation'):,} validation tokens"
     say(f"  {sizes} in {corpus.directory}")
     for method in METHODS:

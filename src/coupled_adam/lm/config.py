@@ -20,6 +20,9 @@ from pydantic import (
 
 from coupled_adam.errors import InputError
 
+#: Tokens of the largest vocabulary that is supported.
+LARGEST_VOCABULARY = 2_000_000
+
 
 class Section(BaseModel):
     """A table of the file. Immutable; an unknown key or a value of another type is an error."""
@@ -89,9 +92,15 @@ class Data(Section):
     file or directory, or a dataset's name."""
     tokenizer: str = Field(default="bpe", min_length=1)
     """``bpe``: a byte-level BPE of ``vocab_size`` tokens, trained on the text; or a tokenizer's name or directory."""
-    vocab_size: int = Field(default=8192, ge=257, le=2_000_000)
+    vocab_size: int = Field(default=8192, ge=1, le=LARGEST_VOCABULARY)
     """Tokens of the tokenizer; the model's embedding has as many rows, padded to a multiple of 64."""
     sequence_length: PositiveInt = 128
+
+    @model_validator(mode="after")
+    def _bytes_and_end(self) -> Self:
+        if self.tokenizer == "bpe" and self.vocab_size < 257:
+            raise ValueError("vocab_size: at least 257 with the tokenizer bpe, for the bytes and the end of a document")
+        return self
 
     @property
     def padded_vocab_size(self) -> int:

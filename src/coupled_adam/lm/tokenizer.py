@@ -1,13 +1,20 @@
 """The tokenizer of a corpus: a byte-level BPE trained on its text, or one that exists."""
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from coupled_adam.errors import InputError, one_line, require
-from coupled_adam.files import written_whole
-from coupled_adam.lm.config import Data
+from coupled_adam.files import MANIFEST, written_whole
+from coupled_adam.lm.config import LARGEST_VOCABULARY
+from coupled_adam.lm.corpus import open_corpus
+from coupled_adam.progress import say
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
@@ -15,43 +22,18 @@ END_OF_DOCUMENT = "<|endoftext|>"
 TOKENIZER_CHARACTERS = 200_000_000
 
 
-def tokenizer_for(config: Data, texts: Callable[[], Iterable[str]], path: Path) -> tuple[Tokenizer, int]:
-    """Return the tokenizer that the settings name and its end-of-document token, and write the tokenizer to ``path``.
+def load_tokenizer(name: str) -> tuple[Tokenizer, int]:
+    """Return a tokenizer and its end-of-text token.
 
-    A BPE is trained on ``texts()``; one that is already at ``path``, from an interrupted call, is read from there.
+    Args:
+        name: of a model of transformers, or its directory; or the directory of a prepared corpus.
 
     Raises:
-        InputError: the tokenizer is not available, or cannot be used.
+        InputError: it is not available, or cannot be used.
     """
-    end = END_OF_DOCUMENT
-    if config.tokenizer != "bpe":
-        tokenizer, end = _load(config.tokenizer)
-    elif path.exists():
-        tokenizer = Tokenizer.from_file(str(path))
-        return tokenizer, _id(tokenizer, end)
-    else:
-        tokenizer = _train(_first(texts(), TOKENIZER_CHARACTERS), config.vocab_size)
-    with written_whole(path) as aside:
-        tokenizer.save(str(aside))
-    return tokenizer, _id(tokenizer, end)
-
-
-def _id(tokenizer: Tokenizer, token: str) -> int:
-    found: int | None = tokenizer.token_to_id(token)
-    assert found is not None, f"{token} is no token of its own tokenizer"
-    return found
-
-
-def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
-    for text in texts:
-        yield text
-        characters -= len(text)
-        if characters <= 0:
-            return
-
-
-def _load(name: str) -> tuple[Tokenizer, str]:
-    """Load a tokenizer of transformers, by the name or directory of a model, and its end-of-text token."""
+    if (Path(name) / MANIFEST).is_file() and (Path(name) / "meta.json").is_file():
+        corpus = open_corpus(Path(name))
+        return corpus.tokenizer, corpus.meta["end_of_document"]
     require("demo", "transformers")
     from transformers import AutoTokenizer
 
@@ -64,10 +46,32 @@ def _load(name: str) -> tuple[Tokenizer, str]:
         raise InputError(f"{name}: this tokenizer has no fast form or no end-of-text token; choose another, or bpe")
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer, loaded.eos_token
+    end: int | None = tokenizer.token_to_id(loaded.eos_token)
+    if end is None:
+        raise InputError(f"{name}: its end-of-text token {loaded.eos_token!r} is not in its vocabulary; choose another")
+    if size_of(tokenizer) > LARGEST_VOCABULARY:
+        raise InputError(
+            f"{name}: its highest token ID is {size_of(tokenizer) - 1:,}, and at most {LARGEST_VOCABULARY - 1:,} is "
+            "supported; choose another tokenizer, or bpe"
+        )
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    words = isinstance(tokenizer.model, (models.WordLevel, models.WordPiece))
+    if words and tokenizer.token_to_id(str(unknown)) is None:
+        raise InputError(
+            f"{name}: it has no token for unknown words ({unknown}), so it cannot encode most text; choose another, or "
+            "bpe"
+        )
+    model = json.loads(tokenizer.to_str())
+    bytes_too = model["model"].get("byte_fallback") or "ByteLevel" in json.dumps(
+        [model["pre_tokenizer"], model["normalizer"]]
+    )
+    if isinstance(tokenizer.model, models.BPE) and unknown is None and not bytes_too:
+        say(f"{name}: drops characters that are not in its vocabulary")
+    return tokenizer, end
 
 
-def _train(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Return a byte-level BPE trained on the first ``TOKENIZER_CHARACTERS`` of ``texts``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,5 +81,102 @@ def _train(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.train_from_iterator(_first(texts, TOKENIZER_CHARACTERS), trainer)
     return tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read what :func:`write_tokenizer` wrote. Raises InputError if it is damaged."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare one
+        raise InputError(f"{path}: damaged ({one_line(error)}); delete {path.parent} to start again") from None
+
+
+def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write a tokenizer to a file, whole or not at all."""
+    with written_whole(path) as aside:
+        tokenizer.save(str(aside))
+
+
+def size_of(tokenizer: Tokenizer) -> int:
+    """Return the rows that an embedding needs: the highest ID and one. IDs may have holes."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def digest_of(tokenizer: Tokenizer) -> str:
+    """Return the SHA-256 of all that a tokenizer is."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+class Encoder:
+    """Documents to token IDs. What a document says of special tokens is text, and never becomes one of them.
+
+    Args:
+        tokenizer: is changed so.
+        end: the end-of-document token.
+        name: of the tokenizer, for messages.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, end: int, name: str) -> None:
+        self.tokenizer, self.end, self.name = tokenizer, end, name
+        tokenizer.encode_special_tokens = True
+        # Models whose vocabulary holds special tokens like any others (Unigram, WordLevel) find them in the text still.
+        names = {n: token.content for n, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        names = {n: name for n, name in names.items() if name != _unknown(tokenizer)}
+        self._special: dict[int, str] = names | {end: str(tokenizer.id_to_token(end))}
+        self._is_special = np.isin(np.arange(size_of(tokenizer)), list(self._special))
+        self.removed = 0
+
+    def encode(self, texts: list[str], dtype: np.dtype[Any]) -> list[NDArray[Any]]:
+        """Return the IDs of each document, the end-of-document token last. Raises InputError if one has none."""
+        encoded = [np.array([*ids, self.end], dtype) for ids in self._encode(texts)]
+        if self._is_special[np.concatenate(encoded)].sum() == len(encoded):
+            return encoded
+        return [
+            np.array([*self._as_text(text), self.end], dtype) if self._is_special[ids[:-1]].any() else ids
+            for text, ids in zip(texts, encoded, strict=True)
+        ]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        try:
+            return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # the library raises a bare one
+            raise InputError(
+                f"{self.name}: cannot encode the text ({one_line(error)}); choose another, or bpe"
+            ) from None
+
+    def _as_text(self, text: str) -> list[int]:
+        """IDs of a text in which a model has found special tokens: their names are taken apart, or else removed."""
+        parts = [text]
+        for name in self._special.values():
+            if len(name) > 1:
+                parts = [piece for part in parts for piece in _apart(part, name)]
+        ids = [number for found in self._encode(parts) for number in found]
+        kept = [number for number in ids if number not in self._special]
+        self.removed += len(ids) - len(kept)
+        return kept
+
+
+def _apart(text: str, name: str) -> Iterator[str]:
+    """Yield pieces of a text none of which holds ``name``."""
+    start = 0
+    while (position := text.find(name, start)) >= 0:
+        yield text[start : position + 1]
+        start = position + 1
+    yield text[start:]
+
+
+def _unknown(tokenizer: Tokenizer) -> str | None:
+    """Token for what is not in the vocabulary, a special one that text may well become."""
+    model = json.loads(tokenizer.to_str())["model"]
+    number, name = model.get("unk_id"), model.get("unk_token")
+    return name if number is None else tokenizer.id_to_token(number)
+
+
+def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return

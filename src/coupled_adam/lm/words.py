@@ -7,6 +7,9 @@ from tokenizers import Tokenizer, decoders
 #: How vocabularies write the space before a word: byte-level BPE and SentencePiece. WordPiece does not write it.
 BYTE_LEVEL, SENTENCE_PIECE = "Ġ", "▁"
 
+#: How those of CLIP and the first GPT write the end of a word.
+END_OF_WORD = "</w>"
+
 #: A vocabulary that writes the space so has more such tokens than this share; others may have a few by chance.
 MARKED_SHARE = 0.01
 
@@ -22,13 +25,18 @@ class Words:
 
     def __init__(self, tokens: Mapping[int, str], encode: Callable[[str], list[int]], unknown: int | None) -> None:
         self.tokens, self.encode, self.unknown, self.marker = tokens, encode, unknown, space_marker(tokens)
+        ends = sum(token.endswith(END_OF_WORD) for token in tokens.values())
+        self.end_of_word = END_OF_WORD if ends > MARKED_SHARE * len(tokens) else ""
 
     def token_of(self, word: str) -> int | None:
         """Return the token that stands for a word within a text; None if it takes several, or is unknown."""
         # With its space first. A tokenizer that adds a space itself would now have two of them; it gets the bare word,
         # and what comes out counts only if it is the beginning of a word again, not the rest of a longer one.
         for text in (" " + word, word):
-            ids = self.encode(text)
+            try:
+                ids = self.encode(text)
+            except Exception:  # the library raises a bare one for a word that is not in a vocabulary without unknown
+                continue
             if len(ids) != 1 or ids[0] == self.unknown:
                 continue
             token = self.tokens.get(ids[0], "")
@@ -44,7 +52,7 @@ class Words:
         if self.marker == BYTE_LEVEL:
             text: str = decoders.ByteLevel().decode([token])
             return token if "\ufffd" in text else text  # a part of a character
-        return token.replace(SENTENCE_PIECE, " ")
+        return token.replace(SENTENCE_PIECE, " ").removesuffix(self.end_of_word)
 
 
 def space_marker(tokens: Mapping[int, str]) -> str:
