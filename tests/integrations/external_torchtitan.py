@@ -114,3 +114,8 @@ def test_what_would_go_wrong_is_told() -> None:
     config.param_groups[1].optimizer_name = "Adan"
     with pytest.raises(NotImplementedError, match="Adan"):
         config.build(model_parts=[llama()])
+
+
+def test_clipping_is_left_to_torchtitan() -> None:
+    with pytest.raises(ValueError, match=r"set training\.max_norm, and leave max_grad_norm out"):
+        coupled_adamw(max_grad_norm=1.0)

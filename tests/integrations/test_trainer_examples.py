@@ -130,5 +130,5 @@ for program, missing in (("local_task", "tokenizers"), ("finetune_trainer", "acc
     result = subprocess.run([sys.executable, "-c", code, EXAMPLES], capture_output=True, text=True, timeout=120)
     assert result.stdout.split() == ["2", "2"], result.stderr
     first, second = (line for line in result.stderr.splitlines() if ".py: " in line)
-    assert re.fullmatch(r"local_task.py: tokenizers not installed: .*install .*", first)
+    assert re.fullmatch(r"local_task.py: tokenizers not installed[:;] .*install .*", first)
     assert second == "finetune_trainer.py: accelerate not installed: pip install accelerate"

@@ -60,9 +60,14 @@ def coupled_adamw(
     Args:
         lr: of all parameters.
         head: the pattern of the output embedding's name. That it matches nothing is an error of torchtitan's.
-        kwargs: more arguments of ``coupled_adam.CoupledAdam``, for all parameters. torchtitan clips by itself
-            (``training.max_norm``).
+        kwargs: more arguments of ``coupled_adam.CoupledAdam``, for all parameters, but ``max_grad_norm``.
+
+    Raises:
+        ValueError: ``max_grad_norm`` is given. torchtitan clips by itself (``training.max_norm``), and builds one
+            optimizer per model part, each of which would bound its own norm.
     """
+    if kwargs.get("max_grad_norm") is not None:
+        raise ValueError("torchtitan clips by itself: set training.max_norm, and leave max_grad_norm out")
     common = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, **kwargs}
     coupled = {**common, "weight_decay": 0.0, "second_moment": "vocabulary"}
     return CoupledOptimizers.Config(
