@@ -1,12 +1,15 @@
 """Files are written whole or not at all."""
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from coupled_adam.errors import InputError
-from coupled_adam.files import write_json, write_text, written_whole
+from coupled_adam.files import write_array, write_json, write_text, written_whole
 
 
 @pytest.mark.parametrize("directory", [False, True])
@@ -54,3 +57,21 @@ def test_a_full_disk_is_told_with_the_files_name(tmp_path: Path) -> None:
         aside.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("page.html", "old")]
+
+
+def test_an_array_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    """In a process of its own: the limit of a file's size is one of the process."""
+    code = (
+        "import pathlib, resource, signal, numpy\n"
+        "from coupled_adam.files import full_disk_named, write_array\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "path = pathlib.Path('counts.npy')\n"
+        "with full_disk_named(path):\n"
+        "    write_array(path, numpy.zeros(9_999))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "counts.npy: the disk is full" in done.stderr.splitlines()[-1]
+    array = np.arange(12.0).reshape(3, 4)
+    write_array(tmp_path / "a", array)
+    np.testing.assert_array_equal(np.load(tmp_path / "a"), array)

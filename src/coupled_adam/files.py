@@ -11,12 +11,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from coupled_adam.errors import InputError, one_line, printable
 
 if TYPE_CHECKING:
     from filelock import FileLock
+    from numpy.typing import NDArray
     from pydantic import TypeAdapter
 
 T = TypeVar("T")
@@ -341,6 +343,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all. NaN and infinity are refused: JSON lacks them."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_array(path: Path, array: "NDArray[Any]") -> None:
+    """Write an array in the format of ``numpy.save``, whatever the suffix of ``path``.
+
+    Into a file, NumPy writes past Python: what does not fit on a full disk is missing, without an error.
+    """
+    import numpy as np
+
+    with path.open("wb") as file:
+        np.lib.format.write_array(SimpleNamespace(write=file.write), array, allow_pickle=False)
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:

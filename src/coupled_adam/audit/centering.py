@@ -17,7 +17,7 @@ from coupled_adam.audit import model_directories, tensor_files
 from coupled_adam.audit.embedding_files import Embeddings, Origin
 from coupled_adam.audit.model_copy import files_to_copy
 from coupled_adam.errors import InputError
-from coupled_adam.files import output_path, written_whole
+from coupled_adam.files import output_path, write_array, written_whole
 
 #: Rows that are held in float64 at a time.
 ROWS = 4096
@@ -146,8 +146,8 @@ def _center_array(source: Path, out: Path) -> Centered:
     for start, rows, error in _centered(weights, mean):
         result[start : start + len(rows)] = rows.numpy()
         rounding = max(rounding, error)
-    with written_whole(out) as aside, aside.open("wb") as file:  # np.save would add .npy to the name
-        np.save(file, result)
+    with written_whole(out) as aside:
+        write_array(aside, result)
     condition = "it must be the output embedding of a model that shares it with nothing and does not cap its logits"
     return Centered(out, "embedding", mean.norm().item(), rounding, condition)
 

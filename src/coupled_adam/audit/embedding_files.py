@@ -335,4 +335,4 @@ def _short_name(path: Path) -> str:
     name = path = path.resolve()
     while name.stem in BARE_NAMES and name.name:
         name = name.parent
-    return printable(str(path.relative_to(name.parent)) if name.name else path.name)
+    return str(path.relative_to(name.parent)) if name.name else path.name

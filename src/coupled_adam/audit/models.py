@@ -12,7 +12,7 @@ from coupled_adam import geometry
 from coupled_adam.audit.centering import Centered, center
 from coupled_adam.audit.embedding_files import Embeddings, read_embeddings
 from coupled_adam.audit.verdict import Finding, findings, note_on_rows
-from coupled_adam.errors import InputError, printable
+from coupled_adam.errors import InputError
 from coupled_adam.evaluation.embedding_figures import as_json
 from coupled_adam.evaluation.token_sample import TokenSample, sample_tokens
 
@@ -79,7 +79,7 @@ def audit_models(
             centered = center(found, center_to)
     names = [matrices[0].model for matrices in audited.values()]
     told_apart = [
-        replace(matrix, model=printable(model)) if names.count(matrix.model) > 1 else matrix
+        replace(matrix, model=model) if names.count(matrix.model) > 1 else matrix
         for model, matrices in audited.items()
         for matrix in matrices
     ]

@@ -4,7 +4,6 @@ While a corpus is being made its directory is called ``.NAME.partial`` and holds
 resumes from there.
 """
 
-import io
 import itertools
 import os
 import re
@@ -29,6 +28,7 @@ from coupled_adam.files import (
     output_path,
     put_in_place,
     read_sealed,
+    write_array,
     write_sealed,
 )
 from coupled_adam.lm.config import Data, Experiment
@@ -448,10 +448,8 @@ class Shards:
     def finish(self) -> None:
         """Write what makes the directory a corpus."""
         counts = self.directory / "unigram_counts.npy"
-        with full_disk_named(counts), counts.open("wb") as file:
-            content = io.BytesIO()
-            np.save(content, self.counts)  # to a file, NumPy would not notice that the disk is full
-            file.write(content.getvalue())
+        with full_disk_named(counts):
+            write_array(counts, self.counts)
         kept = [self.directory / "tokenizer.json", counts, *sorted(self.directory.glob("*.bin"))]
         meta: Meta = {
             **self.record,
