@@ -1,5 +1,6 @@
 """What would be released: built, checked, installed and run without the checkout."""
 
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,9 @@ pytestmark = pytest.mark.long
 
 
 def done(*command: str | Path, cwd: Path | None = None) -> str:
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, cwd=cwd)
+    """What a program prints that finds nothing on the path but what is installed."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
