@@ -22,12 +22,12 @@ LINE_EVERY = 10.0
 
 def say(text: str) -> None:
     """Log one line about what is being done."""
-    LOGGER.info(text)
+    LOGGER.info(printable(text))
 
 
 def warn(text: str) -> None:
     """Log one line about something that went wrong without stopping the work."""
-    LOGGER.warning(text)
+    LOGGER.warning(printable(text))
 
 
 def show_log() -> None:

@@ -41,7 +41,7 @@ class Optimizers:
         norm = clip_grad_norm_(parameters, self.max_grad_norm)
         for optimizer in self.all:
             optimizer.step()
-        for weight in self.centered:
+        for weight in self.centered if lr > 0 else ():  # a step at 0 moves nothing, with any optimizer
             center_(weight)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
