@@ -127,6 +127,34 @@ def test_every_public_name_stands_in_the_api_pages(package: Any) -> None:
     assert missing == []
 
 
+PUBLIC = {name.split(".")[-1] for name in documented()} | set(geometry.__all__)
+
+
+def arguments_without_a_parameter(path: Path) -> list[str]:
+    """What docstrings of a file describe as arguments that the function, or the class's constructor, does not take."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+            continue
+        section = re.search(r"^Args:\n((?:(?:    .*)?\n)+)", f"{ast.get_docstring(node)}\n", re.MULTILINE)
+        of_class = [f for f in getattr(node, "body", []) if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
+        function = node if isinstance(node, ast.FunctionDef) else next(iter(of_class), None)
+        if section is None or function is None:
+            continue
+        taken = {arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)}
+        named = re.findall(r"^    (\S[^:]*):", section[1], re.MULTILINE)
+        if node.name not in PUBLIC:  # several may share a line where no page makes a table of them
+            named = [name for names in named for name in names.split(", ")]
+        found += [f"{path.name}, {node.name}: {name}" for name in named if name.lstrip("*") not in taken]
+    return found
+
+
+def test_a_docstring_describes_the_arguments_there_are() -> None:
+    """On the API pages one by one: they make a table of them."""
+    source = Path(coupled_adam.__file__).parent
+    assert [line for path in sorted(source.rglob("*.py")) for line in arguments_without_a_parameter(path)] == []
+
+
 def test_links_lead_somewhere() -> None:
     pages = [*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / "api").glob("*.md")]
     missing = [

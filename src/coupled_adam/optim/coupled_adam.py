@@ -61,9 +61,11 @@ class CoupledAdam(AdamFamily):
             code), and those of other parameters in float32; None: in float32 (float64 for float64 parameters).
         capturable: keep the step count on the GPU, so that a step can be captured in a CUDA graph, as in torch. A
             learning rate that is to change between replays must be a tensor there.
-        fused, foreach: accepted where a call was written for ``torch.optim.AdamW``, without effect: which kernels take
-            a step is chosen by itself.
-        amsgrad, differentiable: likewise; only False is supported.
+        fused: accepted where a call was written for ``torch.optim.AdamW``, without effect: which kernels take a step is
+            chosen by itself.
+        foreach: likewise.
+        amsgrad: likewise; only False is supported.
+        differentiable: likewise; only False is supported.
 
     All from ``lr`` to ``capturable`` but ``max_grad_norm`` and ``error_if_nonfinite`` may differ per param group. The
     second moment is float32 (float64) always. Gradients are never modified. Those of a coupled matrix may be sparse
