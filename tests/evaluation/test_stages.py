@@ -159,9 +159,7 @@ def test_where_results_cannot_be_written_nothing_is_measured(run_dir: Path, monk
     monkeypatch.setattr(stages, "export", lambda *args: pytest.fail("exported in vain"))
     assert stages.evaluate(run_dir, only=["validation"]) == first, "what is known is only read"
     for stage, name in (("embeddings", "evaluation"), ("export", "model")):
-        with pytest.raises(
-            InputError, match=rf"run/{name}: cannot be written \(Read-only file system\); choose"
-        ):
+        with pytest.raises(InputError, match=rf"run/{name}: cannot be written \(Read-only file system\); choose"):
             stages.evaluate(run_dir, only=[stage])
 
 
