@@ -92,6 +92,7 @@ def test_bad_text_is_one_line_and_exit_code_2(content: bytes | None, message: st
     assert result.returncode == 2
     problem = [line for line in result.stderr.splitlines() if not line.startswith("Corpus:")]
     assert len(problem) == 1 and str(path) in problem[0] and message in problem[0]
+    assert not (tmp_path / "out").exists() or message == "short", "known before anything is made"
 
 
 @pytest.mark.long

@@ -172,7 +172,8 @@ def test_a_source_and_what_is_around_it_stay(name: str, where: str, place: Path)
     nothing_lost(before, place, result)
     assert result.returncode in (0, 1, 2)
     if result.returncode:
-        assert sum(line.startswith("coupled-adam: ") for line in result.stderr.splitlines()) == 1, result.stderr
+        said = [line for line in result.stderr.splitlines() if line.startswith("coupled-adam: ") or " failed: " in line]
+        assert len(set(said)) == 1, result.stderr  # of a suite, the run that was refused, at once and at the end
 
 
 @pytest.mark.parametrize("name", ["prepare", "export"])
@@ -212,7 +213,9 @@ def snapshots(monkeypatch: pytest.MonkeyPatch, root: Path, kept: Path) -> None:
     monkeypatch.setattr(Path, "replace", copied)
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "export", "report"])
+@pytest.mark.parametrize(
+    "name", ["prepare", "train", "evaluate", "export", "report", pytest.param("demo", marks=pytest.mark.long)]
+)
 def test_a_kill_between_two_writes_locks_nobody_out(
     name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +228,7 @@ def test_a_kill_between_two_writes_locks_nobody_out(
         assert run_command(name, str(out)).returncode == 0
     left = sorted((tmp_path / "killed").iterdir())
     assert len(left) >= 4
-    for each in left:
+    for each in left[:: max(len(left) // 12, 1)]:
         shutil.rmtree(place)
         each.rename(place)
         os.chdir(place)

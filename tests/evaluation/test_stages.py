@@ -1,9 +1,12 @@
 """The stages after training: one file each, made once."""
 
+import errno
 import itertools
 import json
 import math
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +146,39 @@ def test_bad_arguments(run_dir: Path, arguments: list[str], message: str) -> Non
     only = [] if "--only" in arguments else ["--only", "embeddings"]
     result = CliRunner().invoke(app, ["evaluate", str(run_dir), *only, *arguments])
     assert isinstance(result.exception, InputError) and message in str(result.exception)
+
+
+def test_where_results_cannot_be_written_nothing_is_measured(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = stages.evaluate(run_dir, only=["validation"])
+
+    def refuse(**arguments: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(geometry, "measure", lambda *args, **kwargs: pytest.fail("measured in vain"))
+    monkeypatch.setattr(stages, "export", lambda *args: pytest.fail("exported in vain"))
+    assert stages.evaluate(run_dir, only=["validation"]) == first, "what is known is only read"
+    for stage, name in (("embeddings", "evaluation"), ("export", "model")):
+        with pytest.raises(InputError, match=rf"run/{name}: cannot be written \(Read-only file system\); choose"):
+            stages.evaluate(run_dir, only=[stage])
+
+
+def test_an_export_of_which_a_file_is_missing_or_changed_is_no_export(run_dir: Path) -> None:
+    model = Path(stages.evaluate(run_dir, only=["export"])["export"])
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").unlink()
+    stages.evaluate(run_dir, only=["export"])
+    assert (model / "model.safetensors").read_bytes() == whole
+    (model / "model.safetensors").write_bytes(whole[:-5])
+    with pytest.raises(InputError, match=r"model: model\.safetensors was added or changed since this model was made"):
+        stages.evaluate(run_dir, only=["export"])
+
+
+def test_a_card_that_the_user_has_written_stays(run_dir: Path) -> None:
+    model = Path(stages.evaluate(run_dir, only=["export"])["export"])
+    (model / "README.md").write_text("My own words about this model.")
+    stages.evaluate(run_dir, only=["validation", "export"])
+    assert (model / "README.md").read_text() == "My own words about this model."
 
 
 def test_a_damaged_file_is_named(run_dir: Path) -> None:

@@ -237,6 +237,7 @@ checkpoint.save_checkpoint(Path(sys.argv[1]), 20, model, [torch.optim.SGD(model.
 """
 
 
+@pytest.mark.long
 def test_what_killed_processes_were_writing_is_removed_and_nothing_else(
     tiny: Experiment, corpus: Corpus, tmp_path: Path
 ) -> None:

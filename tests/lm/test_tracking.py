@@ -219,8 +219,14 @@ def test_wandb_is_told_how_the_run_ended_and_no_step_twice(
     runs: list[Run] = []
     monkeypatch.setattr(wandb, "init", Run)
     run, experiment = tmp_path / "run", tracked(tiny, "wandb")
+
+    def diverging(model: torch.nn.Module, *_: object) -> torch.Tensor:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        return torch.full((2,), float("nan"))
+
     if end == "diverged":
-        monkeypatch.setattr(loop, "backward", lambda *_: torch.full((2,), float("nan")))
+        monkeypatch.setattr(loop, "backward", diverging)
     if end == "killed":
         train_killed_at(10, experiment, corpus, run)
     else:

@@ -290,6 +290,33 @@ def test_the_drift_is_no_figure_where_steps_are_not_known(tiny: Experiment, corp
     assert drawn("old") == [0, 8], "a checkpoint from before there were sums"
 
 
+@pytest.mark.parametrize("where", ["step", "save", "rename"])
+def test_a_second_signal_ends_at_once_and_the_next_call_goes_on(
+    where: str, tiny: Experiment, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    def evaluate(model: LanguageModel, last: bool) -> loop.Figures:
+        if where == "step" and MetricsLog(tmp_path / "run" / "metrics.jsonl").read()[7:]:
+            interrupt()
+        return {}
+
+    def interrupted(*arguments: object, **named: object) -> None:
+        interrupt()
+
+    whole = loop.train(tiny, corpus, tmp_path / "whole", no_figures)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if where != "step":
+            patch.setattr(checkpoint, where if where == "save" else "swap", interrupted)
+        loop.train(tiny, corpus, tmp_path / "run", evaluate)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.rglob("*") if path.name.startswith(".step")] == []
+    resumed = loop.train(tiny, corpus, tmp_path / "run", no_figures)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends(number: int, tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
     def interrupt(model: LanguageModel, last: bool) -> loop.Figures:
