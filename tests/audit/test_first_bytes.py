@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -266,3 +267,11 @@ def test_pipes_and_devices_are_not_read(place: str, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"{path.name}: a pipe or device, not a file"):
             read_embeddings(str(path if path.parent == tmp_path else path.parent))
         path.unlink()
+
+
+@pytest.mark.parametrize("kind", [gguf.GGUFValueType.UINT8, gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY])
+def test_a_gguf_file_that_claims_more_than_it_holds_takes_no_memory(kind: gguf.GGUFValueType, tmp_path: Path) -> None:
+    key = struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, kind, 2**40)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + key + bytes(100))
+    with pytest.raises(InputError, match=r"m\.gguf: truncated, or no GGUF file"):
+        read_embeddings(str(tmp_path / "m.gguf"))
