@@ -1,11 +1,14 @@
 """What an audit does not measure is said: packed heads, missing parts, adapters, tokenizers that do not load."""
 
+import fnmatch
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -243,3 +246,26 @@ def test_control_characters_in_names_are_shown(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\\x1b\]0;owned\\x07\.a") as error:
         read_embeddings(str(tmp_path / f"{title}.safetensors"))
     assert "\x1b" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_of_a_model_on_the_hub_the_folders_of_its_modules_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote, local = tmp_path / "remote", tmp_path / "local"
+    (remote / "0_StaticEmbedding").mkdir(parents=True)
+    (remote / "modules.json").write_text('[{"idx": 0, "path": "0_StaticEmbedding"}]')
+    save_file({"embedding.weight": E}, remote / "0_StaticEmbedding" / "model.safetensors")
+    (remote / "0_StaticEmbedding" / "onnx.bin").write_bytes(b"not needed")
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        for path in (path for path in remote.rglob("*") if path.is_file()):
+            place = path.relative_to(remote)
+            if any(fnmatch.fnmatch(place.as_posix(), pattern) for pattern in allow_patterns):
+                (local / place.parent).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, local / place)
+        return str(local)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    read = read_embeddings("somebody/static")
+    assert torch.equal(read.input, E) and read.name == "somebody/static"
+    assert not (local / "0_StaticEmbedding" / "onnx.bin").exists()

@@ -67,6 +67,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
+        # Beyond the end it takes empty slices, as many as the file claims.
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it claims more than it holds")
+            return super()._get(offset, dtype, count, override_order)
+
     with readable(path, "GGUF file"):
         reader = Reader(path)
         if reader.byte_order == "S":
