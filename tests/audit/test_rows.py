@@ -117,7 +117,7 @@ def test_isotropy_says_nothing_where_all_rows_are_short() -> None:
     assert [(f.level, "is not judged" in f.text) for f in short[1:]] == [("note", True)]
 
 
-@pytest.mark.parametrize("scale", [1e200, 1e-200, 1e305, 1e-305])
+@pytest.mark.parametrize("scale", [1e200, 1e-200, 1e305, 1e-300])
 def test_the_range_of_float64_is_kept(scale: float, tmp_path: Path) -> None:
     usual, scaled = (audited(s * E, tmp_path).measured for s in (1.0, scale))
     for name in ("mean_shift_ratio", "inverse_condition", "logit_bound_ratio"):

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from typer.testing import CliRunner
 
+from coupled_adam import geometry
 from coupled_adam.audit.centering import center
 from coupled_adam.audit.embedding_files import read_embeddings
 from coupled_adam.audit.models import audit_models
@@ -269,3 +272,12 @@ def test_of_a_model_on_the_hub_the_folders_of_its_modules_are_fetched(
     read = read_embeddings("somebody/static")
     assert torch.equal(read.input, E) and read.name == "somebody/static"
     assert not (local / "0_StaticEmbedding" / "onnx.bin").exists()
+
+
+def test_a_vocabulary_of_words_without_one_for_others_is_read(tmp_path: Path) -> None:
+    path = model(tmp_path / "m", {**UNTIED, "architectures": ["LlamaModel"]})
+    Tokenizer(WordLevel({"lake": 0, "dog": 1}, "")).save(f"{path}/tokenizer.json")
+    words = read_embeddings(path).words
+    assert words is not None and (words.token_of("dog"), words.token_of("sea")) == (1, None)
+    ((audited,), _) = audit_models([path], geometry.published_benchmarks())
+    assert audited.measured.mean_similarity is None

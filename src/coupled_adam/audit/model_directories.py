@@ -2,7 +2,6 @@
 
 import functools
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -195,9 +194,7 @@ def words_in(directory: Path) -> tuple[Words | None, str | None]:
     path = directory / "tokenizer.json"
     if path.exists():  # read by itself, it takes a tenth of the time that transformers takes
         with parsed(path, "damaged, or no tokenizer"):
-            words = words_of(Tokenizer.from_file(str(path)))
-        words.encode = functools.partial(_encoded, path, words.encode)
-        return words, None
+            return words_of(Tokenizer.from_file(str(path))), None
     present = [directory / name for name in TOKENIZER_FILES if (directory / name).exists()]
     if not present:
         return None, None
@@ -211,21 +208,10 @@ def words_in(directory: Path) -> tuple[Words | None, str | None]:
         return None, f"Its tokenizer could not be loaded, so no words are known ({one_line(error, 120)})."
     words = Words(
         {number: token for token, number in loaded.get_vocab().items()},
-        functools.partial(_encoded, present[0], functools.partial(loaded.encode, add_special_tokens=False)),
+        functools.partial(loaded.encode, add_special_tokens=False),
         loaded.unk_token_id,
     )
     return words, None
-
-
-def _encoded(path: Path, encode: Callable[[str], list[int]], text: str) -> list[int]:
-    """Encode a text; a vocabulary of whole words without a token for others has no IDs for these."""
-    with parsed(path, f"{text!r} cannot be encoded"):
-        try:
-            return encode(text)
-        except Exception as error:  # the library raises nothing more specific
-            if "Missing [UNK]" in str(error):
-                return []
-            raise
 
 
 def from_hub(name: str) -> Path:
