@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the processes of the suite share the cores
@@ -23,6 +24,9 @@ from coupled_adam import progress
 from coupled_adam.lm.config import Experiment
 
 progress.show_log()  # as the command line does
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # the suite runs in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # its programs are interrupted all the same
 
 collect_ignore = ["lm/kill_run.py"]  # a program, not a module
 
