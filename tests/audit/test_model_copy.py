@@ -40,7 +40,8 @@ def bound_socket(place: Path) -> None:
     before = Path.cwd()
     os.chdir(place.parent)  # the name of a socket has at most a hundred characters
     try:
-        socket.socket(socket.AF_UNIX).bind(place.name)
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(place.name)
     finally:
         os.chdir(before)
 
