@@ -1,8 +1,9 @@
 """A whole suite of experiments: trains and evaluates what is missing, resumes what was interrupted, and reports."""
 
+import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from coupled_adam import __version__, experiments
 from coupled_adam.errors import DivergedError, InputError
 from coupled_adam.evaluation.during_training import evaluator
-from coupled_adam.evaluation.stages import evaluate
+from coupled_adam.evaluation.stages import evaluate, read_stage
 from coupled_adam.files import check_file_replaceable, make_directory, write_json
 from coupled_adam.lm.checkpoint import latest_checkpoint, step_of, verify_checkpoint
 from coupled_adam.lm.config import Experiment
@@ -80,15 +81,73 @@ def plan(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) -> li
         raise InputError(f"seed {negative[0]} is negative")
     planned: dict[Path, Planned] = {}
     for family, content in families.items():
-        if only and family not in only:
+        if (only and family not in only) or "tuned" in content:
             continue
         # Seed by seed, so that an early end leaves whole comparisons.
         for seed in seeds or content["seeds"]:
             for name in content["experiments"]:
-                experiment = experiments.load(name, seed)
-                directory = out / experiment.run.name
-                planned.setdefault(directory, Planned(family, name, experiment, directory))
+                run = _planned(family, name, seed, out)
+                planned.setdefault(run.directory, run)
     return list(planned.values())
+
+
+@dataclass(frozen=True)
+class Search:
+    """Runs of one arm of a family that is tuned: along the axis of what is tuned, by seed."""
+
+    runs: dict[int, list[Planned]]
+    """By seed, in the order of the axis. The first seed chooses."""
+    start: int
+    """Where on the axis to begin."""
+
+    def ordered(self) -> Iterator[Planned]:
+        """Yield what is to be run next, once what was yielded before is done: downhill from the start with the first
+        seed, to a place that is better than both of its neighbors, then the other seeds at that place.
+        """
+        first, *others = self.runs.values()
+        at = self.start
+        while True:
+            near = [i for i in (at, at - 1, at + 1) if 0 <= i < len(first)]
+            for i in near:
+                yield first[i]
+            best = min(near, key=lambda i: _selection_loss(first[i]))
+            if best == at:
+                break
+            at = best
+        if not 0 < at < len(first) - 1:
+            warn(f"{first[at].name}: the best value lies at the end of what was tried; widen the axis")
+        yield from (runs[at] for runs in others)
+
+
+def searches(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) -> list[Search]:
+    """List the arms of the families ``only`` (of all, if empty) that are tuned, as :func:`plan` lists the others."""
+    found = []
+    for family, content in experiments.families(suite).items():
+        if (only and family not in only) or "tuned" not in content:
+            continue
+        axis = content["tuned"]
+        for grid in experiments.grids():
+            for chosen in itertools.product(*(v for k, v in grid.axes.items() if k != axis)):
+                arm = dict(zip((k for k in grid.axes if k != axis), chosen, strict=True))
+                names = [grid.pattern.format(**arm, **{axis: value}) for value in grid.axes.get(axis, ())]
+                if not names or not set(names) <= set(content["experiments"]):
+                    continue
+                runs = {
+                    seed: [_planned(family, name, seed, out) for name in names] for seed in seeds or content["seeds"]
+                }
+                found.append(Search(runs, grid.axes[axis].index(content["start"])))
+    return found
+
+
+def _planned(family: str, name: str, seed: int, out: Path) -> Planned:
+    experiment = experiments.load(name, seed)
+    return Planned(family, name, experiment, out / experiment.run.name)
+
+
+def _selection_loss(run: Planned) -> float:
+    """The loss that a rate is chosen by: of the half of the held-out text that is not reported."""
+    found = read_stage(run.directory, "frequency") if run.finished else None
+    return float(found["loss_selection"]) if found else math.inf
 
 
 def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) -> dict[str, Any]:
@@ -106,19 +165,20 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
         ImportError: a family's text comes with a package that is not installed.
         Interrupted: the user stopped it; all that was done is saved, and the same call resumes.
     """
-    runs = plan(suite, only, seeds, out)
+    runs, tuned = plan(suite, only, seeds, out), searches(suite, only, seeds, out)
+    every = [*runs, *(run for search in tuned for arm in search.runs.values() for run in arm)]
     # Before anything is trained: a text may come with a package that is not installed.
-    sources = {name: source_of(name) for name in sorted({run.experiment.data.source for run in runs})}
+    sources = {name: source_of(name) for name in sorted({run.experiment.data.source for run in every})}
     check_outputs(out)
     check_file_replaceable(out / "results.json", RESULTS_MARK)
     make_directory(out)
     gone = sum(run.diverged for run in runs)
     trained = f"{sum(run.finished for run in runs)} of them trained" + (f", {gone} diverged" if gone else "")
-    say(f"{len(runs)} runs in {out}, {trained}")
+    say(f"{len(runs)} runs in {out}, {trained}" + (f", and {len(tuned)} arms to tune" if tuned else ""))
     corpora: dict[tuple[str, str, int], Corpus] = {}
     failed: dict[str, str] = {}
     seconds = flops = 0.0
-    for i, run in enumerate(runs):
+    for i, run in enumerate(itertools.chain(runs, *(search.ordered() for search in tuned))):
         if run.diverged:
             continue
         try:
@@ -129,12 +189,12 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
             if not run.finished:
                 rest = sum(estimate(r.experiment).flops for r in runs[i:] if not (r.finished or r.diverged))
                 left = f", about {math.ceil(rest * seconds / flops / 60)} min left" if flops else ""
-                say(f"[{i + 1}/{len(runs)}] {run.family}: {run.experiment.run.name}{left}")
+                say(f"[{i + 1}/{len(runs) if i < len(runs) else '…'}] {run.family}: {run.experiment.run.name}{left}")
                 before, began = _steps_done(run.directory), time.monotonic()
                 train(run.experiment, corpora[key], run.directory, evaluator(run.experiment, corpora[key]))
                 seconds += time.monotonic() - began
                 flops += estimate(run.experiment).flops * (1 - before / run.experiment.train.steps)
-            evaluate(run.directory, corpora[key].directory, ("validation", "embeddings"))
+            evaluate(run.directory, corpora[key].directory, ("validation", "embeddings", "frequency"))
         except DivergedError as error:
             write_json(run.directory / DIVERGED, {"reason": str(error), "version": __version__})
             warn(f"{run.experiment.run.name} diverged: {error}")
@@ -142,7 +202,8 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
             failed[run.experiment.run.name] = str(error)
             warn(f"{run.experiment.run.name} failed: {error}")
     # The report is over all that was made in the directory, also for another family or seed.
-    made = {run.directory: run for run in (*runs, *plan(suite, [], [], out))}
+    others = (run for search in searches(suite, [], [], out) for arm in search.runs.values() for run in arm)
+    made = {run.directory: run for run in (*every, *plan(suite, [], [], out), *others)}
     done = [run for run in made.values() if run.finished and run.experiment.run.name not in failed]
     diverged = [run for run in made.values() if run.diverged]
     if done:

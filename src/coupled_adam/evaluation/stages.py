@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from coupled_adam import __version__, geometry
 from coupled_adam.errors import InputError
+from coupled_adam.evaluation.by_frequency import by_frequency
 from coupled_adam.evaluation.downstream import PAPER_TASKS, downstream
 from coupled_adam.evaluation.embedding_figures import as_json
 from coupled_adam.evaluation.results import read_results, write_results
@@ -30,7 +32,7 @@ from coupled_adam.lm.parallel import World
 from coupled_adam.lm.run import Run, full_state_dict, open_run, sha256_of
 from coupled_adam.progress import say, warn
 
-STAGES = ("validation", "embeddings", "export", "downstream")
+STAGES = ("validation", "embeddings", "frequency", "export", "downstream")
 
 #: In nats. There is no float for the perplexity of a model that is far worse than chance.
 HIGHEST_LOSS = 700.0
@@ -87,6 +89,8 @@ def evaluate(
         return {}
     if "embeddings" in only:
         results["embeddings"] = _embeddings(run, weights["head.weight"], sha256, benchmarks)
+    if "frequency" in only:
+        results["frequency"] = _frequency(run, model, sha256)
     if exported:
         export(run, weights, sha256, directory / "model")
         results["export"] = str(directory / "model")
@@ -234,6 +238,16 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, directory: Path | Non
     content["figures"]["second_moment_frequency_fit"] = None if fit is None or math.isnan(fit) else fit
     content["token_sample"] = sample_tokens(embedding, words.text_of, counts, moment).as_json()
     return _written(run, "embeddings", inputs, content)
+
+
+def _frequency(run: Run, model: LanguageModel, weights: str) -> dict[str, Any]:
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise InputError("the stage frequency runs on one process: leave torchrun out")
+    inputs = {"weights": weights, "corpus": run.corpus.fingerprint}
+    if known := _known(run, "frequency", inputs):
+        return known
+    say(f"{run.experiment.run.name}: loss by frequency")
+    return _written(run, "frequency", inputs, by_frequency(model, run.experiment, run.corpus))
 
 
 def _downstream(run: Run, weights: str, settings: Downstream) -> dict[str, Any]:

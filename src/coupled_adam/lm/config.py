@@ -137,14 +137,31 @@ class CoreOptimizer(Section):
 
 
 #: Values of optimizer.embedding.name, and what people call them.
-OPTIMIZER_LABELS = {"adamw": "AdamW", "coupled_adam": "Coupled Adam", "adams": "Adams", "sgd": "SGD"}
+OPTIMIZER_LABELS = {
+    "adamw": "AdamW",
+    "coupled_adam": "Coupled Adam",
+    "adams": "Adams",
+    "sgd": "SGD",
+    "adam_variant": "Adam variant",
+}
 
 
 class EmbeddingOptimizer(Section):
     """The optimizer of the output embedding, which is not decayed. Adam's moments are set as the core's."""
 
-    name: Literal["adamw", "coupled_adam", "adams", "sgd"] = "adamw"
-    """``adams``: its step with a second moment that is shared over the vocabulary."""
+    name: Literal["adamw", "coupled_adam", "adams", "sgd", "adam_variant"] = "adamw"
+    """``adams``: its step with a second moment that is shared over the vocabulary. ``adam_variant``: one that differs
+    from Adam in the five keys below, to find out which difference matters (lm/adam_variant.py)."""
+    second_moment: Literal["element", "token", "hidden", "scalar", "frequency"] = "element"
+    """Of ``adam_variant``: Adam's, one per token, per hidden unit (Coupled Adam's), or one; or per hidden unit, times
+    the power ``frequency_exponent`` of the token's relative frequency."""
+    frequency_exponent: float = Field(default=0.0, ge=0, le=2)
+    zero_sum: bool = False
+    """Of ``adam_variant``: subtract from every update its mean over the vocabulary."""
+    amsgrad: bool = False
+    """Of ``adam_variant``."""
+    beta2: float | None = Field(default=None, ge=0, lt=1)
+    """Of ``adam_variant``; None: that of the core."""
     coupling_scale: PositiveFloat = 1.0
     coupling_factor: float = Field(default=0.0, ge=0, le=1)
     lr_factor: PositiveFloat = 1.0
@@ -161,6 +178,11 @@ class EmbeddingOptimizer(Section):
         extra = [f"s={self.coupling_scale:g}"] if self.coupling_scale != defaults.coupling_scale else []
         extra += [f"κ={self.coupling_factor:g}"] if self.coupling_factor else []
         extra += [f"lr×{self.lr_factor:g}"] if self.lr_factor != defaults.lr_factor else []
+        if self.name == "adam_variant":
+            extra += [f"v per {self.second_moment}"] if self.second_moment != "frequency" else []
+            extra += [f"v ~ frequency^{self.frequency_exponent:g}"] if self.second_moment == "frequency" else []
+            extra += ["zero sum"] * self.zero_sum + ["AMSGrad"] * self.amsgrad
+            extra += [f"β2={self.beta2:g}"] if self.beta2 is not None else []
         extra += [f"momentum {self.momentum:g}"] if self.name == "sgd" and self.momentum != defaults.momentum else []
         return " ".join([OPTIMIZER_LABELS[self.name], *extra])
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
 
 from coupled_adam.errors import InputError
+from coupled_adam.lm.adam_variant import AdamVariant
 from coupled_adam.lm.config import CoreOptimizer, EmbeddingOptimizer, Experiment
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.optim import Adams, CoupledAdam, center_, param_groups
@@ -46,15 +49,20 @@ class Optimizers:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def build_optimizers(model: LanguageModel, experiment: Experiment) -> Optimizers:
-    """Build the optimizers that the experiment names. Where the embeddings are tied, both are the output embedding."""
-    built, weight = _built(model, experiment), model.get_output_embeddings().weight
+def build_optimizers(
+    model: LanguageModel, experiment: Experiment, unigram_counts: NDArray[np.int64] | None = None
+) -> Optimizers:
+    """Build the optimizers that the experiment names. Where the embeddings are tied, both are the output embedding.
+
+    ``unigram_counts``, (V,), are those of the training text, for a second moment that depends on them.
+    """
+    built, weight = _built(model, experiment, unigram_counts), model.get_output_embeddings().weight
     centers = isinstance(built.all[0], CoupledAdam | Adams)  # the first one has the output embedding
     built.centered = [weight] if experiment.optimizer.embedding.center and not centers else []
     return built
 
 
-def _built(model: LanguageModel, experiment: Experiment) -> Optimizers:
+def _built(model: LanguageModel, experiment: Experiment, counts: NDArray[np.int64] | None) -> Optimizers:
     core, embedding = experiment.optimizer.core, experiment.optimizer.embedding
     max_grad_norm = experiment.train.max_grad_norm
     groups = param_groups(model, weight_decay=core.weight_decay)
@@ -70,6 +78,8 @@ def _built(model: LanguageModel, experiment: Experiment) -> Optimizers:
             first: Optimizer = SGD(_plain(ours), momentum=embedding.momentum)
         case "adams":
             first = _adams(ours, core, embedding, None)
+        case "adam_variant":
+            first = _variant(ours, core, embedding, counts)
         case _:
             first = _adam(ours, core, embedding, None)
     match core.name:
@@ -94,6 +104,30 @@ def _adam(
         coupling_scale=embedding.coupling_scale,
         coupling_factor=embedding.coupling_factor,
         max_grad_norm=max_grad_norm,
+    )
+
+
+def _variant(
+    groups: list[dict[str, object]],
+    core: CoreOptimizer,
+    embedding: EmbeddingOptimizer,
+    counts: NDArray[np.int64] | None,
+) -> Optimizer:
+    frequency = None
+    if embedding.second_moment == "frequency":
+        if counts is None:
+            raise InputError("optimizer.embedding.second_moment 'frequency' needs the token counts of a corpus")
+        smoothed = torch.from_numpy(counts).double() + 1  # no token is without a share
+        frequency = (smoothed / smoothed.sum()).float()
+    return AdamVariant(
+        [param for group in groups for _, param in _named(group)],
+        embedding.second_moment,
+        (core.betas[0], core.betas[1] if embedding.beta2 is None else embedding.beta2),
+        core.eps,
+        frequency,
+        embedding.frequency_exponent,
+        embedding.zero_sum,
+        embedding.amsgrad,
     )
 
 
@@ -142,7 +176,9 @@ def state_bytes(experiment: Experiment, model: LanguageModel) -> int:
     """Count the bytes of the optimizers' state in float32; ``model`` may be on the device ``meta``."""
     coupled = model.head.weight.numel()
     rest = sum(p.numel() for p in model.parameters()) - coupled
-    moments = {"adamw": 2, "coupled_adam": 1, "adams": 1, "sgd": 1}[experiment.optimizer.embedding.name]
+    moments = {"adamw": 2, "coupled_adam": 1, "adams": 1, "sgd": 1, "adam_variant": 2}[
+        experiment.optimizer.embedding.name
+    ]
     inside = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     saved = inside if experiment.optimizer.core.name == "muon" else 0  # it has one moment
     return torch.float32.itemsize * (moments * coupled + 2 * rest - saved)

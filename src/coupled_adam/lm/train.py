@@ -116,7 +116,7 @@ def _prepared(experiment: Experiment, corpus: Corpus, run_dir: Path, world: Worl
         for block in model.blocks:
             block.compile()
     wrapped = parallelize(model, experiment.parallel, world)
-    optimizers = build_optimizers(model, experiment)
+    optimizers = build_optimizers(model, experiment, corpus.unigram_counts)
     batches = Batches(corpus.shards("train"), sequence_length, experiment.batch_size, seed, corpus.vocab_size)
     start, state = 0, None
     if checkpoint := intact_checkpoint(run_dir / "checkpoints", world, corpus.fingerprint):

@@ -1,0 +1,115 @@
+"""How well a model predicts rare and frequent tokens, on two halves of the held-out text.
+
+A learning rate is chosen on one half, and what is reported is measured on the other: documents alternate between them.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from coupled_adam.lm.config import Experiment
+from coupled_adam.lm.corpus import Corpus
+from coupled_adam.lm.model import LanguageModel
+
+#: Bounds of κ = (1 − β2) / (q·B) between which rows are gathered. A token of share q occurs every 1/(q·B) steps of B
+#: tokens; where κ > 1 its second moment is forgotten in between (arXiv 2609.37535).
+KAPPA_BOUNDS = (0.1, 1.0, 10.0)
+
+#: Names of the rows between the bounds.
+KAPPA_NAMES = ("below_0.1", "0.1_to_1", "1_to_10", "above_10")
+
+#: Parts of equal length of the held-out text, by the frequency of its tokens in training.
+DECILES = 10
+
+
+@torch.no_grad()
+def by_frequency(model: LanguageModel, experiment: Experiment, corpus: Corpus) -> dict[str, Any]:
+    """Measure the whole held-out text once, in its order.
+
+    Returns:
+        ``loss_selection`` and ``loss_report``: mean cross entropy in nats of documents 0, 2, 4, … and 1, 3, 5, ….
+        ``loss_by_decile``: that of the report half, from its rarest tenth to its most frequent.
+        ``kappa``: by range of κ the share of the vocabulary's tokens and of the training text (``rows``, ``text``), the
+        share of the report half (``held_out``) and of the predicted probability (``predicted``), and the mean of
+        log(p̄/q) over the rows, p̄ being the mean predicted probability and q the share of the training text
+        (``log_ratio``); ``unseen``: rows that do not occur in training, without κ.
+    """
+    losses, targets, documents, predicted = _predictions(model, experiment, corpus)
+    counts = corpus.unigram_counts
+    report = documents % 2 == 1
+    found: dict[str, Any] = {
+        "loss_selection": float(losses[~report].mean()),
+        "loss_report": float(losses[report].mean()),
+        "tokens_report": int(report.sum()),
+    }
+    order = np.argsort(counts[targets[report]], kind="stable")
+    found["loss_by_decile"] = [float(part.mean()) for part in np.array_split(losses[report][order], DECILES)]
+    found["kappa"] = _kappa(experiment, corpus, targets[report], predicted)
+    return found
+
+
+def kappa(counts: NDArray[np.int64], beta2: float, batch_tokens: int) -> NDArray[np.float64]:
+    """Return κ = (1 − β2) / (q·B) of every row, (V,): infinite for rows that do not occur."""
+    share = counts / counts.sum()
+    with np.errstate(divide="ignore"):
+        return np.asarray((1 - beta2) / (share * batch_tokens))
+
+
+def _kappa(
+    experiment: Experiment, corpus: Corpus, targets: NDArray[np.int64], predicted: NDArray[np.float64]
+) -> dict[str, dict[str, float | None]]:
+    counts = corpus.unigram_counts
+    embedding, core = experiment.optimizer.embedding, experiment.optimizer.core
+    beta2 = core.betas[1] if embedding.beta2 is None else embedding.beta2
+    values, share = kappa(counts, beta2, experiment.train.batch_tokens), counts / counts.sum()
+    held_out = np.bincount(targets, minlength=len(counts)) / len(targets)
+    tokens = int(corpus.meta["tokenizer_tokens"])
+    known = np.arange(len(counts)) < tokens  # the rest pads the matrix
+    place = np.digitize(values, KAPPA_BOUNDS)
+    parts = {name: known & (counts > 0) & (place == i) for i, name in enumerate(KAPPA_NAMES)}
+    parts |= {"unseen": known & (counts == 0), "padding": ~known}
+    found: dict[str, dict[str, float | None]] = {}
+    for name, rows in parts.items():
+        ratio = None
+        if rows.any() and (counts[rows] > 0).all():
+            ratio = float(np.log(np.maximum(predicted[rows], 1e-30) / share[rows]).mean())
+        found[name] = {
+            "rows": float(rows.sum() / tokens),
+            "text": float(share[rows].sum()),
+            "held_out": float(held_out[rows].sum()),
+            "predicted": float(predicted[rows].sum()),
+            "log_ratio": ratio,
+        }
+    return found
+
+
+def _predictions(
+    model: LanguageModel, experiment: Experiment, corpus: Corpus
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Return losses, targets and documents of all held-out tokens, (N,), and of the report half the mean of p, (V,)."""
+    text = np.concatenate([np.asarray(shard, dtype=np.int64) for shard in corpus.shards("validation")])
+    length = experiment.data.sequence_length
+    count = (len(text) - 1) // length
+    # Documents begin after the end of the one before; the target at position i is token i + 1.
+    document = np.concatenate([[0], np.cumsum(text == corpus.meta["end_of_document"])[:-1]])[1 : count * length + 1]
+    inputs = torch.from_numpy(text[: count * length].reshape(count, length))
+    targets = torch.from_numpy(text[1 : count * length + 1].reshape(count, length))
+    device = next(model.parameters()).device
+    losses: list[Tensor] = []
+    predicted, reported = torch.zeros(corpus.vocab_size, dtype=torch.float64), 0
+    for i in range(0, count, 8):
+        logits = model(inputs[i : i + 8].to(device)).flatten(0, 1).float()
+        log_p = torch.log_softmax(logits, -1)
+        wanted = targets[i : i + 8].flatten()
+        losses.append(-log_p.gather(1, wanted.to(device)[:, None]).squeeze(1).cpu())
+        kept = torch.from_numpy(document[i * length : (i + 8) * length] % 2 == 1)
+        predicted += log_p[kept.to(device)].exp_().sum(0).double().cpu()
+        reported += int(kept.sum())
+    found = torch.cat(losses).double().numpy()
+    if not math.isfinite(float(found.sum())):
+        raise ValueError("a loss on the held-out text is not finite")
+    return found, targets.flatten().numpy(), document, predicted.numpy() / max(reported, 1)
