@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from coupled_adam.errors import InputError
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.model import LanguageModel
@@ -22,13 +23,20 @@ KAPPA_BOUNDS = (0.1, 1.0, 10.0)
 #: Names of the rows between the bounds.
 KAPPA_NAMES = ("below_0.1", "0.1_to_1", "1_to_10", "above_10")
 
+#: Positions whose logits exist at a time.
+POSITIONS = 1024
+
 #: Parts of equal length of the held-out text, by the frequency of its tokens in training.
 DECILES = 10
 
 
 @torch.no_grad()
 def by_frequency(model: LanguageModel, experiment: Experiment, corpus: Corpus) -> dict[str, Any]:
-    """Measure the whole held-out text once, in its order.
+    """Measure held-out text in its order: as much as the last evaluation of the training takes.
+
+    Args:
+        model: on one process, in evaluation mode.
+        experiment, corpus: of its run.
 
     Returns:
         ``loss_selection`` and ``loss_report``: mean cross entropy in nats of documents 0, 2, 4, … and 1, 3, 5, ….
@@ -41,6 +49,8 @@ def by_frequency(model: LanguageModel, experiment: Experiment, corpus: Corpus) -
     losses, targets, documents, predicted = _predictions(model, experiment, corpus)
     counts = corpus.unigram_counts
     report = documents % 2 == 1
+    if report.all() or not report.any():
+        raise InputError(f"{corpus.directory}: its validation text is one document, and two are compared")
     found: dict[str, Any] = {
         "loss_selection": float(losses[~report].mean()),
         "loss_report": float(losses[report].mean()),
@@ -93,7 +103,9 @@ def _predictions(
     """Return losses, targets and documents of all held-out tokens, (N,), and of the report half the mean of p, (V,)."""
     text = np.concatenate([np.asarray(shard, dtype=np.int64) for shard in corpus.shards("validation")])
     length = experiment.data.sequence_length
-    count = (len(text) - 1) // length
+    settings = experiment.evaluation
+    batches = settings.final_batches or settings.batches
+    count = min((len(text) - 1) // length, batches * experiment.batch_size)
     # Documents begin after the end of the one before; the target at position i is token i + 1.
     document = np.concatenate([[0], np.cumsum(text == corpus.meta["end_of_document"])[:-1]])[1 : count * length + 1]
     inputs = torch.from_numpy(text[: count * length].reshape(count, length))
@@ -101,12 +113,14 @@ def _predictions(
     device = next(model.parameters()).device
     losses: list[Tensor] = []
     predicted, reported = torch.zeros(corpus.vocab_size, dtype=torch.float64), 0
-    for i in range(0, count, 8):
-        logits = model(inputs[i : i + 8].to(device)).flatten(0, 1).float()
+    at_a_time = max(POSITIONS // length, 1)
+    for i in range(0, count, at_a_time):
+        part = slice(i, i + at_a_time)
+        logits = model(inputs[part].to(device)).flatten(0, 1).float()
         log_p = torch.log_softmax(logits, -1)
-        wanted = targets[i : i + 8].flatten()
+        wanted = targets[part].flatten()
         losses.append(-log_p.gather(1, wanted.to(device)[:, None]).squeeze(1).cpu())
-        kept = torch.from_numpy(document[i * length : (i + 8) * length] % 2 == 1)
+        kept = torch.from_numpy(document[i * length : (i + at_a_time) * length] % 2 == 1)
         predicted += log_p[kept.to(device)].exp_().sum(0).double().cpu()
         reported += int(kept.sum())
     found = torch.cat(losses).double().numpy()

@@ -105,7 +105,34 @@ class DownstreamResults(TypedDict):
     earlier: NotRequired[list[Task]]
 
 
-SCHEMAS: dict[str, Any] = {"validation": Validation, "embeddings": Embeddings, "downstream": DownstreamResults}
+class KappaRange(TypedDict):
+    """What ``coupled_adam.evaluation.by_frequency`` measures of the rows in a range of κ."""
+
+    rows: Number
+    text: Number
+    held_out: Number
+    predicted: Number
+    log_ratio: Number | None
+
+
+@_more
+class Frequency(TypedDict):
+    """frequency.json."""
+
+    inputs: Inputs
+    step: int
+    loss_selection: Number
+    loss_report: Number
+    loss_by_decile: list[Number]
+    kappa: dict[str, KappaRange]
+
+
+SCHEMAS: dict[str, Any] = {
+    "validation": Validation,
+    "embeddings": Embeddings,
+    "frequency": Frequency,
+    "downstream": DownstreamResults,
+}
 
 
 def read_results(path: Path, stage: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The stages that follow training: validation, embeddings, export, downstream tasks. Each writes one file.
+"""The stages that follow training: validation, embeddings, frequency, export, downstream tasks. Each writes one file.
 
-``evaluation/validation.json``, ``evaluation/embeddings.json``, ``evaluation/downstream.json`` and the directory
-``model/`` of a run say what they were made from; a second call computes only what is missing or out of date.
+``validation.json``, ``embeddings.json``, ``frequency.json`` and ``downstream.json`` in ``evaluation/``, and the
+directory ``model/`` of a run, say what they were made from; a second call computes only what is missing or out of date.
 """
 
 import functools
@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from coupled_adam import __version__, geometry
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.by_frequency import by_frequency
 from coupled_adam.evaluation.downstream import PAPER_TASKS, downstream
 from coupled_adam.evaluation.embedding_figures import as_json
-from coupled_adam.evaluation.results import read_results, write_results
+from coupled_adam.evaluation.results import SCHEMAS, read_results, write_results
 from coupled_adam.evaluation.token_sample import sample_tokens
 from coupled_adam.evaluation.validation import batches_used, held_out, validate
 from coupled_adam.figures import FIGURES, figures
@@ -89,7 +88,9 @@ def evaluate(
         return {}
     if "embeddings" in only:
         results["embeddings"] = _embeddings(run, weights["head.weight"], sha256, benchmarks)
-    if "frequency" in only:
+    if "frequency" in only and world.size > 1:
+        warn(f"{run.experiment.run.name}: loss by frequency is measured on one process alone: leave torchrun out")
+    elif "frequency" in only:
         results["frequency"] = _frequency(run, model, sha256)
     if exported:
         export(run, weights, sha256, directory / "model")
@@ -106,7 +107,7 @@ def _opened(directory: Path, data: Path | None, only: Collection[str], exported:
     run = open_run(directory, data)
     remove_leftovers(directory, {"model"}.__contains__)
     remove_leftovers(directory / "evaluation", {f"{stage}.json" for stage in STAGES}.__contains__)
-    for stage in ("validation", "embeddings", "downstream"):
+    for stage in SCHEMAS:
         if exported or stage in only:
             read_stage(directory, stage)
     if exported:
@@ -241,13 +242,22 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, directory: Path | Non
 
 
 def _frequency(run: Run, model: LanguageModel, weights: str) -> dict[str, Any]:
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise InputError("the stage frequency runs on one process: leave torchrun out")
-    inputs = {"weights": weights, "corpus": run.corpus.fingerprint}
+    settings = run.experiment.evaluation
+    inputs = {
+        "weights": weights,
+        "corpus": run.corpus.fingerprint,
+        "batches": settings.final_batches or settings.batches,
+    }
     if known := _known(run, "frequency", inputs):
         return known
+    check_writable(run.directory / "evaluation")
     say(f"{run.experiment.run.name}: loss by frequency")
-    return _written(run, "frequency", inputs, by_frequency(model, run.experiment, run.corpus))
+    try:
+        found = by_frequency(model, run.experiment, run.corpus)
+    except InputError as error:  # what the other stages found is kept, and shown
+        warn(f"loss by frequency: {error}")
+        return {}
+    return _written(run, "frequency", inputs, found)
 
 
 def _downstream(run: Run, weights: str, settings: Downstream) -> dict[str, Any]:
