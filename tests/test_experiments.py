@@ -90,7 +90,10 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 
 def test_the_families_name_experiments_that_exist() -> None:
     families = experiments.families()
-    assert set(families) == {"small", "scaled", "sgd", "llama", "long", "drift", "precision", "tied", "core"}
+    assert set(families) == {
+        *("small", "scaled", "sgd", "llama", "long", "drift", "precision", "tied", "core"),
+        *("noise", "what-tied", "what-untied"),
+    }
     assert families["small"]["seeds"] == [1, 2, 3]
     named = {name for family in families.values() for name in family["experiments"]}
     assert named == set(experiments.names("mini"))

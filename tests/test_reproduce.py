@@ -19,7 +19,8 @@ from coupled_adam.lm.sources import TextFiles
 def test_the_plan_is_the_families_times_the_seeds(tmp_path: Path) -> None:
     runs = reproduce.plan("mini", [], [], tmp_path)
     first = 8 * 3 + 10 + 6 + 2 + 2 * 3  # n = 0 of the scaled family is a run of the small one
-    assert len(runs) == first + 6 * 6 + 6 * 5 + 3 * 4 * 2 + 3 * 2, "the sweeps share the runs that are their controls"
+    sweeps = 6 * 6 + 6 * 5 + 3 * 4 * 2 + 3 * 2  # they share the runs that are their controls
+    assert len(runs) == first + sweeps + 2 * 10, "what is tuned is no plan"
     assert len({run.directory for run in runs}) == len(runs)
     assert len(reproduce.plan("mini", ["scaled"], [], tmp_path)) == 11
     assert {run.experiment.run.seed for run in reproduce.plan("mini", ["sgd"], [4, 5], tmp_path)} == {4, 5}
