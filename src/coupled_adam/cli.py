@@ -275,7 +275,10 @@ def reproduce_command(
     suite: Annotated[str, typer.Argument(help="mini: the families of the paper's experiments, for two cores.")],
     only: Annotated[
         list[str] | None,
-        typer.Option(help="A family: small, scaled, sgd, llama, long, drift, precision, tied, core. May be repeated."),
+        typer.Option(
+            help="A family: small, scaled, sgd, llama, long, drift, precision, tied, core, noise, what-tied, "
+            "what-untied. May be repeated."
+        ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="For instance 1,2,3.  [default: those of the family]")] = "",
     out: Annotated[
@@ -328,7 +331,8 @@ def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Directory of a trained run.")],
     data: Annotated[Path | None, typer.Option(help="Corpus directory, if it has moved since training.")] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="A stage: validation, embeddings, export, downstream. May be repeated.")
+        list[str] | None,
+        typer.Option(help="A stage: validation, embeddings, frequency, export, downstream. May be repeated."),
     ] = None,
     tasks: Annotated[
         str,

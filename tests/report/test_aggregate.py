@@ -37,7 +37,8 @@ def test_the_columns_are_those_of_the_reference_in_its_order(tmp_path: Path) -> 
         "corr_p(Emu, lbp)", "corr_s(Emu, lbp)", "Smin", "Smax", "Smin/Smax",
         # and then those of ours
         "family", "experiment", "seed", "model", "parameters", "tied", "tokens", "method", "core", "head", "lr",
-        "initial_loss", "diverged", "logit_mean", "logit_std", "logit_max", "log_z_squared", "version",
+        "lr_factor", "initial_loss", "loss_selection", "loss_report", "diverged",
+        "logit_mean", "logit_std", "logit_max", "log_z_squared", "version",
     ]  # fmt: skip
     found = dict(zip(header, row, strict=True))
     assert found["name"] == "exp-s1"
@@ -55,6 +56,7 @@ def test_the_columns_say_what_a_run_was(tmp_path: Path) -> None:
     expected = {
         "family": "drift", "experiment": "mini-drift-z-loss-3e-2", "seed": "2", "model": "gpt2", "tied": "false",
         "tokens": "512", "method": "AdamW + z-loss", "core": "adamw", "head": "bfloat16", "lr": "0.03",
+        "lr_factor": "1.0", "loss_selection": "",
         "diverged": "false", "initial_loss": "13.5", "logit_mean": "-9.5", "logit_std": "3.0", "logit_max": "40.0",
         "log_z_squared": "81.0", "version": "1.2.3",
     }  # fmt: skip

@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 
 from coupled_adam import experiments
 from coupled_adam.errors import InputError
+from coupled_adam.evaluation.results import SCHEMAS
 from coupled_adam.evaluation.stages import is_papers_accuracy, read_stage
 from coupled_adam.evaluation.token_sample import TokenSample
 from coupled_adam.figures import MISSING, Figure
@@ -57,6 +58,7 @@ class Evaluated:
     validation: dict[str, Any]
     embeddings: dict[str, Any]
     downstream: dict[str, Any]
+    frequency: dict[str, Any]
     version: str | None = None
     """Of the package that trained it."""
     diverged: str | None = None
@@ -160,9 +162,9 @@ def read_runs(directories: Iterable[Path]) -> list[Evaluated]:
 
 def _read_run(directory: Path) -> Evaluated:
     experiment = read_experiment(directory)
-    files = {stage: read_stage(directory, stage) or {} for stage in ("validation", "embeddings", "downstream")}
+    files = {stage: read_stage(directory, stage) or {} for stage in SCHEMAS}
     # Figures of a run on its way are not those of the experiment.
-    for stage in ("validation", "embeddings"):
+    for stage in ("validation", "embeddings", "frequency"):
         if files[stage].get("step") != experiment.train.steps:
             files[stage] = {}
     measured = {files[stage].get("inputs", {}).get("weights") for stage in ("validation", "embeddings")}
@@ -224,7 +226,10 @@ MORE_COLUMNS: dict[str, Callable[[Evaluated], str | Value]] = {
     "core": lambda run: run.experiment.optimizer.core.name,
     "head": lambda run: run.head,
     "lr": lambda run: run.experiment.schedule.lr,
+    "lr_factor": lambda run: run.experiment.optimizer.embedding.lr_factor,
     "initial_loss": lambda run: run.initial_loss,
+    "loss_selection": lambda run: run.frequency.get("loss_selection"),
+    "loss_report": lambda run: run.frequency.get("loss_report"),
     "diverged": lambda run: str(run.diverged is not None).lower(),
     **{name: functools.partial(lambda name, run: run.figures[name], name) for name in LOGITS},
     "version": lambda run: run.version or "",
