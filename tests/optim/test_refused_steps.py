@@ -54,6 +54,11 @@ CORRUPTIONS: dict[str, Corruption] = {
         f"{k} expanded": moment_as(lambda x: torch.zeros((), dtype=x.dtype).expand(x.shape), k)
         for k in ("exp_avg", "exp_avg_sq")
     },
+    **{f"{k} negated": moment_as(torch._neg_view, k) for k in ("exp_avg", "exp_avg_sq", "step")},
+    **{
+        f"{k} nested": moment_as(lambda x: torch.nested.nested_tensor([x.reshape(-1)]), k)
+        for k in ("exp_avg", "exp_avg_sq", "step")
+    },
     **{f"no {k}": without(k) for k in ("exp_avg", "exp_avg_sq", "step")},
     **{f"{k} a list": moment_as(lambda x: x.tolist(), k) for k in ("exp_avg", "exp_avg_sq")},
     "step a number": moment_as(lambda x: int(x), "step"),
@@ -63,6 +68,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     "gradient of another shape": gradient_as(lambda g: torch.zeros(3, 2)),
     "gradient complex": gradient_as(lambda g: g.to(torch.complex64)),
     "parameter of another shape": lambda param, state, group: setattr(param, "data", torch.zeros(3, 2)),
+    "parameter negated": lambda param, state, group: setattr(param, "data", torch._neg_view(param.data)),
     "parameter expanded": lambda param, state, group: setattr(param, "data", param.data[:1].expand(param.shape)),
     "lr None": setting("lr", None),
     "lr NaN": setting("lr", float("nan")),
@@ -81,7 +87,7 @@ def stated(model: Model, optimizer: AdamFamily) -> list[Any]:
     for p in model.parameters():
         found.append(p.detach().clone() if p.device.type != "meta" else None)
         for key, x in sorted(optimizer.state[p].items()):
-            kept = isinstance(x, Tensor) and x.device.type != "meta" and x.layout is torch.strided
+            kept = isinstance(x, Tensor) and x.device.type != "meta" and x.layout is torch.strided and not x.is_nested
             found.append((key, x.clone() if kept else None))
     return found
 
@@ -143,7 +149,7 @@ def test_a_coupled_state_that_cannot_be_used_is_refused_too(cls: type, name: str
     assert unmoved(before, stated(model, optimizer))
 
 
-@pytest.mark.parametrize("kind", ["singular vector", "master", "master on meta"])
+@pytest.mark.parametrize("kind", ["singular vector", "master", "master on meta", "master in 8 bits"])
 def test_other_state_that_cannot_be_used_is_refused_too(kind: str) -> None:
     model, optimizer = made(Adams_ZeRO)
     train(model, optimizer)
@@ -153,6 +159,8 @@ def test_other_state_that_cannot_be_used_is_refused_too(kind: str) -> None:
         state["u"] = state["u"].half()
     elif kind == "master":
         del state["master"]
+    elif kind == "master in 8 bits":
+        state["master"] = state["master"].to(torch.float8_e4m3fn)
     else:
         state["master"] = state["master"].to("meta")
     before = stated(model, optimizer)
@@ -240,3 +248,22 @@ def test_a_gradient_of_another_dtype_is_converted(dtype: torch.dtype) -> None:
         outcomes.append(snapshot(model, optimizer))
     for a, b in zip(*outcomes, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"state_dtype": "8bit"}], ids=str)
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_gradient_that_is_a_view_of_negated_numbers_counts_as_any_other(
+    cls: type, center: bool, options: dict
+) -> None:
+    outcomes = []
+    for negated in (False, True):
+        model, optimizer = made(cls, center, **options)
+        for i in range(3):
+            backward(model, i)
+            for p in model.parameters():
+                assert p.grad is not None
+                p.grad = torch._neg_view(-p.grad) if negated else p.grad
+            optimizer.step()
+        outcomes.append(snapshot(model, optimizer))
+    assert same(*outcomes)

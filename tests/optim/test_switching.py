@@ -81,6 +81,8 @@ def test_other_models_are_matched_by_name_or_refused() -> None:
     narrow = [(name, nn.Parameter(torch.zeros(3))) for name, _ in model.named_parameters()]
     with pytest.raises(ValueError, match=r"has shape \(37, 16\), in the other optimizer \(3,\)"):
         adamw_state_dict(optimizer, torch.optim.AdamW(narrow))
+    with pytest.raises(ValueError, match="amsgrad=False"):
+        adamw_state_dict(optimizer, torch.optim.AdamW(model.parameters(), amsgrad=True))
 
 
 @pytest.mark.parametrize("cls", [Adams, Adams_ZeRO])

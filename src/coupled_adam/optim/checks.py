@@ -158,6 +158,8 @@ def check_state(group: dict[str, Any], i: int, state: dict[str, Any], form: Form
         if not isinstance(state.get(key), Tensor):
             what = f"a {type(state[key]).__name__} as {key!r}" if key in state else f"no {key!r}"
             raise RuntimeError(f"the optimizer state of {parameter_name(group, i)} has {what}, not a tensor. {CHANGED}")
+        if state[key].is_nested:
+            _check_memory(state[key], group, i, f"{key!r} in the optimizer state of ")
     made_for: torch.Size = state[EIGHT_BIT[0] if EIGHT_BIT[0] in state else "exp_avg"].shape
     row = torch.Size((1, *made_for[1:])) if coupled else made_for
     master: torch.Size = state["master"].shape if "master" in state else made_for
@@ -216,16 +218,22 @@ def _must_change(group: dict[str, Any], i: int, key: str, x: Tensor, dtype: torc
 
 def _sound(x: Tensor) -> bool:
     """Return whether a tensor can be written in place."""
-    return x.layout is torch.strided and 0 not in x.stride() and (torch.compiler.is_compiling() or not x.is_inference())
+    if x.layout is not torch.strided or x.is_nested or x.is_neg() or 0 in x.stride():
+        return False
+    return torch.compiler.is_compiling() or not x.is_inference()
 
 
 def _check_memory(x: Tensor, group: dict[str, Any], i: int, what: str = "") -> None:
     """Raise RuntimeError for a tensor that cannot be written in place: the group's i-th parameter, or of its state."""
     if _sound(x):
         return
-    if x.layout is not torch.strided:
+    if x.layout is not torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else x.layout
+        raise RuntimeError(f"{what}{parameter_name(group, i)} has the layout {layout}; only dense tensors are updated")
+    if x.is_neg():
         raise RuntimeError(
-            f"{what}{parameter_name(group, i)} has the layout {x.layout}; only dense tensors are updated"
+            f"{what}{parameter_name(group, i)} is a view of negated numbers, as .conj().imag gives it; replace it by "
+            "its .resolve_neg() form"
         )
     if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
         raise RuntimeError(

@@ -33,8 +33,8 @@ def adamw_state_dict(optimizer: AdamFamily, adamw: Optimizer | None = None) -> d
         A state dict of tensors that nobody else holds, or DTensors of the parameters' placements.
 
     Raises:
-        ValueError: a parameter takes a step of Adams, which AdamW cannot continue; or the parameters of the two
-            optimizers cannot be matched.
+        ValueError: a parameter takes a step of Adams, which AdamW cannot continue; ``adamw`` was built with
+            ``amsgrad=True``; or the parameters of the two optimizers cannot be matched.
 
     Examples:
         >>> from torch import nn
@@ -56,6 +56,11 @@ def adamw_state_dict(optimizer: AdamFamily, adamw: Optimizer | None = None) -> d
         params = [param for group in optimizer.param_groups for param in group["params"]]
     else:
         groups, params = adamw.state_dict()["param_groups"], _counterparts(optimizer, adamw)
+        if any(group.get("amsgrad") for group in groups):
+            raise ValueError(
+                "amsgrad=True needs the maximum of the second moment, which is not kept here; build the AdamW with "
+                "amsgrad=False"
+            )
     keys = (key for group in groups for key in group["params"])
     states = ((key, param, optimizer.state.get(param)) for key, param in zip(keys, params, strict=True))
     return {"state": {key: _state(param, state) for key, param, state in states if state}, "param_groups": groups}

@@ -197,7 +197,8 @@ class Adams_ZeRO(Adams):
 
     def _form_of_state(self, param: Tensor, group: ParamGroup, state: dict[str, Any]) -> Form:
         master = state.get("master")
-        form = super()._form_of_state(master if isinstance(master, Tensor) else param, group, state)
+        kept = isinstance(master, Tensor) and master.dtype is self.master_dtype  # another is refused by name
+        form = super()._form_of_state(master if kept else param, group, state)
         return {"master": (self.master_dtype, param.device), **form}
 
     def _amp_scaling(self) -> tuple[Number, Tensor | bool]:
@@ -239,7 +240,7 @@ class Adams_ZeRO(Adams):
     def _mean_gradient(self, param: Tensor) -> Tensor:
         """Return this rank's shard of the gradient's mean over the ranks."""
         grad = torch.zeros_like(param) if param.grad is None else param.grad
-        grad = (grad.coalesce().to_dense() if grad.is_sparse else grad).to(self.master_dtype)
+        grad = (grad.coalesce().to_dense() if grad.is_sparse else grad.resolve_neg()).to(self.master_dtype)
         if self._mesh is None:
             return grad
         from torch.distributed.tensor import DTensor, Partial
