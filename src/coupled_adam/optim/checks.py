@@ -264,29 +264,30 @@ def _flattened(group: dict[str, Any], i: int, consequence: str) -> str:
 def check_grad(group: dict[str, Any], i: int) -> None:
     """Raise RuntimeError for a gradient of the group's i-th parameter that the update cannot use."""
     param = group["params"][i]
-    if param.grad is None:
+    grad = param.grad
+    if grad is None:
         return
-    if param.grad.shape != param.shape:
+    if grad.shape != param.shape:
         raise RuntimeError(
-            f"the gradient of {parameter_name(group, i)} has shape {tuple(param.grad.shape)}, the parameter "
+            f"the gradient of {parameter_name(group, i)} has shape {tuple(grad.shape)}, the parameter "
             f"{tuple(param.shape)}: it was resized since its backward pass. Build a new optimizer after resizing"
         )
-    if param.grad.device != param.device:
+    if grad.device != param.device:
         raise RuntimeError(
-            f"the gradient of {parameter_name(group, i)} is on {param.grad.device}, the parameter on {param.device}: "
+            f"the gradient of {parameter_name(group, i)} is on {grad.device}, the parameter on {param.device}: "
             "it was moved since its backward pass. Call zero_grad() after moving a model"
         )
-    if not param.grad.is_floating_point() or not param.is_floating_point():
+    if not grad.is_floating_point() or not param.is_floating_point():
         raise RuntimeError(
-            f"the gradient of {parameter_name(group, i)} is {param.grad.dtype}, the parameter {param.dtype}; only "
+            f"the gradient of {parameter_name(group, i)} is {grad.dtype}, the parameter {param.dtype}; only "
             "floating-point tensors are updated"
         )
-    if param.grad.layout not in (torch.strided, torch.sparse_coo):
+    if grad.layout not in (torch.strided, torch.sparse_coo):
         raise RuntimeError(
-            f"the gradient of {parameter_name(group, i)} has the layout {param.grad.layout}, which is not supported; "
+            f"the gradient of {parameter_name(group, i)} has the layout {grad.layout}, which is not supported; "
             "make it dense with .to_dense()"
         )
-    if param.grad.is_sparse and group["second_moment"] != "vocabulary":
+    if grad.is_sparse and group["second_moment"] != "vocabulary":
         raise RuntimeError(
             f"the gradient of {parameter_name(group, i)} is sparse, which only a matrix with "
             "second_moment='vocabulary' may have: couple it, or build the nn.Embedding with sparse=False"

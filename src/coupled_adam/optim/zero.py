@@ -197,8 +197,8 @@ class Adams_ZeRO(Adams):
 
     def _form_of_state(self, param: Tensor, group: ParamGroup, state: dict[str, Any]) -> Form:
         master = state.get("master")
-        kept = isinstance(master, Tensor) and master.dtype is self.master_dtype  # another is refused by name
-        form = super()._form_of_state(master if kept else param, group, state)
+        kept = master if isinstance(master, Tensor) and master.dtype is self.master_dtype else None
+        form = super()._form_of_state(param if kept is None else kept, group, state)  # another is refused by name
         return {"master": (self.master_dtype, param.device), **form}
 
     def _amp_scaling(self) -> tuple[Number, Tensor | bool]:
