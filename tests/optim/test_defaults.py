@@ -43,22 +43,21 @@ def default(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_defaults_of_torch_change_nothing(cls: type, options: dict, dtype: torch.dtype, default: Any) -> None:
-    for numba in (True, False):
-        for center in (True, False):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(dispatch, "HAS_NUMBA", numba and dispatch.HAS_NUMBA)
-                expected = snapshot(*trained(cls, center, dtype, options, Model()))
-                model = Model()
-                try:
-                    if default == "meta":
-                        torch.set_default_device("meta")
-                    else:
-                        torch.set_default_dtype(default)
-                    model, optimizer = trained(cls, center, dtype, options, model)
-                finally:
-                    torch.set_default_device(None)
-                    torch.set_default_dtype(torch.float32)
-                assert same(expected, snapshot(model, optimizer))
+    for numba, center in ((True, True), (True, False), (False, True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch, "HAS_NUMBA", numba and dispatch.HAS_NUMBA)
+            expected = snapshot(*trained(cls, center, dtype, options, Model()))
+            model = Model()
+            try:
+                if default == "meta":
+                    torch.set_default_device("meta")
+                else:
+                    torch.set_default_dtype(default)
+                model, optimizer = trained(cls, center, dtype, options, model)
+            finally:
+                torch.set_default_device(None)
+                torch.set_default_dtype(torch.float32)
+            assert same(expected, snapshot(model, optimizer))
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)

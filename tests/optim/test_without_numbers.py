@@ -39,7 +39,7 @@ def stepped(cls: type[AdamFamily], center: bool, device: str, dtype: torch.dtype
         {"params": params[1:]},
     ]
     optimizer = cls(groups, weight_decay=0.1, **options)
-    for _ in range(3):
+    for _ in range(2):
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer.step()
@@ -53,7 +53,7 @@ def stepped(cls: type[AdamFamily], center: bool, device: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("place", ["meta", "fake"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 @pytest.mark.filterwarnings("ignore:spectral decay")
@@ -61,10 +61,9 @@ def test_a_step_without_numbers_makes_the_state_of_a_real_one(
     cls: type, options: dict, dtype: torch.dtype, place: str
 ) -> None:
     device, mode = PLACES[place]
-    for center in (True, False):
-        for rate in (float, torch.tensor):
-            found = []
-            for where, around in (("cpu", nullcontext), (device, mode)):
-                with around():
-                    found.append(stepped(cls, center, where, dtype, lr=rate(1e-2), **options))
-            assert found[0] == found[1]
+    for center, rate in ((True, float), (False, torch.tensor)):
+        found = []
+        for where, around in (("cpu", nullcontext), (device, mode)):
+            with around():
+                found.append(stepped(cls, center, where, dtype, lr=rate(1e-2), **options))
+        assert found[0] == found[1]
