@@ -218,9 +218,9 @@ def _must_change(group: dict[str, Any], i: int, key: str, x: Tensor, dtype: torc
 
 def _sound(x: Tensor) -> bool:
     """Return whether a tensor can be written in place."""
-    if x.layout is not torch.strided or x.is_nested or x.is_neg() or 0 in x.stride():
+    if x.layout is not torch.strided or x.is_nested or 0 in x.stride():
         return False
-    return torch.compiler.is_compiling() or not x.is_inference()
+    return torch.compiler.is_compiling() or not (x.is_inference() or x.is_neg())  # the compiler traces neither
 
 
 def _check_memory(x: Tensor, group: dict[str, Any], i: int, what: str = "") -> None:
@@ -230,7 +230,7 @@ def _check_memory(x: Tensor, group: dict[str, Any], i: int, what: str = "") -> N
     if x.layout is not torch.strided or x.is_nested:
         layout = "nested" if x.is_nested else x.layout
         raise RuntimeError(f"{what}{parameter_name(group, i)} has the layout {layout}; only dense tensors are updated")
-    if x.is_neg():
+    if not torch.compiler.is_compiling() and x.is_neg():
         raise RuntimeError(
             f"{what}{parameter_name(group, i)} is a view of negated numbers, as .conj().imag gives it; replace it by "
             "its .resolve_neg() form"

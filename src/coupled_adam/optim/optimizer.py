@@ -199,7 +199,8 @@ class AdamFamily(Optimizer):
                 shared, here = shared_over(param, state, group), halt_beside(param, halt)
                 if grad is not None:
                     grad = grad.coalesce().to_dense() if grad.is_sparse else reductions.placed_like(param, grad)
-                    grad = grad.resolve_neg()  # neither kernels nor _foreach functions take a view of negated numbers
+                    if not torch.compiler.is_compiling():  # which has no such views
+                        grad = grad.resolve_neg()  # kernels and _foreach functions take no view of negated numbers
                     work.append(Work(param, grad, state, group, (number, i), shared, halt=here))
                 elif shared:
                     zero = torch.zeros_like(param)
