@@ -32,6 +32,9 @@ VERIFIED = ".verified.json"
 #: In a directory that this package made: its kind, and the sizes of its files.
 MANIFEST = ".coupled-adam.json"
 
+#: How the text begins that a clone without Git LFS holds in the place of a large file.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 #: Key under which a sealed JSON file holds the digest of all its other keys.
 SEAL = "sha256"
 
@@ -201,6 +204,12 @@ def check_writable(directory: Path, named: Path | None = None) -> None:
             pass
     except OSError as error:
         raise InputError(f"{named or directory}: cannot be written ({error.strerror}); choose another place") from None
+
+
+def check_no_pointer(path: Path, head: bytes) -> None:
+    """Raise InputError if a file that begins with ``head`` is what Git LFS leaves in the place of one."""
+    if head.startswith(LFS_POINTER):
+        raise InputError(f"{path}: a Git LFS pointer, not the file: run git lfs pull in its directory")
 
 
 def lock_in(directory: Path) -> "FileLock":

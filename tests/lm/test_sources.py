@@ -396,3 +396,24 @@ def test_a_dataset_with_several_configurations_says_how_to_name_one(monkeypatch:
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(InputError, match=r"one among the available configs: \['a', 'b'\]; name one: a/b:CONFIGURATION"):
         read(Path("a/b"))
+
+
+@pytest.mark.parametrize("suffix", [".txt", "", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz"])
+@pytest.mark.parametrize("in_directory", [False, True])
+def test_a_pointer_of_git_lfs_is_no_text(suffix: str, in_directory: bool, tmp_path: Path) -> None:
+    if in_directory and not suffix:
+        suffix = ".txt.zst"
+    file = tmp_path / f"part{suffix}"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 548105171\n")
+    with pytest.raises(
+        InputError, match=rf"part{re.escape(suffix)}: a Git LFS pointer, not the file: run git lfs pull"
+    ):
+        read(tmp_path if in_directory else file)
+
+
+@pytest.mark.parametrize("name", ["", " ", "\n"])
+def test_an_empty_name_is_not_the_current_directory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="the name of the text is"):
+        source_of(name)

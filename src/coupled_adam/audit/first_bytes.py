@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from coupled_adam.errors import InputError, printable
+from coupled_adam.files import check_no_pointer
 
 Format = Literal["safetensors", "gguf", "numpy", "pickle"]
 
@@ -64,8 +65,7 @@ def check_downloaded(path: Path) -> bytes:
             head = file.read(HEAD)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise InputError(f"{path}: a Git LFS pointer, not the file: run git lfs pull in its directory")
+    check_no_pointer(path, head)
     if head[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(PAGE):
         raise InputError(f"{path}: a web page, not the file: download the file itself")
     return head

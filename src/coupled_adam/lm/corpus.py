@@ -166,7 +166,9 @@ def read_meta(directory: Path) -> Corpus:
     if not {"format", "fingerprint", "shards"} <= content.keys():
         raise InputError(f"{path}: not of a prepared corpus; choose another directory")
     if content["format"] != FORMAT:
-        raise InputError(f"{path}: format {content['format']}, this version reads format {FORMAT}; {remedy}")
+        older = isinstance(content["format"], int) and content["format"] < FORMAT
+        runs = ", and finish the runs that use it with the version that made it" if older else ""
+        raise InputError(f"{path}: format {content['format']}, this version reads format {FORMAT}; {remedy}{runs}")
     meta = read_sealed(path, Meta, remedy)
     files = {shard["file"] for split in ("train", "validation") for shard in meta["shards"][split]}
     if meta["fingerprint"] != fingerprint_of(meta["settings"]) or not files <= meta["checksums"].keys():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 from coupled_adam.errors import InputError, one_line
-from coupled_adam.files import CHUNK
+from coupled_adam.files import CHUNK, LFS_POINTER, check_no_pointer
 
 #: Suffixes of compression. Whether a file is compressed is read from its first bytes.
 COMPRESSED = frozenset({".gz", ".zst", ".zstd", ".bz2", ".xz"})
@@ -69,7 +69,7 @@ def open_bytes(path: Path) -> BinaryIO:
     """Open a file for reading, decompressed if its first bytes say that it is compressed.
 
     Raises:
-        InputError: no such file, or a device, a pipe or a directory.
+        InputError: no such file, or a device, a pipe, a directory or a pointer of Git LFS.
         OSError: it cannot be read.
     """
     if not path.exists():
@@ -77,7 +77,8 @@ def open_bytes(path: Path) -> BinaryIO:
     if not path.is_file():
         raise InputError(f"{path}: not a regular file; write what it holds to a file first")
     with path.open("rb") as file:
-        head = file.read(HEAD)
+        head = file.read(max(HEAD, len(LFS_POINTER)))
+    check_no_pointer(path, head)
     if head.startswith(b"\x1f\x8b\x08"):
         import gzip
 

@@ -178,9 +178,12 @@ def source_of(name: str, column: str = COLUMN) -> Source:
     """Return the source of that name: one of ``PACKAGED``, text files, tables, or a dataset of the hub.
 
     Raises:
-        InputError: a directory holds nothing that is read, or files of several kinds; a file is known not to be prose.
+        InputError: a directory holds nothing that is read, or files of several kinds; a file is known not to be prose;
+            the name is empty.
         ImportError: the package that holds the text is not installed.
     """
+    if not name.strip():  # as of a shell variable that is not set; a path would take it for the current directory
+        raise InputError(f"the name of the text is {name!r}; give a file, a directory or a dataset")
     path = Path(name)
     if packaged := PACKAGED.get(name):
         return packaged()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from coupled_adam.errors import InputError, one_line, printable
-from coupled_adam.lm.opening import find_not_text, open_text, suffix_of
+from coupled_adam.lm.opening import find_not_text, open_bytes, open_text, suffix_of
 from coupled_adam.lm.text_files import NAMED, Found, find_files
 from coupled_adam.progress import say
 
@@ -185,8 +185,7 @@ def _parquet(file: Path, column: str) -> Iterator[Any]:
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-    if not file.is_file():
-        raise InputError(f"{file}: no such file or directory" if not file.exists() else f"{file}: not a regular file")
+    open_bytes(file).close()  # says what is not there, not a file, or not downloaded
     with ParquetFile(file) as table:
         schema = table.schema_arrow
         if column not in schema.names:
