@@ -176,13 +176,37 @@ def test_a_source_and_what_is_around_it_stay(name: str, where: str, place: Path)
         assert len(set(said)) == 1, result.stderr  # of a suite, the run that was refused, at once and at the end
 
 
-@pytest.mark.parametrize("name", ["prepare", "export"])
+@pytest.mark.parametrize("name", ["prepare", "export", "train", "demo", "reproduce"])
 def test_the_root_of_the_file_system_is_no_output(name: str, place: Path) -> None:
     result = run_command(name, "/")
     assert (result.returncode, result.stderr) == (
         2,
         "coupled-adam: /: the root of the file system; choose another place\n",
     )
+
+
+@pytest.mark.parametrize("made", ["corpus", "corpus/new", "exported", "exported/new/run"])
+@pytest.mark.parametrize("name", ["train", "demo", "reproduce"])
+def test_nothing_is_added_to_a_corpus_or_model(name: str, made: str, place: Path) -> None:
+    assert command("export", "run", "--out", "exported").returncode == 0
+    before = everything(place)
+    result = run_command(name, made)
+    assert result.returncode == 2 and "a corpus or model made by coupled-adam" in result.stderr
+    assert everything(place) == before
+    for again in ("prepare text --vocab-size 320 --overwrite --out corpus", "export run --out exported"):
+        assert "was added" not in command(*again.split()).stderr
+
+
+def test_checkpoints_of_a_run_that_are_a_file_are_found_before_a_step(place: Path) -> None:
+    shutil.rmtree("run/checkpoints")
+    a_file(Path("run/checkpoints"))
+    before = everything(place)
+    result = run_command("train", "run")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "coupled-adam: run/checkpoints: not a directory; move it away, or choose another place for the run\n",
+    )
+    nothing_lost(before, place, result)
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "evaluate"])

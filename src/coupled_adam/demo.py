@@ -11,7 +11,14 @@ from coupled_adam import __version__, experiments
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.during_training import evaluator
 from coupled_adam.evaluation.stages import evaluate
-from coupled_adam.files import check_file_replaceable, lock_in, make_directory, output_path, write_json
+from coupled_adam.files import (
+    check_file_replaceable,
+    check_outside_made,
+    lock_in,
+    make_directory,
+    output_path,
+    write_json,
+)
 from coupled_adam.lm.config import OPTIMIZER_LABELS, Experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.prepare import prepare, resolved
@@ -49,6 +56,7 @@ def run_demo(out: Path, text: Path | None = None, steps: int | None = None, seed
         warmup = min(experiment.schedule.warmup_steps, max(steps // 10, 1))
         experiment = experiment.with_values(train__steps=steps, schedule__warmup_steps=warmup)
     source = local_source(text) if text else WikipediaSample()
+    check_outside_made(out)
     output_path(out / "corpus", *source.paths)
     source.fingerprint()  # reads the text: what is wrong with it is said before there is a directory
     check_page(out / "report.html")

@@ -94,6 +94,15 @@ def check_replaceable(path: Path, kind: str) -> None:
         )
 
 
+def check_outside_made(path: Path) -> None:
+    """Raise InputError if ``path`` is the root of the file system, or is or lies in what :func:`put_in_place` made."""
+    resolved = output_path(path)
+    for place in (resolved, *resolved.parents):
+        if (place / MANIFEST).is_file():
+            how = "is" if place == resolved else f"lies in {place},"
+            raise InputError(f"{path}: {how} a corpus or model made by coupled-adam; choose another place")
+
+
 def put_in_place(aside: Path, path: Path, kind: str) -> None:
     """Move the complete directory ``aside`` to ``path``; it becomes one of that ``kind``, which may replace another.
 

@@ -12,7 +12,7 @@ from coupled_adam import __version__, experiments
 from coupled_adam.errors import DivergedError, InputError
 from coupled_adam.evaluation.during_training import evaluator
 from coupled_adam.evaluation.stages import evaluate, read_stage
-from coupled_adam.files import check_file_replaceable, make_directory, write_json
+from coupled_adam.files import check_file_replaceable, check_outside_made, make_directory, write_json
 from coupled_adam.lm.checkpoint import latest_checkpoint, step_of, verify_checkpoint
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
@@ -170,6 +170,7 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
     # Before anything is trained: a text may come with a package that is not installed.
     sources = {name: source_of(name) for name in sorted({run.experiment.data.source for run in every})}
     check_outputs(out)
+    check_outside_made(out)
     check_file_replaceable(out / "results.json", RESULTS_MARK)
     make_directory(out)
     gone = sum(run.diverged for run in runs)

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from typing_extensions import TypedDict
 
 from coupled_adam.errors import InputError
-from coupled_adam.files import check_writable, read_sealed, write_sealed
+from coupled_adam.files import check_outside_made, check_writable, read_sealed, write_sealed
 from coupled_adam.lm.checkpoint import latest_checkpoint, load_checkpoint, load_tensors, quiet, step_of, tensor_names
 from coupled_adam.lm.config import Experiment, load_experiment
 from coupled_adam.lm.corpus import Corpus, open_corpus
@@ -131,11 +131,16 @@ def write_environment(directory: Path, experiment: Experiment, corpus: Corpus, *
 def check_run_directory(directory: Path, experiment: Experiment) -> None:
     """Raise InputError if training in ``directory`` would replace what is no run's. Nothing is changed.
 
-    A run can be resumed there, or begin where nothing has the name of a file that it writes.
+    A run can be resumed there, or begin where nothing has the name of a file that it writes. It lies in no corpus or
+    model: with other files in it, that could not be replaced any more.
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: not a directory; choose another place")
+    check_outside_made(directory)
     if (directory / "experiment.toml").exists():
+        checkpoints = directory / "checkpoints"
+        if checkpoints.exists() and not checkpoints.is_dir():
+            raise InputError(f"{checkpoints}: not a directory; move it away, or choose another place for the run")
         read_environment(directory)  # written before: where it is missing, somebody else wrote the other
         return
     check_writable(directory)
@@ -153,13 +158,6 @@ def check_run_directory(directory: Path, experiment: Experiment) -> None:
                 f"{path}: exists, and {directory} holds no run of coupled-adam; choose another directory, or move it "
                 "away"
             )
-
-
-def check_outside_corpus(directory: Path, corpus: Corpus) -> None:
-    """Raise InputError if a run in ``directory`` would lie in its corpus."""
-    place, text = directory.resolve(), corpus.directory.resolve()
-    if place == text or text in place.parents:
-        raise InputError(f"{directory}: lies in the corpus {corpus.directory}; choose another directory for the run")
 
 
 def check_corpus(directory: Path, environment: Environment, corpus: Corpus) -> None:

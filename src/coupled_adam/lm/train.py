@@ -41,7 +41,6 @@ from coupled_adam.lm.optimizers import Optimizers, build_optimizers
 from coupled_adam.lm.parallel import World, no_sync, parallelize
 from coupled_adam.lm.run import (
     check_corpus,
-    check_outside_corpus,
     check_run_directory,
     read_environment,
     read_experiment,
@@ -271,7 +270,6 @@ def _claim(run_dir: Path, experiment: Experiment, corpus: Corpus, lock: FileLock
     """
     file = run_dir / "experiment.toml"
     check_run_directory(run_dir, experiment)
-    check_outside_corpus(run_dir, corpus)
     make_directory(run_dir)
     try:
         lock.acquire()
