@@ -22,7 +22,7 @@ def test_the_resolved_file_is_the_same_experiment(tiny: Experiment) -> None:
         ("[run]\nname = 'x'\n[train]\nsteps = 0", "train.steps: .*greater than 0.*got 0"),
         (
             "[run]\nname = 'x'\n[optimizer.embedding]\nname = 'adam'",
-            "optimizer.embedding.name: .*'adamw', 'coupled_adam', 'adams' or 'sgd'",
+            "optimizer.embedding.name: .*'adamw', 'coupled_adam', 'adams', 'sgd' or 'adam_variant'",
         ),
         ("[run]\nname = 'x'\n[model]\nn_heads = 3", "hidden_size 128 is not a multiple of n_heads 3"),
         ("[run]\nname = 'x'\n[model]\nmlp_multiple = 64", "mlp_multiple 64 is for the family llama; .*leave it out"),
