@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the processes of the suite share the cores
@@ -47,6 +48,7 @@ def one_thread() -> Iterator[None]:
     """Threads that a test asks for end with it: two that share a busy core make others ten times as slow."""
     yield
     torch.set_num_threads(1)
+    assert sys.float_info.min / 2 > 0, "denormal numbers are still flushed, for every library in this process"
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:

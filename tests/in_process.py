@@ -29,7 +29,6 @@ def called(
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
     signal.signal(signal.SIGINT, handler)
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
     written = [stream.buffer.getvalue().decode(encoding) for stream in (out, err)]
     return subprocess.CompletedProcess(argv, code, *written)
 

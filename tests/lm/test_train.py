@@ -1,9 +1,11 @@
 """The model and the loop: what they compute, and that a run is never lost."""
 
+import contextlib
 import json
 import math
 import os
 import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -102,6 +104,25 @@ def test_training_lowers_the_loss_and_writes_what_it_did(tiny: Experiment, corpu
     assert (tmp_path / "run" / "experiment.toml").read_text() == tiny.to_toml()
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000020", "step-00000024"], "the newest, and the one before"
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_afterwards_python_and_numpy_compute_as_before(
+    fails: bool, before: bool, tiny: Experiment, corpus: Corpus, tmp_path: Path
+) -> None:
+    def figures(model: LanguageModel, last: bool) -> loop.Figures:
+        if fails:
+            raise RuntimeError("no figures")
+        return {}
+
+    torch.set_flush_denormal(before)
+    try:
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            loop.train(tiny, corpus, tmp_path / "run", figures)
+        assert (sys.float_info.min / 2 == 0) is before
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_milestones_are_kept(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
