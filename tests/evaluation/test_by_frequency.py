@@ -38,6 +38,15 @@ def test_it_is_what_the_tokens_say_one_by_one(tiny: Experiment, corpus: Corpus) 
             predicted += p.numpy()
     assert found["loss_selection"] == pytest.approx(np.mean(losses[0]), rel=1e-4)
     assert found["loss_report"] == pytest.approx(np.mean(losses[1]), rel=1e-4)
+    found_documents = found["documents"]
+    assert sum(found_documents["tokens"]) == len(losses[1])
+    assert np.dot(found_documents["tokens"], found_documents["loss"]) == pytest.approx(sum(losses[1]), rel=1e-4)
+    ends = np.flatnonzero(text == corpus.meta["end_of_document"])
+    second = losses[1][: ends[1] - ends[0]]  # document 1 begins after the first end
+    assert found_documents["tokens"][0] == len(second)
+    assert found_documents["loss"][0] == pytest.approx(np.mean(second), abs=1e-4)
+    length = len(corpus.tokenizer.decode([int(row) for row in rows]).encode())
+    assert found["bits_per_byte"] == pytest.approx(sum(losses[1]) / np.log(2) / length, rel=1e-4)
     order = np.argsort(counts[rows], kind="stable")
     deciles = [np.mean(np.array(losses[1])[part]) for part in np.array_split(order, 10)]
     assert found["loss_by_decile"] == pytest.approx(deciles, rel=1e-4)

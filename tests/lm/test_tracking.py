@@ -108,7 +108,8 @@ def test_tensorboard_shows_every_step_once(killed_at: int, tiny: Experiment, cor
     train(experiment, corpus, run)
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    assert set(found) == {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "flops_per_second", "answer"}
+    every = {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "flops_per_second"}
+    assert set(found) == {*every, "answer", "embedding_step_rms"}
     assert [e.step for e in found["loss"]] == TRAINED and [e.step for e in found["answer"]] == EVALUATED
     assert [e.value for e in found["loss"]] == pytest.approx(list(lines(run, "loss").values()))
     (text, *_) = events.Tensors("experiment/text_summary")

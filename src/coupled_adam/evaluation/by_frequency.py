@@ -40,6 +40,8 @@ def by_frequency(model: LanguageModel, experiment: Experiment, corpus: Corpus) -
 
     Returns:
         ``loss_selection`` and ``loss_report``: mean cross entropy in nats of documents 0, 2, 4, … and 1, 3, 5, ….
+        ``bits_per_byte``: of the report half, which compares across tokenizers.
+        ``documents``: ``tokens`` and mean ``loss`` of each document of the report half, to four digits.
         ``loss_by_decile``: that of the report half, from its rarest tenth to its most frequent.
         ``kappa``: by range of κ the share of the vocabulary's tokens and of the training text (``rows``, ``text``), the
         share of the report half (``held_out``) and of the predicted probability (``predicted``), and the mean of
@@ -55,11 +57,25 @@ def by_frequency(model: LanguageModel, experiment: Experiment, corpus: Corpus) -
         "loss_selection": float(losses[~report].mean()),
         "loss_report": float(losses[report].mean()),
         "tokens_report": int(report.sum()),
+        "bits_per_byte": float(losses[report].sum() / math.log(2)) / _bytes(corpus, targets[report]),
+        "documents": _by_document(losses[report], documents[report]),
     }
     order = np.argsort(counts[targets[report]], kind="stable")
     found["loss_by_decile"] = [float(part.mean()) for part in np.array_split(losses[report][order], DECILES)]
     found["kappa"] = _kappa(experiment, corpus, targets[report], predicted)
     return found
+
+
+def _bytes(corpus: Corpus, tokens: NDArray[np.int64]) -> int:
+    """Count the bytes of the text that the tokens stand for."""
+    return len(corpus.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).encode())
+
+
+def _by_document(losses: NDArray[np.float64], documents: NDArray[np.int64]) -> dict[str, list[Any]]:
+    _, place = np.unique(documents, return_inverse=True)
+    tokens = np.bincount(place)
+    means = np.bincount(place, losses) / tokens
+    return {"tokens": tokens.tolist(), "loss": [round(float(mean), 4) for mean in means]}
 
 
 def kappa(counts: NDArray[np.int64], beta2: float, batch_tokens: int) -> NDArray[np.float64]:

@@ -55,12 +55,19 @@ def figures_of(measured: geometry.Measurements) -> Figures:
         "zero_rows": measured.zero_rows,
         "word_similarity": measured.mean_similarity,
         "word_similarity_dot": sum(dots) / len(dots) if dots else None,
+        "word_similarity_centered": _mean(measured, "centered"),
+        "word_similarity_post_processed": _mean(measured, "post_process"),
         "word_similarity_pairs": sum(s.covered for s in plain) if plain else None,
     }
     for name, correlation in (("norm", measured.norm_frequency), ("projection", measured.projection_frequency)):
         figures[f"{name}_frequency_pearson"] = correlation.pearson if correlation else None
         figures[f"{name}_frequency_spearman"] = correlation.spearman if correlation else None
     return defined(figures)
+
+
+def _mean(measured: geometry.Measurements, processing: str) -> float | None:
+    rows = measured.word_similarity.get(processing)
+    return geometry.mean_similarity(rows) if rows else None
 
 
 def as_json(measured: geometry.Measurements) -> dict[str, Any]:

@@ -105,6 +105,13 @@ class DownstreamResults(TypedDict):
     earlier: NotRequired[list[Task]]
 
 
+class Documents(TypedDict):
+    """What ``coupled_adam.evaluation.by_frequency`` measures of each document, in their order."""
+
+    tokens: list[int]
+    loss: list[Number]
+
+
 class KappaRange(TypedDict):
     """What ``coupled_adam.evaluation.by_frequency`` measures of the rows in a range of κ."""
 
@@ -123,6 +130,8 @@ class Frequency(TypedDict):
     step: int
     loss_selection: Number
     loss_report: Number
+    bits_per_byte: NotRequired[Number]
+    documents: NotRequired[Documents]
     loss_by_decile: list[Number]
     kappa: dict[str, KappaRange]
 

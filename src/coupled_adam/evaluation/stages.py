@@ -18,7 +18,7 @@ from coupled_adam import __version__, geometry
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.by_frequency import by_frequency
 from coupled_adam.evaluation.downstream import PAPER_TASKS, downstream
-from coupled_adam.evaluation.embedding_figures import as_json
+from coupled_adam.evaluation.embedding_figures import as_json, defined
 from coupled_adam.evaluation.results import SCHEMAS, read_results, write_results
 from coupled_adam.evaluation.token_sample import sample_tokens
 from coupled_adam.evaluation.validation import batches_used, held_out, validate
@@ -220,7 +220,8 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, directory: Path | Non
         "corpus": run.corpus.fingerprint,
         "benchmarks": hashlib.sha256(repr(benchmarks).encode()).hexdigest(),
     }
-    if known := _known(run, "embeddings", inputs):
+    known = _known(run, "embeddings", inputs)
+    if known and "word_similarity_bare" in known["figures"]:  # else it is from before that was measured
         return known
     check_writable(run.directory / "evaluation")
     say(f"{run.experiment.run.name}: embeddings")
@@ -237,6 +238,9 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, directory: Path | Non
     content = as_json(measured)
     fit = None if moment is None else geometry.second_moment_frequency_fit(moment, counts)
     content["figures"]["second_moment_frequency_fit"] = None if fit is None or math.isnan(fit) else fit
+    bare = functools.cache(words.bare_token_of)
+    found = geometry.mean_similarity([geometry.word_similarity(embedding, bare, each) for each in benchmarks])
+    content["figures"] |= defined({"word_similarity_bare": found})
     content["token_sample"] = sample_tokens(embedding, words.text_of, counts, moment).as_json()
     return _written(run, "embeddings", inputs, content)
 
@@ -248,7 +252,8 @@ def _frequency(run: Run, model: LanguageModel, weights: str) -> dict[str, Any]:
         "corpus": run.corpus.fingerprint,
         "batches": settings.final_batches or settings.batches,
     }
-    if known := _known(run, "frequency", inputs):
+    known = _known(run, "frequency", inputs)
+    if known and "documents" in known:  # else it is from before they were measured
         return known
     check_writable(run.directory / "evaluation")
     say(f"{run.experiment.run.name}: loss by frequency")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from coupled_adam import __version__
 from coupled_adam.errors import DivergedError, InputError, Interrupted
@@ -90,6 +91,18 @@ def train(
             return _train(prepared, run_dir, evaluate, world, micro)
     finally:
         lock.release()
+
+
+def _output_embedding(model: LanguageModel) -> Tensor:
+    weight: Tensor = model.get_output_embeddings().weight.detach()
+    return weight
+
+
+def root_mean_square(values: Tensor) -> float:
+    """Return the root mean square over all elements. All ranks must call it if the tensor is sharded."""
+    norm = torch.linalg.vector_norm(values)
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return float(whole) / math.sqrt(values.numel())
 
 
 @contextmanager
@@ -167,15 +180,19 @@ def _train(prepared: Prepared, run_dir: Path, evaluate: Evaluate, world: World, 
             parts = backward(prepared.wrapped, prepared.batches.batch(step), micro, config.precision, world)
             loss, penalty = world.sum(parts).tolist()
             lr = learning_rate(step, experiment.schedule, config.steps)
+            done, last = step + 1, step + 1 == config.steps
+            evaluated = done % every == 0 or last
+            before = _output_embedding(model).clone() if evaluated else None
             norm = optimizers.step(lr).item()
             _check_finite(step, loss + penalty, norm)
-            done, rate, last = step + 1, config.batch_tokens / (time.perf_counter() - began), step + 1 == config.steps
+            rate = config.batch_tokens / (time.perf_counter() - began)
             line: dict[str, Any] = {"step": done, "tokens": done * config.batch_tokens, "loss": loss, "lr": lr}
             if penalized:
                 line["penalty"] = penalty
             line |= {"grad_norm": norm, "tokens_per_second": round(rate), "flops_per_second": round(rate * flops)}
-            if done % every == 0 or last:
-                line |= evaluate(model, last) | drift_figures(drift)
+            if before is not None:
+                moved = root_mean_square(_output_embedding(model) - before)
+                line |= evaluate(model, last) | {"embedding_step_rms": moved} | drift_figures(drift)
             write(line)
             show(done, f"loss {loss:.3f}, {rate:,.0f} tokens/s, {speed(rate * flops, peak)}")
             stopping = world.sum(torch.tensor(stop.number)).item() > 0  # whichever rank was asked

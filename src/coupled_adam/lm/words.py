@@ -44,6 +44,17 @@ class Words:
                 return ids[0]
         return None
 
+    def bare_token_of(self, word: str) -> int | None:
+        """Return the token of a word with no space put before it; None if it takes several, or is unknown.
+
+        With a byte-level vocabulary that is another row than :meth:`token_of`'s: the word at the start of a text.
+        """
+        try:
+            ids = self.encode(word)
+        except Exception:  # as in token_of
+            return None
+        return ids[0] if len(ids) == 1 and ids[0] != self.unknown else None
+
     def text_of(self, row: int) -> str:
         """Return the text of a token, its space as a space; ``row 123`` for a row without a token."""
         token = self.tokens.get(row)

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from scipy import stats
 from typing_extensions import TypedDict
 
 from coupled_adam import experiments
 from coupled_adam.errors import InputError
+from coupled_adam.evaluation.by_frequency import DECILES, KAPPA_NAMES
 from coupled_adam.evaluation.results import SCHEMAS
 from coupled_adam.evaluation.stages import is_papers_accuracy, read_stage
 from coupled_adam.evaluation.token_sample import TokenSample
@@ -135,6 +136,31 @@ class Evaluated:
         }
 
     @property
+    def loss_by_decile(self) -> list[Value]:
+        """Of the report half of the held-out text, from its rarest tenth to its most frequent; None if not measured."""
+        return self.frequency.get("loss_by_decile") or [None] * DECILES
+
+    def beyond_memory(self, share: Literal["rows", "text"]) -> Value:
+        """Share of the vocabulary or of the training text whose κ is above 1, unseen rows among them."""
+        if not (ranges := self.frequency.get("kappa")):
+            return None
+        return float(sum(ranges[name][share] for name in ("1_to_10", "above_10", "unseen")))
+
+    def log_ratio(self, name: str) -> Value:
+        """Mean log(predicted / true share) of the rows in a range of κ, one of ``KAPPA_NAMES``."""
+        ratio: Value = self.frequency.get("kappa", {}).get(name, {}).get("log_ratio")
+        return ratio
+
+    @property
+    def step_rms(self) -> Value:
+        """Root mean square of the output embedding's step at the evaluation that is nearest to half of the steps."""
+        half = self.experiment.train.steps / 2
+        measured = [line for line in self.curve if line.get("embedding_step_rms") is not None]
+        nearest = min(measured, key=lambda line: abs(line["step"] - half), default={"embedding_step_rms": None})
+        rms: Value = nearest["embedding_step_rms"]
+        return rms
+
+    @property
     def token_sample(self) -> TokenSample | None:
         """Some tokens for plots, if the embedding was measured."""
         sample = self.embeddings.get("token_sample")
@@ -222,6 +248,10 @@ MORE_COLUMNS: dict[str, Callable[[Evaluated], str | Value]] = {
     "parameters": lambda run: run.parameters,
     "tied": lambda run: str(run.experiment.model.tied).lower(),
     "tokens": lambda run: run.tokens,
+    "steps": lambda run: run.experiment.train.steps,
+    "batch_tokens": lambda run: run.experiment.train.batch_tokens,
+    "vocab_size": lambda run: run.experiment.data.vocab_size,
+    "corpus": lambda run: run.experiment.data.source,
     "method": lambda run: run.method,
     "core": lambda run: run.experiment.optimizer.core.name,
     "head": lambda run: run.head,
@@ -230,6 +260,15 @@ MORE_COLUMNS: dict[str, Callable[[Evaluated], str | Value]] = {
     "initial_loss": lambda run: run.initial_loss,
     "loss_selection": lambda run: run.frequency.get("loss_selection"),
     "loss_report": lambda run: run.frequency.get("loss_report"),
+    "bits_per_byte": lambda run: run.frequency.get("bits_per_byte"),
+    **{f"loss_decile_{i + 1}": functools.partial(lambda i, run: run.loss_by_decile[i], i) for i in range(DECILES)},
+    "kappa_rows": lambda run: run.beyond_memory("rows"),
+    "kappa_text": lambda run: run.beyond_memory("text"),
+    **{f"log_ratio_{name}": functools.partial(lambda name, run: run.log_ratio(name), name) for name in KAPPA_NAMES},
+    "step_rms": lambda run: run.step_rms,
+    "word_similarity_bare": lambda run: run.figures.get("word_similarity_bare"),
+    "word_similarity_centered": lambda run: run.figures.get("word_similarity_centered"),
+    "word_similarity_post_processed": lambda run: run.figures.get("word_similarity_post_processed"),
     "diverged": lambda run: str(run.diverged is not None).lower(),
     **{name: functools.partial(lambda name, run: run.figures[name], name) for name in LOGITS},
     "version": lambda run: run.version or "",
