@@ -220,6 +220,16 @@ def test_a_tokenizer_is_known_by_what_it_is(tmp_path: Path, monkeypatch: pytest.
     assert prepare(TextFiles(tmp_path / "text.txt"), data, tmp_path / "corpus").fingerprint == first.fingerprint
 
 
+def test_a_bare_word_is_another_row_than_the_word_after_a_space() -> None:
+    vocabulary = {token: i for i, token in enumerate(["r", "u", "n", "Ġ", "ru", "run", "Ġrun", "un"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("r", "u"), ("ru", "n"), ("Ġ", "run"), ("u", "n")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = words_of(tokenizer)
+    assert (words.token_of("run"), words.bare_token_of("run")) == (6, 5)
+    assert (words.token_of("un"), words.bare_token_of("un")) == (None, 7)
+    assert words.bare_token_of("nun") is None, "two tokens"
+
+
 def test_words_that_end_in_a_mark_are_shown_without_it() -> None:
     vocabulary = {token: i for i, token in enumerate(["d", "o", "g</w>", "do", "dog</w>"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [("d", "o"), ("do", "g</w>")], end_of_word_suffix="</w>"))

@@ -258,3 +258,21 @@ def test_threads_may_step_optimizers_at_the_same_time_where_numba_cannot() -> No
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["-20.0"] * 4 + ["workqueue"]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_first_step_leaves_torch_as_many_threads_as_the_user_has_set(threads: int) -> None:
+    done = run(
+        f"""
+        import torch
+        from coupled_adam import CoupledAdam
+        torch.set_num_threads({threads})
+        p = torch.zeros(600, 300, requires_grad=True)
+        p.grad = torch.ones_like(p)
+        optimizer = CoupledAdam([{{"params": [p], "second_moment": "vocabulary"}}], lr=0.1)
+        for _ in range(2):
+            optimizer.step()
+            print(torch.get_num_threads())
+        """
+    )
+    assert done.stdout.split() == [str(threads)] * 2, done.stderr

@@ -384,13 +384,16 @@ def threads_for(x: Tensor) -> int:
 
 
 def launch(kernel: Callable[..., object], *arguments: Any, threads: int) -> None:
-    """Call a kernel with so many threads, and leave numba's setting as the user has it."""
+    """Call a kernel with so many threads, and leave the settings of numba and torch as the user has them."""
     global _launched
     import numba
 
     with _one_at_a_time:
-        _launched = True
+        of_torch = torch.get_num_threads()
+        first, _launched = not _launched, True
         before = numba.get_num_threads()
+        if first:  # numba's threads have just been made, by the OpenMP that torch uses too: as many for both
+            torch.set_num_threads(of_torch)
         numba.set_num_threads(threads)
         try:
             kernel(*arguments, threads)
