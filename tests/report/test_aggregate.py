@@ -40,7 +40,8 @@ def test_the_columns_are_those_of_the_reference_in_its_order(tmp_path: Path) -> 
         "vocab_size", "corpus", "method", "core", "head", "lr", "lr_factor", "initial_loss", "loss_selection",
         "loss_report", "bits_per_byte", *(f"loss_decile_{i}" for i in range(1, 11)), "kappa_rows", "kappa_text",
         "log_ratio_below_0.1", "log_ratio_0.1_to_1", "log_ratio_1_to_10", "log_ratio_above_10", "step_rms",
-        "word_similarity_bare", "word_similarity_centered", "word_similarity_post_processed", "diverged",
+        "word_similarity_bare", "word_similarity_centered", "word_similarity_post_processed",
+        "second_moment_frequency_fit", "drift_second_moments", "drift_gradients", "drift_decay", "diverged",
         "logit_mean", "logit_std", "logit_max", "log_z_squared", "version",
     ]  # fmt: skip
     found = dict(zip(header, row, strict=True))

@@ -48,6 +48,18 @@ class Divergence(TypedDict):
 LOGITS = ("logit_mean", "logit_std", "logit_max", "log_z_squared")
 
 
+#: Figures of the embedding that the reference's table lacks.
+EMBEDDING_FIGURES = (
+    "word_similarity_bare",
+    "word_similarity_centered",
+    "word_similarity_post_processed",
+    "second_moment_frequency_fit",
+)
+
+#: How far each cause has moved the mean embedding over the run.
+DRIFT = ("drift_second_moments", "drift_gradients", "drift_decay")
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """A run and what its stages have written."""
@@ -122,12 +134,16 @@ class Evaluated:
         return first.get("validation_loss") if first.get("step") == 0 else None
 
     @property
+    def last(self) -> dict[str, Any]:
+        """The last evaluation during training."""
+        return self.curve[-1] if self.curve else {}
+
+    @property
     def figures(self) -> dict[str, Value]:
         """All figures by name: those of the stages, and of the last evaluation during training."""
-        last = self.curve[-1] if self.curve else {}
         return {
             **self.embeddings.get("figures", {}),
-            "validation_loss_during_training": last.get("validation_loss"),
+            "validation_loss_during_training": self.last.get("validation_loss"),
             "validation_loss": self.validation.get("loss"),
             "perplexity": self.validation.get("perplexity"),
             **{name: self.validation.get(name) for name in LOGITS},
@@ -266,9 +282,8 @@ MORE_COLUMNS: dict[str, Callable[[Evaluated], str | Value]] = {
     "kappa_text": lambda run: run.beyond_memory("text"),
     **{f"log_ratio_{name}": functools.partial(lambda name, run: run.log_ratio(name), name) for name in KAPPA_NAMES},
     "step_rms": lambda run: run.step_rms,
-    "word_similarity_bare": lambda run: run.figures.get("word_similarity_bare"),
-    "word_similarity_centered": lambda run: run.figures.get("word_similarity_centered"),
-    "word_similarity_post_processed": lambda run: run.figures.get("word_similarity_post_processed"),
+    **{name: functools.partial(lambda name, run: run.figures.get(name), name) for name in EMBEDDING_FIGURES},
+    **{name: functools.partial(lambda name, run: run.last.get(name), name) for name in DRIFT},
     "diverged": lambda run: str(run.diverged is not None).lower(),
     **{name: functools.partial(lambda name, run: run.figures[name], name) for name in LOGITS},
     "version": lambda run: run.version or "",
