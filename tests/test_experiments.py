@@ -76,6 +76,26 @@ def test_the_sweeps_of_output_embedding_centering_have_the_shape_of_the_paper() 
         assert (e.train.precision, e.data.sequence_length, e.optimizer.embedding.name) == ("bfloat16", 2048, "adamw")
 
 
+@pytest.mark.parametrize("name", experiments.names("small"))
+def test_the_small_scale_is_set_up_as_the_authors_did(name: str) -> None:
+    e = experiments.load(name)
+    micro_batch, tenth = (6 if name.startswith("exp3") else 12), max(e.train.steps // 10, 1_000)
+    assert (e.model.gelu, e.train.sampling, e.data.held_out) == ("exact", "replacement", 0.0005)
+    assert e.train.precision == e.evaluation.precision == "bfloat16"
+    assert e.train.micro_batch == micro_batch
+    assert e.evaluation.final_batches * e.batch_size == 2_000 * micro_batch
+    assert 0 <= e.evaluation.batches * e.batch_size - 100 * micro_batch < e.batch_size, "whole batches"
+    assert e.evaluation.every == e.train.checkpoint_every == tenth
+    assert e.train.batch_tokens == 98_304 and (e.data.sequence_length, e.schedule.warmup_steps) == (1024, 100)
+
+
+@pytest.mark.parametrize("suite", ["mini", "oec", "large"])
+def test_the_other_suites_are_as_before_there_was_a_choice(suite: str) -> None:
+    for e in map(experiments.load, experiments.names(suite)):
+        assert (e.model.gelu, e.train.sampling, e.data.held_out) == ("tanh", "permutation", None)
+        assert e.evaluation.precision == "float32"
+
+
 def test_scaled_and_sgd() -> None:
     settings = experiments.load("exp15V-as13").optimizer.embedding
     assert (settings.name, settings.coupling_scale) == ("coupled_adam", 0.125)

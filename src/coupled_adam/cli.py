@@ -100,6 +100,10 @@ def prepare_command(
     sequence_length: Annotated[
         int, typer.Option(min=1, help="Tokens of a sequence. Training and validation part must hold one at least.")
     ] = 128,
+    held_out: Annotated[
+        float | None,
+        typer.Option(min=1e-6, max=0.5, help="Share of the text for validation.  [default: 0.05, large tables: 0.005]"),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a corpus of other text or settings in this place.")
     ] = False,
@@ -110,7 +114,7 @@ def prepare_command(
     from coupled_adam.lm.prepare import prepare
     from coupled_adam.lm.sources import source_of
 
-    data = Data(tokenizer=tokenizer, vocab_size=vocab_size, sequence_length=sequence_length)
+    data = Data(tokenizer=tokenizer, vocab_size=vocab_size, sequence_length=sequence_length, held_out=held_out)
     corpus = prepare(source_of(source, column), data, out, overwrite)
     if as_json:
         print_json({"directory": str(out), **corpus.meta})

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from coupled_adam import geometry
 from coupled_adam.evaluation.embedding_figures import figures_while_training
-from coupled_adam.evaluation.validation import validate
+from coupled_adam.evaluation.validation import batches_used, validate
 from coupled_adam.figures import FIGURES
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.config import Loss, Model
@@ -34,6 +34,27 @@ def test_the_validation_loss_is_the_mean_over_all_tokens() -> None:
         "one pass is all there is"
     )
     assert validate(model, batches, 1)["validation_loss"] != pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_that_are_drawn_at_random_are_not_bounded_by_a_pass_over_the_text() -> None:
+    model = build_model(Model(n_layers=1, n_heads=2, hidden_size=8), vocab_size=64, sequence_length=8, seed=0)
+    tokens = np.random.default_rng(0).integers(64, size=8 * 6 + 1).astype(np.uint16)
+    batches = Batches([tokens], sequence_length=8, batch_size=2, seed=0, replacement=True)
+    assert batches_used(batches, 100) == 100
+    losses = [F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item() for x, y in map(batches.batch, range(10))]
+    assert validate(model, batches, 10)["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_the_validation_loss_in_bfloat16_is_that_of_autocast() -> None:
+    model = build_model(Model(n_layers=1, n_heads=2, hidden_size=8), vocab_size=64, sequence_length=8, seed=0)
+    tokens = np.random.default_rng(0).integers(64, size=8 * 6 + 1).astype(np.uint16)
+    batches = Batches([tokens], sequence_length=8, batch_size=6, seed=0)
+    inputs, targets = batches.batch(0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(inputs).float().flatten(0, 1)
+    found = validate(model, batches, 1, precision="bfloat16")
+    assert found["validation_loss"] == pytest.approx(F.cross_entropy(logits, targets.flatten()).item(), rel=1e-6)
+    assert found["validation_loss"] != validate(model, batches, 1)["validation_loss"]
 
 
 def test_a_capped_and_rounded_model_is_measured_as_it_predicts_and_without_penalties() -> None:

@@ -73,6 +73,17 @@ def test_the_stages_measure_what_training_measured_and_more(run_dir: Path) -> No
     assert f"| isotropy Iso | {figures['isotropy']:.3f} |" in (run_dir / "model/README.md").read_text("utf-8")
 
 
+def test_the_validation_after_training_is_drawn_and_rounded_as_in_training(run_dir: Path, tmp_path: Path) -> None:
+    corpus = open_run(run_dir).corpus
+    settings = {"train__sampling": "replacement", "evaluation__precision": "bfloat16", "train__steps": 2}
+    experiment = tiny_experiment().with_values(**settings, evaluation__final_batches=40)
+    train(experiment, corpus, tmp_path / "other", evaluator(experiment, corpus))
+    last = MetricsLog(tmp_path / "other" / "metrics.jsonl").read()[-1]
+    validation = stages.evaluate(tmp_path / "other", only=["validation"])["validation"]
+    assert validation["loss"] == pytest.approx(last["validation_loss"], rel=1e-6)
+    assert validation["tokens"] == 40 * 64 > corpus.tokens("validation")
+
+
 def test_a_second_call_computes_nothing_and_other_weights_everything(run_dir: Path, monkeypatch) -> None:
     first = stages.evaluate(run_dir, only=OFFLINE)
     with monkeypatch.context() as patched:

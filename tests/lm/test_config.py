@@ -26,6 +26,12 @@ def test_the_resolved_file_is_the_same_experiment(tiny: Experiment) -> None:
         ),
         ("[run]\nname = 'x'\n[model]\nn_heads = 3", "hidden_size 128 is not a multiple of n_heads 3"),
         ("[run]\nname = 'x'\n[model]\nmlp_multiple = 64", "mlp_multiple 64 is for the family llama; .*leave it out"),
+        (
+            "[run]\nname = 'x'\n[model]\nfamily = 'llama'\ngelu = 'exact'",
+            "gelu 'exact' is for the family gpt2; the MLP of llama is SwiGLU: leave it out",
+        ),
+        ("[run]\nname = 'x'\n[data]\nheld_out = 0.6", "data.held_out: .*less than or equal to 0.5.*0.6"),
+        ("[run]\nname = 'x'\n[train]\nsampling = 'random'", "train.sampling: .*'permutation' or 'replacement'"),
         ("[run]\nname = 'x'\n[model]\nlogits = 'float16'", "model.logits: .*'float32' or 'bfloat16'.*'float16'"),
         ("[run]\nname = 'x'\n[loss]\nz_loss = -1.0", "loss.z_loss: .*greater than or equal to 0.*-1.0"),
         ("[run]\nname = 'x'\n[loss]\nmu_loss = inf", "loss.mu_loss: .*finite.*inf"),
@@ -68,6 +74,14 @@ def test_a_file_from_before_there_were_penalties_is_the_same_experiment(tiny: Ex
     older = "".join(line for line in lines if not line.startswith(newer))
     assert len(older.splitlines()) == len(lines) - len(newer)
     assert Experiment.from_toml(older) == tiny and Experiment.from_toml(older).differences(tiny) == []
+
+
+@pytest.mark.parametrize("key", ["model.gelu", "data.held_out", "train.sampling", "evaluation.precision"])
+def test_a_file_from_before_a_setting_is_the_same_experiment(key: str, tiny: Experiment) -> None:
+    tables = tiny.model_dump(exclude_none=True)
+    section, name = key.split(".")
+    tables[section].pop(name, None)
+    assert Experiment.from_dict(tables) == tiny
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,34 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
     assert not torch.equal(one.batch(0)[0], Batches(shards(1000), 8, 4, seed=2).batch(0)[0])
 
 
-def test_too_few_tokens_are_refused() -> None:
+@pytest.mark.parametrize("replacement", [False, True])
+def test_too_few_tokens_are_refused(replacement: bool) -> None:
     with pytest.raises(InputError, match="8 tokens hold no sequence of 8"):
-        Batches(shards(8), 8, 1, seed=0)
+        Batches(shards(8), 8, 1, seed=0, replacement=replacement)
+
+
+def test_with_replacement_every_start_in_every_shard_is_equally_likely() -> None:
+    batches = Batches(shards(41, 8, 33), sequence_length=8, batch_size=50, seed=1, replacement=True)
+    inputs, targets = (torch.cat(parts) for parts in zip(*(batches.batch(i) for i in range(200)), strict=True))
+    starts, counts = inputs[:, 0].unique(return_counts=True)
+    assert starts.tolist() == [*range(41 - 8), *range(49, 49 + 33 - 8)], "the second shard is too short for any"
+    assert torch.equal(inputs, inputs[:, :1] + torch.arange(8)) and torch.equal(targets, inputs + 1)
+    expected = 10_000 / len(starts)
+    chi_squared = float((counts - expected).square().sum() / expected)
+    assert abs(chi_squared - (len(starts) - 1)) < 4 * (2 * len(starts)) ** 0.5
+    assert len({tuple(batches.batch(i)[0][:, 0].tolist()) for i in range(50)}) == 50, "no step repeats another"
+
+
+def test_with_replacement_a_batch_depends_on_seed_and_step_alone() -> None:
+    one, two = (Batches(shards(1000), 8, 4, seed=1, replacement=True) for _ in range(2))
+    for step in range(100):
+        one.batch(step)
+    assert torch.equal(one.batch(77)[0], two.batch(77)[0])
+    assert not torch.equal(one.batch(0)[0], Batches(shards(1000), 8, 4, seed=2, replacement=True).batch(0)[0])
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_a_token_outside_the_vocabulary_is_named(replacement: bool) -> None:
+    batches = Batches(shards(9), 8, 1, seed=0, vocab_size=8, replacement=replacement)
+    with pytest.raises(InputError, match="shard 0: token 8 after position 0, and the vocabulary has 8"):
+        batches.batch(0)

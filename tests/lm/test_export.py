@@ -44,6 +44,7 @@ def exported(run: Run, directory: Path) -> Path:
     ("settings", "kind"),
     [
         ({"model__family": "gpt2"}, GPT2LMHeadModel),
+        ({"model__family": "gpt2", "model__gelu": "exact"}, GPT2LMHeadModel),
         ({"model__family": "llama"}, LlamaForCausalLM),
         ({"model__family": "llama", "model__qk_norm": True, "model__mlp_multiple": 8}, Qwen3ForCausalLM),
         ({"model__family": "llama", "loss__softcap": 0.5}, VaultGemmaForCausalLM),
@@ -66,6 +67,7 @@ def test_the_logits_are_ours(settings, kind, tied, tiny, text_file, tmp_path) ->
     if kind is GPT2LMHeadModel:
         biases = [p for name, p in theirs.named_parameters() if name.endswith("bias")]
         assert len(biases) == 2 * 6 + 1 and not any(p.any() for p in biases)
+        assert theirs.config.activation_function == ("gelu" if run.experiment.model.gelu == "exact" else "gelu_new")
 
 
 def test_the_tokenizer_is_that_of_the_corpus(tiny, text_file, tmp_path) -> None:

@@ -25,8 +25,9 @@ def tokens(seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def test_gpt2_is_that_of_transformers_without_biases() -> None:
-    ours = model()
+@pytest.mark.parametrize(("gelu", "theirs_called"), [("tanh", "gelu_new"), ("exact", "gelu")])
+def test_gpt2_is_that_of_transformers_without_biases(gelu: str, theirs_called: str) -> None:
+    ours = model(gelu=gelu)
     peer = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCABULARY,
@@ -34,6 +35,7 @@ def test_gpt2_is_that_of_transformers_without_biases() -> None:
             n_embd=16,
             n_layer=2,
             n_head=2,
+            activation_function=theirs_called,
             resid_pdrop=0,
             embd_pdrop=0,
             attn_pdrop=0,
@@ -54,6 +56,8 @@ def test_gpt2_is_that_of_transformers_without_biases() -> None:
         theirs.mlp.c_fc.weight.copy_(block.mlp.fc.weight.T)
         theirs.mlp.c_proj.weight.copy_(block.mlp.proj.weight.T)
     torch.testing.assert_close(ours(tokens()), peer(tokens()).logits, rtol=1e-5, atol=1e-5)
+    other = model(gelu="exact" if gelu == "tanh" else "tanh")
+    assert (other(tokens()) - peer(tokens()).logits).abs().max() > 5e-5, "the two are told apart"
 
 
 @torch.no_grad()

@@ -19,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paragraphs import paragraphs
 
+from coupled_adam import experiments
 from coupled_adam.errors import InputError
 from coupled_adam.lm import held_out, sources, tables
 from coupled_adam.lm import prepare as prepare_module
-from coupled_adam.lm.config import Data
+from coupled_adam.lm.config import Data, Experiment
 from coupled_adam.lm.held_out import labeled
-from coupled_adam.lm.prepare import prepare
+from coupled_adam.lm.prepare import corpus_for, prepare, resolved
 from coupled_adam.lm.sources import Dataset, TextFiles, local_source, source_of
 from coupled_adam.lm.tokenizer import train_bpe
 
@@ -316,6 +317,42 @@ def test_a_long_stream_holds_out_half_a_percent(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "a.jsonl").write_text("\n".join(map(row, short(9000))))
     found = [split for split, _ in labeled(local_source(tmp_path / "a.jsonl"))]
     assert found[1] == "validation" and 20 < found.count("validation") < 80
+
+
+def test_another_share_of_a_long_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_out, "IN_MEMORY", 10_000)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(row, short(9000))))
+    source = local_source(tmp_path / "a.jsonl")
+    half, tenth, fewest = ([split for split, _ in labeled(source, share)] for share in (0.5, 0.1, 1e-6))
+    assert 4200 < half.count("validation") < 4800 and 750 < tenth.count("validation") < 1050
+    assert fewest.count("validation") == 1
+    assert all(a == "validation" for a, b in zip(half, tenth, strict=True) if b == "validation"), "more, not others"
+
+
+@pytest.mark.parametrize("share", [None, 0.2])
+def test_the_held_out_share_is_part_of_a_corpus_where_it_was_asked_for(share: float | None, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(paragraphs(400))
+    source = local_source(tmp_path / "a.txt")
+    corpus = prepare(source, Data(vocab_size=300, held_out=share), tmp_path / "out")
+    assert corpus.meta["settings"].get("held_out") == share and ("held_out" in corpus.meta["settings"]) == bool(share)
+    assert corpus.fingerprint == prepare(source, Data(vocab_size=300, held_out=share), tmp_path / "out").fingerprint
+    characters = corpus.meta["characters"]
+    part = characters["validation"] / sum(characters.values())
+    assert part == pytest.approx(share or 0.05, rel=0.15)
+    with pytest.raises(InputError, match=r"its held-out share is (the default share|0\.2), not 0\.3\); choose another"):
+        prepare(source, Data(vocab_size=300, held_out=0.3), tmp_path / "out")
+
+
+def test_an_experiment_takes_the_held_out_share_of_its_corpus(
+    tmp_path: Path, tiny: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text(paragraphs(400))
+    prepare(local_source(tmp_path / "a.txt"), tiny.data.model_copy(update={"held_out": 0.2}), tmp_path / "out")
+    corpus = corpus_for(tiny, tmp_path / "out")
+    assert "0.2 is held out, which replaces data.held_out, the default share" in capsys.readouterr().err
+    assert resolved(tiny, corpus).data.held_out == 0.2
+    with pytest.raises(InputError, match=r"--tokenizer gpt2 --held-out 0\.0005 --out DIR"):
+        corpus_for(experiments.load("exp12V"), None)
 
 
 def hub(

@@ -233,12 +233,17 @@ class Killed(BaseException):
     """What kill -9 is to a process: nothing is tidied up after it."""
 
 
-@pytest.mark.parametrize("embedding", ["adamw", "coupled_adam"])
-@pytest.mark.parametrize("cut", [1, 10, 13, 24])
+@pytest.mark.parametrize(
+    ("cut", "settings"),
+    [
+        *((cut, {"optimizer__embedding__name": name}) for cut in (1, 10, 13, 24) for name in ("adamw", "coupled_adam")),
+        (13, {"train__sampling": "replacement"}),
+    ],
+)
 def test_a_run_cut_at_any_step_ends_as_the_undisturbed_one(
-    cut: int, embedding: str, tiny: Experiment, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cut: int, settings: dict, tiny: Experiment, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment = tiny.with_values(optimizer__embedding__name=embedding)
+    experiment = tiny.with_values(**settings)
     whole = loop.train(experiment, corpus, tmp_path / "whole", no_figures)
 
     write = MetricsLog.write

@@ -30,7 +30,7 @@ def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None
 
     def evaluate(model: LanguageModel, last: bool) -> Figures:
         count = settings.final_batches if last and settings.final_batches else settings.batches
-        figures: Figures = {**validate(model, batches, count, world)}
+        figures: Figures = {**validate(model, batches, count, world, settings.precision)}
         if not all(value is not None and math.isfinite(value) for value in figures.values()):
             loss = figures["validation_loss"]
             raise DivergedError(f"validation loss {loss}, or infinite logits. Lower schedule.lr, and start a new run")

@@ -205,7 +205,7 @@ def _validation(run: Run, model: LanguageModel, weights: str, world: World) -> d
     world.broadcast_from_main(lambda: check_writable(run.directory / "evaluation"))
     if world.is_main_process:
         say(f"{run.experiment.run.name}: validation")
-    found = validate(model, batches, count, world)
+    found = validate(model, batches, count, world, settings.precision)
     loss = found.pop("validation_loss")
     tokens = batches_used(batches, count) * batches.batch_size * batches.sequence_length
     perplexity = math.exp(loss) if loss < HIGHEST_LOSS else None

@@ -12,19 +12,21 @@ from coupled_adam.lm.parallel import World
 
 
 def held_out(experiment: Experiment, corpus: Corpus) -> Batches:
-    """Batch the validation text like the training text, in an order that is the same for every run."""
-    shards = corpus.shards("validation")
-    return Batches(shards, experiment.data.sequence_length, experiment.batch_size, 0, corpus.vocab_size)
+    """Batch the validation text like the training text; the batches are the same for every run and evaluation."""
+    shards, drawn = corpus.shards("validation"), experiment.train.sampling == "replacement"
+    return Batches(shards, experiment.data.sequence_length, experiment.batch_size, 0, corpus.vocab_size, drawn)
 
 
 def batches_used(batches: Batches, count: int) -> int:
-    """Return ``count``, or the batches of one pass over the data if that is less."""
-    return min(count, max(len(batches) // batches.batch_size, 1))
+    """Return ``count``, or the batches of one pass over the data if that is less and they are not drawn at random."""
+    return count if batches.replacement else min(count, max(len(batches) // batches.batch_size, 1))
 
 
 @torch.no_grad()
-def validate(model: LanguageModel, batches: Batches, count: int, world: World | None = None) -> dict[str, float]:
-    """Measure how the model predicts ``count`` batches, or one pass over the text if that is less.
+def validate(
+    model: LanguageModel, batches: Batches, count: int, world: World | None = None, precision: str = "float32"
+) -> dict[str, float]:
+    """Measure how the model predicts ``batches_used(batches, count)`` batches, in ``precision`` as of training.
 
     ``validation_loss`` is the mean cross entropy per token, in nats, of the logits as the model makes them: capped and
     rounded, without penalties. ``logit_mean``, ``logit_std``, ``logit_max`` and ``log_z_squared`` are means over the
@@ -42,7 +44,8 @@ def validate(model: LanguageModel, batches: Batches, count: int, world: World | 
     total = torch.zeros(2 + len(STATISTICS), dtype=torch.float64)
     for step in range(batches_used(batches, count)):
         inputs, targets = (x.tensor_split(world.size)[world.rank].to(world.device) for x in batches.batch(step))
-        losses = model(inputs, targets)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            losses = model(inputs, targets)
         total += torch.tensor([targets.numel(), losses.cross_entropy, *losses.statistics], dtype=torch.float64)
     tokens, *sums = world.sum(total.to(world.device)).tolist()
     return {name: value / tokens for name, value in zip(("validation_loss", *STATISTICS), sums, strict=True)}

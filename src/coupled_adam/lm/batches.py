@@ -12,16 +12,26 @@ from coupled_adam.lm.corpus import Tokens
 
 
 class Batches:
-    """Sequences of one length, without overlap, in an order that is drawn anew for every pass over the data."""
+    """Sequences of one length: without overlap, in an order that is drawn anew for every pass over the data.
+
+    Or, with replacement: each begins at a token that is drawn at random, whatever was drawn before.
+    """
 
     def __init__(
-        self, shards: list[Tokens], sequence_length: int, batch_size: int, seed: int, vocab_size: int | None = None
+        self,
+        shards: list[Tokens],
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        vocab_size: int | None = None,
+        replacement: bool = False,
     ) -> None:
         """Raises InputError if the shards do not hold ``sequence_length`` + 1 tokens in a row."""
-        self.vocab_size = vocab_size
+        self.vocab_size, self.replacement = vocab_size, replacement
         self.shards, self.sequence_length, self.batch_size, self.seed = shards, sequence_length, batch_size, seed
         per_shard = [(len(shard) - 1) // sequence_length for shard in shards]
         self._first_of_shard = np.cumsum([0, *per_shard])
+        self._first_start = np.cumsum([0, *(max(len(shard) - sequence_length, 0) for shard in shards)])
         if len(self) < 1:
             raise InputError(
                 f"{sum(map(len, shards)):,} tokens hold no sequence of {sequence_length} and its next token"
@@ -37,16 +47,24 @@ class Batches:
         Raises:
             InputError: a token is not in the vocabulary, if that was given.
         """
-        first = step * self.batch_size
-        rows = np.stack([self._sequence(i) for i in range(first, first + self.batch_size)])
+        rows = np.stack([self._sequence(shard, start) for shard, start in self._places(step)])
         tokens = torch.from_numpy(rows.astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
 
-    def _sequence(self, i: int) -> Tokens:
-        epoch, position = divmod(i, len(self))
-        index = int(_permutation(len(self), self.seed, epoch)[position])
-        shard = int(np.searchsorted(self._first_of_shard, index, side="right")) - 1
-        start = (index - int(self._first_of_shard[shard])) * self.sequence_length
+    def _places(self, step: int) -> list[tuple[int, int]]:
+        """Return the shard of every sequence of a batch, and the position in it at which the sequence starts."""
+        if self.replacement:
+            starts = np.random.default_rng([self.seed, step]).integers(self._first_start[-1], size=self.batch_size)
+            return [_split(start, self._first_start) for start in starts.tolist()]
+        places, first = [], step * self.batch_size
+        for i in range(first, first + self.batch_size):
+            epoch, position = divmod(i, len(self))
+            index = int(_permutation(len(self), self.seed, epoch)[position])
+            shard, within = _split(index, self._first_of_shard)
+            places.append((shard, within * self.sequence_length))
+        return places
+
+    def _sequence(self, shard: int, start: int) -> Tokens:
         sequence = self.shards[shard][start : start + self.sequence_length + 1]
         if self.vocab_size is not None and sequence.max() >= self.vocab_size:
             file = getattr(self.shards[shard], "filename", f"shard {shard}")
@@ -55,6 +73,12 @@ class Batches:
                 f"{self.vocab_size:,}; the file is damaged or of another tokenizer: prepare the corpus again"
             )
         return sequence
+
+
+def _split(index: int, firsts: NDArray[np.int64]) -> tuple[int, int]:
+    """Return in which shard an index over all of them lies, and its index there."""
+    shard = int(np.searchsorted(firsts, index, side="right")) - 1
+    return shard, index - int(firsts[shard])
 
 
 @lru_cache(maxsize=4)

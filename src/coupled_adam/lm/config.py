@@ -45,6 +45,8 @@ class Model(Section):
     hidden_size: PositiveInt = 128
     tied: bool = True
     """Whether the token embedding is also the output head."""
+    gelu: Literal["tanh", "exact"] = "tanh"
+    """Of ``gpt2``: GELU by the approximation that GPT-2 was trained with, or exact, as in nanoGPT."""
     norm: Literal["layernorm", "rmsnorm"] | None = None
     """None: that of the family."""
     qk_norm: bool = False
@@ -53,7 +55,7 @@ class Model(Section):
     """The width of the MLP of ``llama``, 8/3·hidden_size, is rounded up to a multiple of this."""
     logits: Literal["float32", "bfloat16"] | None = None
     """What the head's products are rounded to, in training and after it, whatever the rest is. None: as all products
-    are, so as ``train.precision`` in training and float32 in evaluation."""
+    are, so as ``train.precision`` in training and ``evaluation.precision`` in evaluation."""
 
     @model_validator(mode="after")
     def _heads_divide_hidden_size(self) -> Self:
@@ -63,6 +65,12 @@ class Model(Section):
             raise ValueError(
                 f"hidden_size {self.hidden_size} / n_heads {self.n_heads} is odd: rotary positions rotate pairs"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _gelu_is_used(self) -> Self:
+        if self.family == "llama" and self.gelu != type(self).model_fields["gelu"].default:
+            raise ValueError(f"gelu {self.gelu!r} is for the family gpt2; the MLP of llama is SwiGLU: leave it out")
         return self
 
     @model_validator(mode="after")
@@ -95,6 +103,9 @@ class Data(Section):
     vocab_size: int = Field(default=8192, ge=1, le=LARGEST_VOCABULARY)
     """Tokens of the tokenizer; the model's embedding has as many rows, padded to a multiple of 64."""
     sequence_length: PositiveInt = 128
+    held_out: float | None = Field(default=None, ge=1e-6, le=0.5)
+    """Share of the text that is held out for validation: of the characters of a text below ten million, of the
+    documents of a larger table. None: 0.05 and 0.005."""
 
     @model_validator(mode="after")
     def _bytes_and_end(self) -> Self:
@@ -210,6 +221,9 @@ class Train(Section):
     steps: PositiveInt = 300
     batch_tokens: PositiveInt = 2048
     """Tokens of one step, over all processes."""
+    sampling: Literal["permutation", "replacement"] = "permutation"
+    """``permutation``: the text is cut into sequences, and every pass takes each of them once. ``replacement``: every
+    sequence begins at a token that is drawn at random, as in nanoGPT; those of the held-out text too."""
     max_grad_norm: PositiveFloat = 1.0
     """Bound on the global norm of the gradients."""
     checkpoint_every: PositiveInt = 100
@@ -238,9 +252,12 @@ class Evaluation(Section):
     every: PositiveInt = 25
     """Steps between two evaluations; the first is before the first step, the last after the last."""
     batches: PositiveInt = 16
-    """Batches of ``train.batch_tokens`` of the validation text."""
+    """Batches of ``train.batch_tokens`` of the validation text; one pass over it at most, unless ``train.sampling``
+    draws with replacement."""
     final_batches: PositiveInt | None = None
     """The same, for the evaluation after the last step. None: ``batches``."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the losses on the validation text, in training and after it; ``bfloat16``: autocast."""
     drift: bool = True
     """Split the movement of the mean output embedding by cause, at every step of AdamW or Coupled Adam."""
 

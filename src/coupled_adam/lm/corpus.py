@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,8 @@ class Settings(TypedDict):
     """Of the JSON of a tokenizer that was not trained on the text."""
     vocab_size: int | None
     """Of one that was."""
+    held_out: NotRequired[float]
+    """Share of the text that is for validation, where it was asked for."""
 
 
 class Record(TypedDict):

@@ -133,7 +133,7 @@ def transformers_config(experiment: Experiment, corpus: Corpus) -> dict[str, Any
             "n_layer": model.n_layers,
             "n_head": model.n_heads,
             "n_inner": model.intermediate_size,
-            "activation_function": "gelu_new",
+            "activation_function": "gelu_new" if model.gelu == "tanh" else "gelu",
             "layer_norm_epsilon": 1e-5,
             "resid_pdrop": 0.0,
             "embd_pdrop": 0.0,

@@ -11,21 +11,23 @@ from coupled_adam.lm.sources import Source
 
 Split = Literal["train", "validation"]
 
-#: Of the characters of a text in memory.
+#: Of the characters of a text in memory, unless another share is asked for.
 VALIDATION_SHARE = 0.05
 
 #: Held out at least, unless that were more than half of the text: a sequence of 128 tokens.
 VALIDATION_CHARACTERS = 2_000
 
-#: Of the documents of a stream, which is large.
+#: Of the documents of a stream, which is large, likewise.
 STREAM_VALIDATION_SHARE = 0.005
 
 #: A stream that ends before so many characters is split like a text in memory.
 IN_MEMORY = 10_000_000
 
 
-def labeled(source: Source) -> Iterator[tuple[Split, str]]:
+def labeled(source: Source, share: float | None = None) -> Iterator[tuple[Split, str]]:
     """Yield (split, document) pairs in the order of the source; the same ones every time.
+
+    ``share`` of the text is for validation; None: what is usual for texts of its kind.
 
     Raises:
         InputError: there is only one document, or none.
@@ -37,23 +39,23 @@ def labeled(source: Source) -> Iterator[tuple[Split, str]]:
             start.append(text)
             characters += len(text)
             if characters > IN_MEMORY:
-                yield from _labeled_stream(itertools.chain(start, stream))
+                yield from _labeled_stream(itertools.chain(start, stream), share or STREAM_VALIDATION_SHARE)
                 return
         documents = start
-    held_out = _held_out(documents, source.name)
+    held_out = _held_out(documents, source.name, share or VALIDATION_SHARE)
     yield from (("validation" if i in held_out else "train", text) for i, text in enumerate(documents))
 
 
-def _labeled_stream(documents: Iterator[str]) -> Iterator[tuple[Split, str]]:
+def _labeled_stream(documents: Iterator[str], share: float) -> Iterator[tuple[Split, str]]:
     for i, text in enumerate(documents):
         # The first documents cannot know how many will follow: a hash of the position decides, and the second document
         # is always held out.
-        share = int.from_bytes(hashlib.sha256(str(i).encode()).digest()[:8], "big") / 2**64
-        yield ("validation" if share < STREAM_VALIDATION_SHARE or i == 1 else "train"), text
+        place = int.from_bytes(hashlib.sha256(str(i).encode()).digest()[:8], "big") / 2**64
+        yield ("validation" if place < share or i == 1 else "train"), text
 
 
-def _held_out(documents: list[str], name: str) -> set[int]:
-    """Choose the documents for validation: about a twentieth of the characters."""
+def _held_out(documents: list[str], name: str, share: float) -> set[int]:
+    """Choose the documents for validation: about ``share`` of the characters."""
     if len(documents) < 2:
         raise InputError(
             f"{name}: too short: {len(documents)} document(s), one to train and one to validate needed; give more text "
@@ -62,7 +64,7 @@ def _held_out(documents: list[str], name: str) -> set[int]:
     order = list(range(len(documents)))
     random.Random(0).shuffle(order)
     total = sum(map(len, documents))
-    wanted, held_out, characters = max(VALIDATION_SHARE * total, min(total / 2, VALIDATION_CHARACTERS)), set[int](), 0
+    wanted, held_out, characters = max(share * total, min(total / 2, VALIDATION_CHARACTERS)), set[int](), 0
     for i in order[:-1]:
         if characters >= wanted:
             break

@@ -62,13 +62,13 @@ class MLP(nn.Module):
         self.gate = nn.Linear(size, inner, bias=False) if config.family == "llama" else None
         self.fc = nn.Linear(size, inner, bias=False)
         self.proj = nn.Linear(inner, size, bias=False)
+        self.approximate = "tanh" if config.gelu == "tanh" else "none"
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, sequence, hidden_size) -> the same."""
         if self.gate is not None:
             return self.proj(F.silu(self.gate(x)) * self.fc(x))  # type: ignore[no-any-return]
-        # The approximation of GELU that GPT-2 was trained with; transformers calls it "gelu_new".
-        return self.proj(F.gelu(self.fc(x), approximate="tanh"))  # type: ignore[no-any-return]
+        return self.proj(F.gelu(self.fc(x), approximate=self.approximate))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

@@ -84,9 +84,10 @@ def corpus_for(experiment: Experiment, directory: Path | None) -> Corpus:
     data = experiment.data
     if directory is None:
         if data.source not in PACKAGED or data.tokenizer != "bpe":
+            share = "" if data.held_out is None else f"--held-out {data.held_out:g} "
             raise InputError(
                 f"{experiment.run.name} trains on {data.source}: prepare it (coupled-adam prepare {data.source} "
-                f"--tokenizer {data.tokenizer} --out DIR), then give --data DIR"
+                f"--tokenizer {data.tokenizer} {share}--out DIR), then give --data DIR"
             )
         return prepare(PACKAGED[data.source](), data, Path("data") / f"{data.source}-bpe-{data.vocab_size}")
     corpus = open_corpus(directory)
@@ -99,13 +100,17 @@ def corpus_for(experiment: Experiment, directory: Path | None) -> Corpus:
         )
     if tokens != data.vocab_size:
         say(f"{directory}: {tokens:,} tokens, which replaces data.vocab_size = {data.vocab_size:,}")
+    if (held := corpus.meta["settings"].get("held_out")) != data.held_out:
+        say(f"{directory}: {_share(held)} is held out, which replaces data.held_out, {_share(data.held_out)}")
     return corpus
 
 
 def resolved(experiment: Experiment, corpus: Corpus) -> Experiment:
-    """Return the experiment with the tokenizer and the ``data.vocab_size`` that a model trained on ``corpus`` has."""
-    tokenizer = corpus.meta["settings"]["tokenizer"]
-    return experiment.with_values(data__tokenizer=tokenizer, data__vocab_size=corpus.meta["tokenizer_tokens"])
+    """Return the experiment with the tokenizer, the vocabulary size and the held-out share of ``corpus``."""
+    settings, size = corpus.meta["settings"], corpus.meta["tokenizer_tokens"]
+    return experiment.with_values(
+        data__tokenizer=settings["tokenizer"], data__vocab_size=size, data__held_out=settings.get("held_out")
+    )
 
 
 def prepare(source: Source, config: Data, directory: Path, overwrite: bool = False) -> Corpus:
@@ -188,7 +193,7 @@ def _settings(source: Source, config: Data, there: Settings | None) -> tuple[tup
                 raise
             digest = there["tokenizer_sha256"]
             say(f"{error}; the corpus that is there is taken to have it")
-    return loaded, {
+    settings: Settings = {
         "format": FORMAT,
         "text": source.fingerprint(),
         "revision": source.newest_revision() if isinstance(source, Dataset) else None,
@@ -196,6 +201,9 @@ def _settings(source: Source, config: Data, there: Settings | None) -> tuple[tup
         "tokenizer_sha256": digest,
         "vocab_size": config.vocab_size if trained else None,
     }
+    if config.held_out is not None:  # else it is the corpus that was made before there was a choice
+        settings["held_out"] = config.held_out
+    return loaded, settings
 
 
 def _differences(there: Settings, wanted: Settings) -> list[str]:
@@ -216,7 +224,13 @@ def _differences(there: Settings, wanted: Settings) -> list[str]:
         found.append(f"the tokenizer {wanted['tokenizer']} has changed")
     elif there["vocab_size"] != wanted["vocab_size"]:
         found.append(f"its vocabulary size is {there['vocab_size']:,}, not {wanted['vocab_size']:,}")
+    if there.get("held_out") != wanted.get("held_out"):
+        found.append(f"its held-out share is {_share(there.get('held_out'))}, not {_share(wanted.get('held_out'))}")
     return found
+
+
+def _share(held_out: float | None) -> str:
+    return "the default share" if held_out is None else f"{held_out:g}"
 
 
 @contextmanager
@@ -273,7 +287,7 @@ def _write(
                 raise InputError(f"{aside / 'tokenizer.json'}: damaged; delete {aside} to start again")
             write_tokenizer(tokenizer, aside / "tokenizer.json")  # the same one may have been written in another way
         shards = Shards(aside, record, tokenizer)
-        shards.fill(labeled(source), source.name)
+        shards.fill(labeled(source, config.held_out), source.name)
         for split in SPLITS:
             if shards.tokens(split) <= config.sequence_length:
                 raise InputError(
@@ -337,7 +351,8 @@ def _begun(
 ) -> tuple[Record, Tokenizer]:
     """Return the record of an empty corpus and its tokenizer, after writing both to ``aside``."""
     if config.tokenizer == "bpe":
-        tokenizer = train_bpe((text for split, text in labeled(source) if split == "train"), config.vocab_size)
+        documents = labeled(source, config.held_out)
+        tokenizer = train_bpe((text for split, text in documents if split == "train"), config.vocab_size)
         end: int | None = tokenizer.token_to_id(END_OF_DOCUMENT)
         assert end is not None, "the trainer was given it"
         if size_of(tokenizer) < config.vocab_size:

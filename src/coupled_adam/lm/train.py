@@ -144,7 +144,9 @@ def _prepared(experiment: Experiment, corpus: Corpus, run_dir: Path, world: Worl
             block.compile()
     wrapped = parallelize(model, experiment.parallel, world)
     optimizers = build_optimizers(model, experiment, corpus.unigram_counts)
-    batches = Batches(corpus.shards("train"), sequence_length, experiment.batch_size, seed, corpus.vocab_size)
+    drawn = experiment.train.sampling == "replacement"
+    shards = corpus.shards("train")
+    batches = Batches(shards, sequence_length, experiment.batch_size, seed, corpus.vocab_size, drawn)
     start, state = 0, None
     if checkpoint := intact_checkpoint(run_dir / "checkpoints", world, corpus.fingerprint):
         start = step_of(checkpoint)
