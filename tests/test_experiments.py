@@ -103,9 +103,83 @@ def test_scaled_and_sgd() -> None:
     assert (settings.name, settings.lr_factor, settings.momentum) == ("sgd", 400.0, 0.9)
 
 
-def test_an_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(InputError, match="exp35B: no experiment of that name; the nearest is 'exp35"):
-        experiments.load("exp35B")
+# As in the authors' README: model, data and variant are digits and a letter, and then again in words.
+SIZES, STEPS = {"1": "125M", "2": "355M", "3": "760M"}, {"2": "50k", "3": "100k", "5": "200k"}
+VARIANTS = {"A": "baseline", "V": "AVG"}
+AUTHORS = {
+    **{
+        f"exp{m}{d}{v}": f"exp{m}{d}{v}-node-{SIZES[m]}-{STEPS[d]}-{VARIANTS[v]}"
+        for m in "123"
+        for d in "235"
+        for v in "AV"
+    },
+    **{f"exp00{v}": f"exp00{v}-node-125M-1k-{VARIANTS[v]}" for v in "AV"},
+    **{f"exp15V-as{s}": f"exp15V-node-125M-200k-AVG-as{s}" for s in (3, 6, 13, 25, 50, 200, 400, 800, 1600, 3200)},
+    **{f"exp15A-sgd-{f}00": f"exp15A-node-125M-200k-sgd-{f}00" for f in range(1, 7)},
+}
+
+
+def test_the_authors_names_are_understood() -> None:
+    assert set(AUTHORS) == set(experiments.names("small")) and len(AUTHORS) == 36
+    for ours, theirs in AUTHORS.items():
+        assert experiments.authors_name(ours) == theirs
+        for seed in (1, 2, 3):
+            assert experiments.load(f"{theirs}-s{seed}") == experiments.load(ours, seed)
+        assert experiments.load(theirs) == experiments.load(ours)
+        assert experiments.load(theirs, seed=2) == experiments.load(f"{theirs}-s2", seed=2)
+
+
+@pytest.mark.parametrize("name", ["exp15A-sgd-200", "llama-1.3B-26B-V", "mini-scaled-n-1", "oec-16M-baseline-3e-4"])
+def test_the_name_of_a_run_is_that_of_its_experiment_and_its_seed(name: str) -> None:
+    assert experiments.load(f"{name}-s12") == experiments.load(name, seed=12)
+    assert experiments.load(name).run.name == f"{name}-s1"
+    assert experiments.load("demo-s2") == experiments.load("demo", seed=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "message"),
+    [
+        ("exp35B", None, "exp35B: no experiment of that name; the nearest is 'exp35"),
+        ("exp35B-s1", None, "exp35B-s1: no experiment of that name; the nearest is 'exp35"),
+        ("exp15V-node-125M-200k-AVG-as4-s1", None, "no experiment of that name; the nearest is 'exp15V-node-.*-AVG-as"),
+        (
+            "exp15V-node-355M-200k-AVG-s1",
+            None,
+            "no experiment of that name; the nearest is 'exp.5V-node-...M-200k-AVG'",
+        ),
+        ("exp15A-node-125M-200k-AVG-s1", None, "no experiment of that name; the nearest is 'exp15.-node-125M-200k"),
+        (
+            "exp15G-node-125M-200k-AVG-s1",
+            None,
+            "no experiment of that name; the nearest is 'exp15V-node-125M-200k-AVG'",
+        ),
+        ("exp15V-node", None, "no experiment of that name; the nearest is 'exp.*-node-"),
+        ("exp15A-sgd-700", None, "no experiment of that name; the nearest is 'exp15A-sgd-.00'"),
+        *(
+            (f"{name}-s{seed}", None, f"-s{seed}: its seed, '{seed}', is no whole number; write for instance -s1")
+            for name in ("exp15V-node-125M-200k-AVG-as3", "exp12A", "mini-S-300A")
+            for seed in ("", "01", "1x", "1.5", "-1")
+        ),
+        ("exp12A-node-125M-50k-baseline-s1", 2, "seed 1 by its name, and 2 was asked for; leave one out"),
+        ("exp12A-s3", 0, "seed 3 by its name, and 0 was asked for"),
+    ],
+)
+def test_a_name_that_stands_for_nothing_is_answered(name: str, seed: int | None, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        experiments.load(name, seed)
+    assert str(error.value).startswith(f"{name}: ")
+
+
+def test_the_commands_take_the_authors_names() -> None:
+    name = "exp15V-node-125M-200k-AVG-as3-s2"
+    shown = CliRunner().invoke(app, ["experiments", name])
+    assert (
+        shown.exit_code == 0 and 'name = "exp15V-as3-s2"' in shown.output and "coupling_scale = 0.03125" in shown.output
+    )
+    both = CliRunner().invoke(app, ["experiments", name, "--seed", "3"])
+    assert both.exit_code != 0 and "leave one out" in str(both.exception)
+    refused = CliRunner().invoke(app, ["train", name])
+    assert refused.exit_code != 0 and "exp15V-as3-s2 trains on Skylion007/openwebtext" in str(refused.exception)
 
 
 def test_the_families_name_experiments_that_exist() -> None:

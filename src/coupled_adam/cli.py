@@ -128,7 +128,7 @@ def prepare_command(
 @app.command(name="experiments", epilog="Example: coupled-adam experiments exp35V --gpu A100")
 def experiments_command(
     name: Annotated[str | None, typer.Argument(help="Show this experiment.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 1,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the run.  [default: that of the name, or 1]")] = None,
     gpu: Annotated[str, typer.Option(help="GPU for the hours: A100, H100, H200, B200, L40S.")] = "H100",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -217,7 +217,7 @@ def _print_estimate(found: "Estimate") -> None:
     name="train", epilog="Example: torchrun --nproc-per-node 2 -m coupled_adam train mini-M-300V train.steps=100"
 )
 def train_command(
-    experiment: Annotated[str, typer.Argument(help="Name of an experiment, or a TOML file.")],
+    experiment: Annotated[str, typer.Argument(help="Name of an experiment, ours or the authors', or a TOML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
     data: Annotated[Path | None, typer.Option(help="Directory that `coupled-adam prepare` made.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the run.  [default: runs/NAME]")] = None,
@@ -259,7 +259,7 @@ def _experiment(name: str, seed: int | None) -> "Experiment":
 
     path = Path(name)
     if path.suffix != ".toml":
-        return experiments.load(name, 1 if seed is None else seed)
+        return experiments.load(name, seed)
     config = load_experiment(path)
     return config if seed is None else config.with_values(run__seed=seed)
 

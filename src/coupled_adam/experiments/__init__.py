@@ -6,6 +6,7 @@ the defaults in their order. ``[grids]`` hold experiments that are products of p
 """
 
 import difflib
+import re
 import tomllib
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from coupled_adam.experiments.grids import Grid, check_parts, expand, matching
 from coupled_adam.lm.config import Experiment
 
 SUITES = ("small", "large", "mini", "oec")
+
+#: A name with the seed of a run at its end, as far as that is one.
+WITH_SEED = re.compile(r"(?P<name>.+)-s(?P<seed>-?[0-9][^-]*|)")
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,55 @@ def names(suite: str | None = None) -> list[str]:
     return [name for s in (SUITES if suite is None else (suite,)) for name in _suite(s)["experiments"]]
 
 
-def load(name: str, seed: int = 1) -> Experiment:
-    """Load the experiment of that name. Raises InputError naming the nearest one."""
+def authors_name(name: str) -> str:
+    """Return what the authors call an experiment of the suite ``small``, without a seed.
+
+    Examples:
+        >>> authors_name("exp15V-as3"), authors_name("exp15A-sgd-200"), authors_name("exp22A")
+        ('exp15V-node-125M-200k-AVG-as3', 'exp15A-node-125M-200k-sgd-200', 'exp22A-node-355M-50k-baseline')
+    """
+    suite = _suite("small")
+    size, length, *_ = suite["experiments"][name]
+    steps = suite["parts"][length]["train"]["steps"]
+    short, _, rest = name.partition("-")
+    variant = ["AVG"] if short.endswith("V") else [] if rest else ["baseline"]
+    return "-".join([short, "node", size, f"{steps // 1000}k", *variant, *([rest] if rest else [])])
+
+
+def load(name: str, seed: int | None = None) -> Experiment:
+    """Load an experiment.
+
+    Args:
+        name: ours or the authors' (``exp15V-node-125M-200k-AVG-as3``). It may end in a seed, as the names of runs do.
+        seed: None for that of the name, or else 1.
+
+    Raises:
+        InputError: there is none of that name (the nearest is named), or its seed is no number or not ``seed``.
+    """
+    ours = {authors_name(short): short for short in names("small")}
+    known = {*names(), *ours, "demo"}
+    found = WITH_SEED.fullmatch(name)
+    if name not in known and found and found["name"] in known:
+        if not re.fullmatch(r"0|[1-9][0-9]*", found["seed"]):
+            raise InputError(f"{name}: its seed, {found['seed']!r}, is no whole number; write for instance -s1")
+        if seed is not None and seed != int(found["seed"]):
+            raise InputError(f"{name}: seed {found['seed']} by its name, and {seed} was asked for; leave one out")
+        name, seed = found["name"], int(found["seed"])
+    if name not in known:
+        of_a_kind = list(ours) if "-node" in name else names()
+        (near,) = difflib.get_close_matches(found["name"] if found else name, of_a_kind, n=1, cutoff=0.0)
+        raise InputError(f"{name}: no experiment of that name; the nearest is {near!r} (coupled-adam experiments)")
+    return _load(ours.get(name, name), 1 if seed is None else seed)
+
+
+def _load(name: str, seed: int) -> Experiment:
     for suite in map(_suite, SUITES):
         if parts := suite["experiments"].get(name):
             tables = deepcopy(suite["defaults"])
             for part in parts:
                 _lay_over(tables, suite["parts"][part])
             return Experiment.from_dict({"run": {"name": f"{name}-s{seed}", "seed": seed}, **tables}, name)
-    if name == "demo":
-        return Experiment.from_toml(_read("demo.toml"), name).with_values(run__seed=seed)
-    near = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)
-    raise InputError(f"{name}: no experiment of that name; the nearest is {near[0]!r} (coupled-adam experiments)")
+    return Experiment.from_toml(_read("demo.toml"), name).with_values(run__seed=seed)
 
 
 def families(suite: str = "mini") -> dict[str, dict[str, Any]]:
