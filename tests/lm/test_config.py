@@ -30,6 +30,10 @@ def test_the_resolved_file_is_the_same_experiment(tiny: Experiment) -> None:
             "[run]\nname = 'x'\n[model]\nfamily = 'llama'\ngelu = 'exact'",
             "gelu 'exact' is for the family gpt2; the MLP of llama is SwiGLU: leave it out",
         ),
+        (
+            "[run]\nname = 'x'\n[model]\nqkv = 'heads'\n[optimizer.core]\nname = 'muon'",
+            "model.qkv 'heads' is for optimizer.core.name 'adams', .*Muon takes single ones: choose 'split' or 'fused'",
+        ),
         ("[run]\nname = 'x'\n[data]\nheld_out = 0.6", "data.held_out: .*less than or equal to 0.5.*0.6"),
         ("[run]\nname = 'x'\n[train]\nsampling = 'random'", "train.sampling: .*'permutation' or 'replacement'"),
         ("[run]\nname = 'x'\n[model]\nlogits = 'float16'", "model.logits: .*'float32' or 'bfloat16'.*'float16'"),
@@ -76,7 +80,7 @@ def test_a_file_from_before_there_were_penalties_is_the_same_experiment(tiny: Ex
     assert Experiment.from_toml(older) == tiny and Experiment.from_toml(older).differences(tiny) == []
 
 
-@pytest.mark.parametrize("key", ["model.gelu", "data.held_out", "train.sampling", "evaluation.precision"])
+@pytest.mark.parametrize("key", ["model.gelu", "model.qkv", "data.held_out", "train.sampling", "evaluation.precision"])
 def test_a_file_from_before_a_setting_is_the_same_experiment(key: str, tiny: Experiment) -> None:
     tables = tiny.model_dump(exclude_none=True)
     section, name = key.split(".")

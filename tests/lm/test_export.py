@@ -19,6 +19,7 @@ from transformers import (
 from coupled_adam.errors import InputError
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.export import export, exported_digest, model_card
+from coupled_adam.lm.model import build_model
 from coupled_adam.lm.prepare import prepare
 from coupled_adam.lm.run import Run, full_state_dict, open_run, sha256_of
 from coupled_adam.lm.sources import TextFiles
@@ -45,6 +46,8 @@ def exported(run: Run, directory: Path) -> Path:
     [
         ({"model__family": "gpt2"}, GPT2LMHeadModel),
         ({"model__family": "gpt2", "model__gelu": "exact"}, GPT2LMHeadModel),
+        ({"model__family": "gpt2", "model__qkv": "split"}, GPT2LMHeadModel),
+        ({"model__family": "llama", "model__qkv": "heads"}, LlamaForCausalLM),
         ({"model__family": "llama"}, LlamaForCausalLM),
         ({"model__family": "llama", "model__qk_norm": True, "model__mlp_multiple": 8}, Qwen3ForCausalLM),
         ({"model__family": "llama", "loss__softcap": 0.5}, VaultGemmaForCausalLM),
@@ -68,6 +71,22 @@ def test_the_logits_are_ours(settings, kind, tied, tiny, text_file, tmp_path) ->
         biases = [p for name, p in theirs.named_parameters() if name.endswith("bias")]
         assert len(biases) == 2 * 6 + 1 and not any(p.any() for p in biases)
         assert theirs.config.activation_function == ("gelu" if run.experiment.model.gelu == "exact" else "gelu_new")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("qkv", ["split", "heads"])
+def test_separate_queries_keys_and_values_are_exported_as_the_fused_ones(
+    qkv, family, tiny, text_file, tmp_path
+) -> None:
+    corpus = prepare(TextFiles(text_file), tiny.data, tmp_path / "corpus")
+    stored = []
+    for how in ("fused", qkv):
+        experiment = tiny.with_values(model__family=family, model__qkv=how)
+        weights = build_model(experiment.model, corpus.vocab_size, 16, seed=3).state_dict()
+        run = Run(tmp_path, experiment, corpus, tmp_path / "step-00000002")
+        export(run, weights, sha256_of(weights), tmp_path / how)
+        stored.append((tmp_path / how / "model.safetensors").read_bytes())
+    assert stored[0] == stored[1]
 
 
 def test_the_tokenizer_is_that_of_the_corpus(tiny, text_file, tmp_path) -> None:

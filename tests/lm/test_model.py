@@ -99,6 +99,26 @@ def gradients(network: LanguageModel) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(("qkv", "shape"), [("split", (16, 16)), ("heads", (2, 8, 16))])
+def test_separate_queries_keys_and_values_are_the_same_function(qkv: str, shape: tuple, family: str) -> None:
+    settings = {"n_layers": 2, "n_heads": 2, "hidden_size": 16, "family": family, "qk_norm": True}
+    fused, parted = (build_model(Model(**settings, qkv=how), VOCABULARY, LENGTH, 0) for how in ("fused", qkv))
+    assert torch.equal(parted(tokens()), fused(tokens()))
+    of_fused, of_parted = ({name: p.grad for name, p in n.named_parameters()} for n in (fused, parted) if gradients(n))
+    for i in range(2):
+        whole, prefix = of_fused.pop(f"blocks.{i}.attention.qkv.weight"), f"blocks.{i}.attention.qkv"
+        parts = [of_parted.pop(f"{prefix}.{name}") for name in "qkv"]
+        assert all(part.shape == shape for part in parts)
+        assert torch.equal(torch.cat([part.flatten(0, -2) for part in parts]), whole)
+    assert of_parted.keys() == of_fused.keys() and all(torch.equal(of_parted[n], of_fused[n]) for n in of_fused)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    build_model(Model(**settings, qkv=qkv), VOCABULARY, LENGTH, 0)
+    assert torch.equal(torch.rand(1), expected), "the global random state is left alone"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_activation_checkpointing_changes_nothing(family: str) -> None:
     network = model(family=family)
     expected = gradients(network)
@@ -107,9 +127,9 @@ def test_activation_checkpointing_changes_nothing(family: str) -> None:
         torch.testing.assert_close(found, grad)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_compiled_blocks_compute_the_same(family: str) -> None:
-    network = model(family=family)
+@pytest.mark.parametrize(("family", "qkv"), [("gpt2", "fused"), ("llama", "fused"), ("gpt2", "heads")])
+def test_compiled_blocks_compute_the_same(family: str, qkv: str) -> None:
+    network = model(family=family, qkv=qkv)
     expected = gradients(network)
     for block in network.blocks:
         block.compile(backend="aot_eager", fullgraph=True)

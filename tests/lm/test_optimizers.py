@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Muon
 
@@ -101,6 +102,57 @@ def test_a_centered_embedding_has_the_mean_0_after_every_step(tiny, embedding, c
             torch.testing.assert_close(model.head.weight, weight - weight.mean(0), rtol=0, atol=1e-7)
     assert plain.head.weight.mean(0).norm() > 1e-4
     assert model.head.weight.norm() > 0.5 * plain.head.weight.norm(), "the rows are still there"
+
+
+def part(tensor: torch.Tensor, qkv: str) -> list[torch.Tensor]:
+    """The matrices that a fused weight, or its gradient, consists of."""
+    return [*tensor.detach().chunk(3 if qkv == "split" else 6)]
+
+
+@pytest.mark.parametrize(("core", "qkv"), [("muon", "split"), ("adams", "split"), ("adams", "heads")])
+def test_separate_queries_keys_and_values_take_the_steps_of_separate_matrices(tiny, core, qkv) -> None:
+    settings = {"optimizer__core__name": core, "train__max_grad_norm": 1e9}
+    experiment = tiny.with_values(**settings, model__qkv=qkv)
+    models = [build_model(tiny.with_values(model__qkv=how).model, 320, 16, seed=0) for how in ("fused", qkv)]
+    fused, parted = models
+    optimizers = [build_optimizers(model, experiment) for model in models]
+    alone = [nn.Parameter(matrix.clone()) for matrix in part(fused.blocks[0].attention.qkv.weight, qkv)]
+    if core == "muon":
+        separate = Muon(alone, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    else:
+        separate = Adams(alone, weight_decay=0.1)
+    separate.param_groups[0]["lr"] = 1e-2
+    for step in range(4):
+        for model in models:
+            model.zero_grad()
+            loss(model).backward()
+        gradient = torch.cat([p.grad.flatten(0, -2) for p in parted.blocks[0].attention.qkv.parameters()])
+        if step == 0:
+            assert torch.equal(gradient, fused.blocks[0].attention.qkv.weight.grad), "the models begin as one"
+        for p, g in zip(alone, part(gradient, qkv), strict=True):
+            p.grad = g.clone()
+        separate.step()
+        for each in optimizers:
+            each.step(1e-2)
+        found = torch.cat([p.detach().flatten(0, -2) for p in parted.blocks[0].attention.qkv.parameters()])
+        expected = torch.cat([p.detach() for p in alone])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert (fused.blocks[0].attention.qkv.weight - found).abs().max() > 1e-4, "one fused matrix takes other steps"
+
+
+@pytest.mark.parametrize("qkv", ["split", "heads"])
+def test_to_an_elementwise_optimizer_separate_queries_keys_and_values_are_the_same_run(tiny, qkv) -> None:
+    weights = []
+    for how in ("fused", qkv):
+        experiment = tiny.with_values(model__qkv=how)
+        model = build_model(experiment.model, 320, 16, seed=0)
+        optimizers = build_optimizers(model, experiment)
+        for _ in range(5):
+            optimizers.zero_grad()
+            loss(model).backward()
+            optimizers.step(1e-2)
+        weights.append(torch.cat([p.detach().flatten() for p in model.blocks[1].attention.qkv.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
 
 
 def test_a_torch_without_muon_is_told_so(tiny, monkeypatch: pytest.MonkeyPatch) -> None:

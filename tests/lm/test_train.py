@@ -238,6 +238,8 @@ class Killed(BaseException):
     [
         *((cut, {"optimizer__embedding__name": name}) for cut in (1, 10, 13, 24) for name in ("adamw", "coupled_adam")),
         (13, {"train__sampling": "replacement"}),
+        (13, {"optimizer__core__name": "muon", "model__qkv": "split"}),
+        (13, {"optimizer__core__name": "adams", "model__qkv": "heads"}),
     ],
 )
 def test_a_run_cut_at_any_step_ends_as_the_undisturbed_one(

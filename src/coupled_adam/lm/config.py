@@ -51,6 +51,10 @@ class Model(Section):
     """None: that of the family."""
     qk_norm: bool = False
     """Normalize queries and keys, head by head, so that attention stands large learning rates."""
+    qkv: Literal["fused", "split", "heads"] = "fused"
+    """The projections to queries, keys and values are one parameter, (3·hidden_size, hidden_size); three; or three
+    batches of one matrix per head, (n_heads, hidden_size / n_heads, hidden_size). Initial weights and the function are
+    the same: it is for optimizers that take a matrix as a whole, ``muon`` and ``adams``."""
     mlp_multiple: PositiveInt = 128
     """The width of the MLP of ``llama``, 8/3·hidden_size, is rounded up to a multiple of this."""
     logits: Literal["float32", "bfloat16"] | None = None
@@ -290,6 +294,15 @@ class Experiment(Section):
             raise ValueError(
                 f"train.batch_tokens {self.train.batch_tokens} is not a multiple of "
                 f"data.sequence_length {self.data.sequence_length}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _muon_takes_matrices(self) -> Self:
+        if self.optimizer.core.name == "muon" and self.model.qkv == "heads":
+            raise ValueError(
+                "model.qkv 'heads' is for optimizer.core.name 'adams', which takes batches of matrices; Muon takes "
+                "single ones: choose 'split' or 'fused'"
             )
         return self
 

@@ -210,7 +210,7 @@ def _gpt2(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tenso
     for i in range(model.n_layers):
         a, b = f"blocks.{i}", f"transformer.h.{i}"
         yield from norm(f"{b}.ln_1", ours[f"{a}.attention_norm.weight"])
-        yield from linear(f"{b}.attn.c_attn", ours[f"{a}.attention.qkv.weight"])
+        yield from linear(f"{b}.attn.c_attn", _qkv(model, ours, a))
         yield from linear(f"{b}.attn.c_proj", ours[f"{a}.attention.proj.weight"])
         yield from norm(f"{b}.ln_2", ours[f"{a}.mlp_norm.weight"])
         yield from linear(f"{b}.mlp.c_fc", ours[f"{a}.mlp.fc.weight"])
@@ -218,12 +218,18 @@ def _gpt2(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tenso
     yield from norm("transformer.ln_f", ours["final_norm.weight"])
 
 
+def _qkv(model: Model, ours: Mapping[str, Tensor], block: str) -> Tensor:
+    """Return the projections to queries, keys and values one below the other, (3·hidden_size, hidden_size)."""
+    if model.qkv == "fused":
+        return ours[f"{block}.attention.qkv.weight"]
+    return torch.cat([ours[f"{block}.attention.qkv.{part}"].flatten(0, -2) for part in "qkv"])
+
+
 def _llama(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     yield "model.embed_tokens.weight", ours["token_embedding.weight"]
     for i in range(model.n_layers):
         a, b = f"blocks.{i}", f"model.layers.{i}"
-        parts = ours[f"{a}.attention.qkv.weight"].chunk(3)
-        for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), _qkv(model, ours, a).chunk(3), strict=True):
             yield f"{b}.self_attn.{name}.weight", part.contiguous()
         if model.qk_norm:
             yield f"{b}.self_attn.q_norm.weight", ours[f"{a}.attention.q_norm.weight"]

@@ -23,8 +23,15 @@ class Attention(nn.Module):
         self.n_heads = config.n_heads
         size = config.hidden_size // config.n_heads
         self.q_norm, self.k_norm = (make_norm(config, size) if config.qk_norm else nn.Identity() for _ in range(2))
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.qkv: nn.Module = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def split(self, config: Model) -> None:
+        """Make the fused weight of queries, keys and values the parameters that ``config.qkv`` asks for."""
+        fused, size = self.qkv.weight, config.hidden_size
+        assert isinstance(fused, Tensor)
+        per_head = (config.n_heads, size // config.n_heads, size)
+        self.qkv = SplitProjection(fused, per_head if config.qkv == "heads" else (size, size))
 
     def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
         """(batch, sequence, hidden_size) -> the same; ``rope`` of ``rope_cache``, None without rotary positions."""
@@ -36,6 +43,19 @@ class Attention(nn.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.proj(attended.transpose(1, 2).reshape(batch, sequence, size))  # type: ignore[no-any-return]
+
+
+class SplitProjection(nn.Module):
+    """What a fused projection to queries, keys and values computes, with parameters for each of the three."""
+
+    def __init__(self, fused: Tensor, shape: tuple[int, ...]) -> None:
+        """Take the values of the fused weight, (3·M, N); ``shape`` of each part, (M, N) or batches of matrices."""
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(part.detach().clone().view(shape)) for part in fused.chunk(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, N) -> (…, 3·M), by one product, as the fused projection."""
+        return F.linear(x, torch.cat([part.flatten(0, -2) for part in (self.q, self.k, self.v)]))
 
 
 def rope_cache(length: int, size: int, device: torch.device) -> Tensor:
@@ -114,6 +134,9 @@ class LanguageModel(nn.Module):
             if parameter.ndim == 2:
                 shrink = math.sqrt(2 * config.n_layers) if name.endswith("proj.weight") else 1.0
                 nn.init.normal_(parameter, std=0.02 / shrink)
+        if config.qkv != "fused":  # at the end: the random numbers are those of the fused weights
+            for attention in [module for module in self.modules() if isinstance(module, Attention)]:
+                attention.split(config)
 
     def get_output_embeddings(self) -> nn.Linear:
         """Return the head, under the name that transformers gives it."""
