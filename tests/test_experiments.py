@@ -186,7 +186,7 @@ def test_the_families_name_experiments_that_exist() -> None:
     families = experiments.families()
     assert set(families) == {
         *("small", "scaled", "sgd", "llama", "long", "drift", "precision", "tied", "core"),
-        *("noise", "what-tied", "what-untied", "one-rate", "batch", "rest", "rates", "words"),
+        *("noise", "what-tied", "what-untied", "one-rate", "batch", "rest", "rates", "words", "muon", "decay"),
     }
     assert families["small"]["seeds"] == [1, 2, 3]
     named = {name for family in families.values() for name in family["experiments"]}
@@ -202,6 +202,25 @@ def test_a_sweep_takes_all_methods_at_one_rate_before_the_next() -> None:
         shared = {(e.train.steps, e.train.batch_tokens, e.optimizer.core.weight_decay, e.model.qk_norm) for e in found}
         assert shared == {(488, 1024, 0.0, True)}
         assert {e.model.tied for e in found} == {family == "tied"}
+
+
+def test_muon_with_and_without_a_split_meets_every_optimizer_of_the_embedding() -> None:
+    named, arms = experiments.families()["muon"]["experiments"], ("adamw", "coupled", "sgd")
+    controls = {f"mini-what-untied-{arm}": set() for arm in arms}
+    found = {f"mini-muon-fused-{arm}": {"run.name", "optimizer.core.name"} for arm in arms}
+    found |= {f"mini-muon-split-{arm}": {"run.name", "optimizer.core.name", "model.qkv"} for arm in arms}
+    assert {name.rpartition("-x")[0] for name in named} == {*controls, *found} and len(named) == 9 * 9
+    for name, expected in (controls | found).items():
+        control = experiments.load(f"mini-what-untied-{name.rpartition('-')[2]}-x10")
+        assert {d.split(":")[0] for d in control.differences(experiments.load(f"{name}-x10"))} == expected
+
+
+def test_adams_is_compared_where_it_takes_a_matrix_as_a_whole() -> None:
+    found = [experiments.load(name) for name in experiments.families()["decay"]["experiments"]]
+    combined = {(e.optimizer.core.name, e.model.qkv, e.optimizer.embedding.name) for e in found}
+    matrices = [("adamw", "fused"), ("adams", "fused"), ("adams", "heads")]
+    assert combined == {(*m, e) for m in matrices for e in ("adamw", "coupled_adam", "sgd")}
+    assert {e.optimizer.core.weight_decay for e in found} == {0.1} and len(found) == 9 * 9
 
 
 def test_no_two_experiments_of_a_suite_are_the_same_run() -> None:

@@ -261,7 +261,7 @@ class Evaluation(Section):
     final_batches: PositiveInt | None = None
     """The same, for the evaluation after the last step. None: ``batches``."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the losses on the validation text, in training and after it; ``bfloat16``: autocast."""
+    """Of the validation loss, in training and after it; ``bfloat16``: autocast."""
     drift: bool = True
     """Split the movement of the mean output embedding by cause, at every step of AdamW or Coupled Adam."""
 
