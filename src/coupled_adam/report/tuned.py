@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,8 +26,9 @@ from coupled_adam.report.paired import Interval, PairedDifference, holm, mean_in
 #: The axes of a grid that say along what is tuned, and what is compared.
 FACTOR, ARM = "factor", "arm"
 
-#: The arm that the others are compared with.
-REFERENCE = "adamw"
+#: What the arm that others are compared with may be called, and that of Coupled Adam: a second moment of each element,
+#: and one that is shared over the vocabulary.
+REFERENCES, SHARED = ("adamw", "element"), ("coupled", "hidden")
 
 #: A row of the table: text as read from CSV, or values as made from runs.
 Row = Mapping[str, str | float | None]
@@ -37,7 +38,7 @@ PART_LABELS = {
     "adamw": "AdamW",
     "element": "AdamW",
     "coupled": "Coupled Adam",
-    "hidden": "v per hidden unit (1,H)",
+    "hidden": "Coupled Adam",
     "token": "v per token (V,1)",
     "scalar": "one v (1,1)",
     "sgd": "SGD",
@@ -236,6 +237,16 @@ class Cell:
         return [row for arm in self.arms.values() for runs in arm.runs.values() for row in runs.values()]
 
     @property
+    def reference(self) -> Arm | None:
+        """The arm that the others are compared with."""
+        return next((self.arms[name] for name in REFERENCES if name in self.arms), None)
+
+    @property
+    def shared(self) -> Arm | None:
+        """The arm of Coupled Adam."""
+        return next((self.arms[name] for name in SHARED if name in self.arms), None)
+
+    @property
     def tuned(self) -> bool:
         """Whether some arm was tried at more than one factor, and a loss to choose by is known."""
         return any(arm.choice is not None and len(arm.runs) > 1 for arm in self.arms.values())
@@ -252,7 +263,7 @@ class Cell:
             documents: losses by document of each run, by name.
         """
         chosen = [(arm, arm.choice) for arm in self.arms.values()]
-        against = self.arms.get(REFERENCE)
+        against = self.reference
         found = []
         for arm, choice in chosen:
             if choice is None or not arm.figures("loss_report", choice.factor):
@@ -309,9 +320,8 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
     """
     places = _places()
     order = {name: i for i, name in enumerate(places)}
-    known = sorted(
-        (row for row in rows if text(row, "experiment") in places), key=lambda r: order[text(r, "experiment")]
-    )
+    known = [row for row in rows if text(row, "experiment") in places]
+    known.sort(key=lambda row: order[text(row, "experiment")])
     gathered: dict[tuple[str, tuple[str, ...]], dict[str, dict[float, dict[int, Row]]]] = {}
     entries: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
     for row in known:
@@ -362,11 +372,8 @@ def p_text(p: float | None) -> str:
 
 def factor_text(choice: Choice) -> str:
     """Format the best factor; ``≤`` or ``≥`` where it lies at the end of what was tried."""
+    if len(choice.losses) == 1:
+        return f"{choice.factor:g} (only one tried)"
     if not choice.at_end:
         return f"{choice.factor:g}"
     return f"{'≤' if choice.factor == min(choice.losses) else '≥'} {choice.factor:g}"
-
-
-def seeds_text(losses: Sequence[float] | Mapping[int, float]) -> str:
-    """Format how many seeds a mean is over."""
-    return f"{len(losses)}"
