@@ -80,30 +80,66 @@ def test_seeds_are_put_together_and_compared(tmp_path: Path) -> None:
     found = pair.coupled.moments("validation_loss")
     assert (found.count, found.mean) == (3, pytest.approx(statistics.fmean(losses["V"])))
     assert found.deviation == pytest.approx(statistics.stdev(losses["V"]))
-    # By hand: t = (v̄ − ā) / (s·√(2/3)) with the pooled variance s², and 4 degrees of freedom.
+    difference = pair.difference("validation_loss")
+    assert (difference.count, difference.mean) == (3, pytest.approx(-0.5 / 3))
+    assert difference.p_value == pytest.approx(stats.ttest_rel(losses["V"], losses["A"]).pvalue)
+    assert pair.difference("isotropy").p_value is None, "no spread at all"
+    assert pair.difference("downstream_accuracy") is None
+    # The paper's test, by hand: t = (v̄ − ā) / (s·√(2/3)) with the pooled variance s², and 4 degrees of freedom.
     pooled = (statistics.variance(losses["A"]) + statistics.variance(losses["V"])) / 2
     t = (statistics.fmean(losses["V"]) - statistics.fmean(losses["A"])) / (pooled * 2 / 3) ** 0.5
-    assert pair.p_value(FIGURES["validation_loss"]) == pytest.approx(stats.t.cdf(t, 4))
+    assert pair.papers_p_value(FIGURES["validation_loss"]) == pytest.approx(stats.t.cdf(t, 4))
     higher = dataclasses.replace(FIGURES["validation_loss"], better="higher")
-    assert pair.p_value(higher) == pytest.approx(1 - stats.t.cdf(t, 4))
-    assert pair.p_value(FIGURES["isotropy"]) is None, "no spread at all"
-    assert pair.p_value(FIGURES["downstream_accuracy"]) is None
+    assert pair.papers_p_value(higher) == pytest.approx(1 - stats.t.cdf(t, 4))
+    assert pair.papers_p_value(FIGURES["isotropy"]) is None
+    assert pair.papers_p_value(FIGURES["downstream_accuracy"]) is None
+
+
+def test_runs_of_one_seed_are_pairs_and_the_others_are_left_out(tmp_path: Path) -> None:
+    for method, seeds in (("A", (1, 2, 3)), ("V", (2, 3, 4))):
+        name = "adamw" if method == "A" else "coupled_adam"
+        for seed in seeds:
+            write_run(tmp_path, method, seed, 6.0 + 10 * seed - (method == "V"), optimizer__embedding__name=name)
+    (pair,) = aggregate.comparisons(aggregate.groups(aggregate.read_runs([tmp_path])))
+    difference = pair.difference("validation_loss")
+    assert (difference.count, difference.mean) == (2, -1.0)
 
 
 def test_the_lines_are_in_the_layout_of_the_paper(tmp_path: Path) -> None:
     write_suite(tmp_path)
     pairs = aggregate.comparisons(aggregate.groups(aggregate.read_runs([tmp_path])))
     lines = comparison_lines(pairs, figures(("validation_loss", "mean_shift_ratio")))
-    assert [(line.tokens, line.method, line.runs) for line in lines] == [
-        (tokens, method, "2") for _ in range(2) for tokens in ("512", "1,024") for method in ("AdamW", "Coupled Adam")
+    assert [(line.tokens, line.method) for line in lines] == [
+        (tokens, method)
+        for _ in range(2)
+        for tokens in ("512", "1,024")
+        for method in ("AdamW", "Coupled Adam", "difference")
     ]
+    assert [line.runs for line in lines[:3]] == ["2", "2", "2 pairs"]
     assert [cell.text for cell in lines[0].cells] == ["6.115 ± 0.007", "0.715 ± 0.007"]
-    assert [cell.significant for cell in lines[0].cells] == [False, False], "nothing to compare AdamW with"
-    assert [cell.significant for cell in lines[1].cells] == [True, True]
+    # The losses differ by 0.1 in both pairs: there is nothing to test.
+    shifts = [0.021 - 0.71, 0.022 - 0.72]
+    p = min(1, 4 * stats.ttest_1samp(shifts, 0).pvalue)
+    low, high = stats.t.interval(0.95, 1, statistics.fmean(shifts), stats.sem(shifts))
+    assert [cell.text for cell in lines[2].cells] == [
+        "-0.100 [-0.100, -0.100]",
+        f"{statistics.fmean(shifts):+.3f} [{low:+.3f}, {high:+.3f}], p {p:.3f}",
+    ]
+    assert not any(cell.significant for line in lines for cell in line.cells), "the paper's test is for its own runs"
     assert [cell.text for cell in published_lines(figures(("validation_loss", "mean_shift_ratio")))[0].cells] == [
         "3.03",
         "0.82",
     ]
+
+
+def test_the_papers_own_test_stands_beside_its_own_experiments(tmp_path: Path) -> None:
+    for name, method, loss in (("exp12A", "adamw", 6.1), ("exp12V", "coupled_adam", 6.0)):
+        for seed in (1, 2):
+            write_run(tmp_path, name, seed, loss + 0.01 * seed, optimizer__embedding__name=method)
+    pairs = aggregate.comparisons(aggregate.groups(aggregate.read_runs([tmp_path])))
+    assert [pair.of_the_paper for pair in pairs] == [True]
+    lines = comparison_lines(pairs, figures(("validation_loss",)))
+    assert [line.cells[0].significant for line in lines] == [False, True, False]
 
 
 def test_sweeps_are_in_order_with_the_plain_optimizer_among_them(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from scipy import stats
 
 from coupled_adam.report.paired import (
     Interval,
+    difference_text,
     document_bootstrap,
     holm,
     mean_interval,
+    p_text,
     paired_difference,
     pairs_needed,
 )
@@ -159,3 +161,10 @@ def test_what_does_not_fit_is_refused(first: tuple[int, ...], second: tuple[int,
         document_bootstrap(np.zeros(first), np.zeros(second), np.ones(tokens, dtype=np.int64))
     with pytest.raises(ValueError, match="has no tokens"):
         document_bootstrap(np.zeros((1, 2)), np.zeros((1, 2)), np.array([1, 0]))
+
+
+def test_how_differences_are_written() -> None:
+    found = paired_difference({1: 5.0, 2: 5.0, 3: 5.0}, {1: 5.1, 2: 5.09, 3: 5.11})
+    assert difference_text(found) == "+0.100 [+0.075, +0.125]"
+    assert difference_text(paired_difference({1: 5.0}, {1: 4.9})) == "-0.100" and difference_text(None) == "–"
+    assert [p_text(p) for p in (None, 1e-11, 0.0123, 0.5, 1.0)] == ["–", "< 0.001", "0.012", "0.50", "1.00"]

@@ -55,8 +55,10 @@ def test_no_chart_is_wider_than_its_place(page: Page) -> None:
 
 
 def test_the_tables_stand_beside_the_published_figures(page: Page) -> None:
-    assert column(page, "comparison", "method")[:2] == ["AdamW", "Coupled Adam"]
-    assert column(page, "comparison", "test loss")[:2] == ["6.115 ± 0.007", "6.015 ± 0.007 *"]
+    assert column(page, "comparison", "method")[:3] == ["AdamW", "Coupled Adam", "difference"]
+    losses = column(page, "comparison", "test loss")[:3]
+    assert losses == ["6.115 ± 0.007", "6.015 ± 0.007", "-0.100 [-0.100, -0.100]"]
+    assert "one-sided" not in page.locator("#comparison caption").inner_text(), "no run here is one of the paper's"
     assert column(page, "published", "‖μ‖ʳ")[:2] == ["0.82", "0.03"]
     assert "0.00M" not in page.locator("body").inner_text()
 

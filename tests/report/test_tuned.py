@@ -12,12 +12,10 @@ from coupled_adam.errors import InputError
 from coupled_adam.report.paired import holm, paired_difference
 from coupled_adam.report.tuned import (
     cells,
-    difference_text,
     factor_text,
     fitted_optimum,
     label_of,
     number,
-    p_text,
     read_rows,
     tuned_cells,
 )
@@ -169,10 +167,3 @@ def test_the_vertex_of_a_parabola() -> None:
 )  # fmt: skip
 def test_labels(arm: str, label: str) -> None:
     assert label_of(arm) == label
-
-
-def test_how_differences_are_written() -> None:
-    found = paired_difference({1: 5.0, 2: 5.0, 3: 5.0}, {1: 5.1, 2: 5.09, 3: 5.11})
-    assert difference_text(found) == "+0.100 [+0.075, +0.125]"
-    assert difference_text(paired_difference({1: 5.0}, {1: 4.9})) == "-0.100" and difference_text(None) == "–"
-    assert [p_text(p) for p in (None, 1e-11, 0.0123, 0.5, 1.0)] == ["–", "< 0.001", "0.012", "0.50", "1.00"]

@@ -28,6 +28,7 @@ from coupled_adam.lm.config import OPTIMIZER_LABELS, Experiment
 from coupled_adam.lm.estimate import estimate
 from coupled_adam.lm.metrics_jsonl import MetricsLog
 from coupled_adam.lm.run import read_environment, read_experiment
+from coupled_adam.report.paired import PairedDifference, paired_difference
 
 Value = float | None
 
@@ -356,9 +357,13 @@ class SeedGroup:
         """Model and data, for a heading."""
         return f"{self.first.model} parameters, {short(self.first.tokens)} tokens"
 
+    def by_seed(self, figure: str) -> dict[int, float]:
+        """Return the figure of the runs that have it, by seed."""
+        return {run.seed: value for run in self.runs if (value := run.figures.get(figure)) is not None}
+
     def values(self, figure: str) -> list[float]:
         """Return the figure of the runs that have it."""
-        return [value for run in self.runs if (value := run.figures.get(figure)) is not None]
+        return list(self.by_seed(figure).values())
 
     def moments(self, figure: str) -> Moments | None:
         """Return mean and deviation; None if no run has the figure."""
@@ -401,10 +406,21 @@ class Comparison:
         """Model and data, for a heading."""
         return self.adamw.setting
 
-    def p_value(self, figure: Figure) -> float | None:
-        """One-sided Student's t-test that Coupled Adam is better; None without two runs of each, or any spread.
+    @property
+    def of_the_paper(self) -> bool:
+        """Whether both are experiments of the paper, whose figures stand beside them."""
+        papers = {*experiments.names("small"), *experiments.names("large")}
+        return {_experiment_name(run) for group in (self.adamw, self.coupled) for run in group.runs} <= papers
 
-        The paper calls a difference significant below 0.05 (arXiv 2502.08441, section 4).
+    def difference(self, figure: str) -> PairedDifference | None:
+        """Coupled Adam minus AdamW, over the seeds that both have: a pair begins with the same weights and batches."""
+        return paired_difference(self.adamw.by_seed(figure), self.coupled.by_seed(figure))
+
+    def papers_p_value(self, figure: Figure) -> float | None:
+        """One-sided Student's t-test that Coupled Adam is better, which takes the runs for unrelated.
+
+        It is that of the paper, which calls a difference significant below 0.05 (arXiv 2502.08441, section 4), and
+        stands beside the paper's figures alone. None without two runs of each, or any spread.
         """
         a, v = self.adamw.values(figure.name), self.coupled.values(figure.name)
         if min(len(a), len(v)) < 2 or (statistics.pvariance(a) == statistics.pvariance(v) == 0):

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from coupled_adam.figures import MISSING
+
 #: Of all intervals.
 LEVEL = 0.95
 
@@ -152,3 +154,27 @@ def document_bootstrap(
         means[start : start + size] = (by_seed * of_seeds).sum(1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
+
+
+def with_sign(value: float | None, form: str = ".3f") -> str:
+    """Format a difference with its sign; a dash if there is none."""
+    return MISSING if value is None else f"{value:+{form}}"
+
+
+def bracketed(interval: Interval | None, form: str = ".3f") -> str:
+    """Format an interval of a difference; a dash if there is none."""
+    return MISSING if interval is None else f"[{interval.low:+{form}}, {interval.high:+{form}}]"
+
+
+def difference_text(found: PairedDifference | None, form: str = ".3f") -> str:
+    """Format a mean difference and its interval: ``-0.031 [-0.059, -0.002]``."""
+    if found is None:
+        return MISSING
+    return with_sign(found.mean, form) + (f" {bracketed(found.interval, form)}" if found.interval else "")
+
+
+def p_text(p: float | None) -> str:
+    """Format a p-value, rounded up where it is small: a few pairs carry no more."""
+    if p is None:
+        return MISSING
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"

@@ -24,6 +24,7 @@ from coupled_adam.report.aggregate import (
     table,
 )
 from coupled_adam.report.page import check_page, write_page
+from coupled_adam.report.paired import PairedDifference, difference_text, holm, p_text
 from coupled_adam.report.sections import sections
 from coupled_adam.report.sweeps import Sweeps, sweeps
 from coupled_adam.report.table import published_value
@@ -31,7 +32,7 @@ from coupled_adam.report.table import published_value
 #: Columns that the table of no other program has side by side.
 TABLE_MARK = "Smin/Smax,family,experiment,seed,model"
 
-#: A one-sided t-test below this is called significant, as in the paper.
+#: The paper's one-sided t-test below this is called significant there.
 SIGNIFICANT = 0.05
 
 
@@ -45,12 +46,12 @@ class Cell:
 
     text: str
     significant: bool = False
-    """Whether Coupled Adam is better here, by the t-test."""
+    """Whether Coupled Adam is better here by the paper's t-test; of the paper's experiments alone."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table of comparisons: one optimizer in one setting, or in a published one."""
+    """A row of the table of comparisons: one optimizer in one setting or in a published one, or what two differ by."""
 
     model: str
     tokens: str
@@ -89,6 +90,7 @@ def report(directories: Sequence[Path], out: Path) -> list[Evaluated]:
         scale=_scale(runs),
         columns=columns,
         lines=comparison_lines(pairs, columns),
+        papers=any(pair.of_the_paper for pair in pairs),
         published=published_lines(columns),
         sections=drawn_sections,
         rows=[[_number(row[column]) for column in headings()] for row in table(runs)],
@@ -108,19 +110,32 @@ def check_outputs(out: Path) -> None:
 
 
 def comparison_lines(pairs: Sequence[Comparison], columns: Sequence[Figure]) -> list[Line]:
-    """Make two rows a setting, in the layout of the paper: mean ± standard deviation over seeds."""
+    """Make three rows a setting: mean ± standard deviation over seeds of each, and the paired difference."""
+    differences = [[pair.difference(figure.name) for figure in columns] for pair in pairs]
+    tests = holm([found.p_value if found else None for each in differences for found in each])
+    adjusted = iter(tests)
     lines = []
-    for pair in pairs:
+    for pair, found in zip(pairs, differences, strict=True):
         for group in (pair.adamw, pair.coupled):
             cells = []
             for figure in columns:
-                p = pair.p_value(figure) if group is pair.coupled else None
+                p = pair.papers_p_value(figure) if group is pair.coupled and pair.of_the_paper else None
                 cells.append(Cell(spread(group.moments(figure.name), figure.form), p is not None and p < SIGNIFICANT))
-            run = group.first
             counted = group.moments("validation_loss")
             runs = str(counted.count if counted else 0)
-            lines.append(Line(run.model, short(run.tokens), run.method, runs, tuple(cells)))
+            lines.append(Line(group.first.model, short(group.first.tokens), group.first.method, runs, tuple(cells)))
+        told = [_difference(d, next(adjusted), figure) for d, figure in zip(found, columns, strict=True)]
+        count = max((each.count for each in found if each), default=0)
+        last = lines[-1]
+        lines.append(
+            Line(last.model, last.tokens, "difference", f"{count} pairs" if count > 1 else "1 pair", tuple(told))
+        )
     return lines
+
+
+def _difference(found: PairedDifference | None, adjusted: float | None, figure: Figure) -> Cell:
+    p = "" if adjusted is None else f", p {p_text(adjusted)}"
+    return Cell(difference_text(found, figure.form[2:-1]) + p)
 
 
 def published_lines(columns: Sequence[Figure]) -> list[Line]:

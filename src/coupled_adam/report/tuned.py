@@ -346,30 +346,6 @@ def tuned_cells(rows: Iterable[Row]) -> list[Cell]:
     return [cell for cell in cells(rows) if cell.tuned]
 
 
-def with_sign(value: float | None, form: str = ".3f") -> str:
-    """Format a difference with its sign; a dash if there is none."""
-    return "–" if value is None else f"{value:+{form}}"
-
-
-def bracketed(interval: Interval | None, form: str = ".3f") -> str:
-    """Format an interval of a difference; a dash if there is none."""
-    return "–" if interval is None else f"[{interval.low:+{form}}, {interval.high:+{form}}]"
-
-
-def difference_text(found: PairedDifference | None, form: str = ".3f") -> str:
-    """Format a mean difference and its interval: ``-0.031 [-0.059, -0.002]``."""
-    if found is None:
-        return "–"
-    return with_sign(found.mean, form) + (f" {bracketed(found.interval, form)}" if found.interval else "")
-
-
-def p_text(p: float | None) -> str:
-    """Format a p-value, rounded up where it is small: a few pairs carry no more."""
-    if p is None:
-        return "–"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
-
-
 def factor_text(choice: Choice) -> str:
     """Format the best factor; ``≤`` or ``≥`` where it lies at the end of what was tried."""
     if len(choice.losses) == 1:
