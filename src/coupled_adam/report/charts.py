@@ -43,6 +43,11 @@ class Chart:
     caption: str
     wide: bool = False
 
+    @property
+    def name(self) -> str:
+        """What a screen reader calls it: its title, or else what it means."""
+        return self.figure.layout.title.text or self.caption
+
 
 def curves(
     title: str,
@@ -82,7 +87,7 @@ def curves(
         )
     figure.update_xaxes(title=x, type="log" if log_x else "linear")
     figure.update_yaxes(range=None if highest is None else [0, highest], type="log" if log_y else "linear")
-    return _styled(figure, title, height=360)
+    return styled(figure, title, height=360)
 
 
 #: The name of the line that the causes of the drift add up to, but for the initial mean.
@@ -148,7 +153,7 @@ def token_scatter(title: str, samples: Mapping[str, TokenSample], value: str, *,
         )
     figure.update_xaxes(title="occurrences in the training text + 1", type="log")
     figure.update_yaxes(type="log" if log_y else "linear")
-    return _styled(figure, title, height=380)
+    return styled(figure, title, height=380)
 
 
 def norm_against_frequency(samples: Mapping[str, TokenSample]) -> Chart:
@@ -195,7 +200,7 @@ def token_maps(samples: Mapping[str, TokenSample]) -> go.Figure:
     figure.update_xaxes(range=_range([x for s in samples.values() for x in s.along]))
     figure.update_yaxes(range=_range([y for s in samples.values() for y in s.across]))
     figure.update_yaxes(title="widest direction across it", row=1, col=1)
-    return _styled(figure, None, height=480).update_layout(showlegend=False)
+    return styled(figure, None, height=480).update_layout(showlegend=False)
 
 
 def _by_count(counts: Sequence[int] | None, shown: bool) -> dict[str, Any]:
@@ -223,7 +228,8 @@ def _range(values: Sequence[float]) -> list[float]:
     return [low - margin, high + margin]
 
 
-def _styled(figure: go.Figure, title: str | None, height: int) -> go.Figure:
+def styled(figure: go.Figure, title: str | None, height: int) -> go.Figure:
+    """Give a chart the look that all have."""
     # Below the chart, where several lines of it cover nothing.
     legend = {"orientation": "h", "y": -0.25, "yanchor": "top", "x": 0}
     margin = {"l": 60, "r": 20, "t": 40, "b": 50}

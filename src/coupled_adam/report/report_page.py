@@ -9,6 +9,7 @@ from coupled_adam import experiments
 from coupled_adam.errors import InputError
 from coupled_adam.figures import FIGURES, Figure, cell, figures
 from coupled_adam.files import check_file_replaceable, write_text
+from coupled_adam.report import documents, tuned_sections
 from coupled_adam.report.aggregate import (
     ADAMW,
     Comparison,
@@ -28,6 +29,8 @@ from coupled_adam.report.paired import PairedDifference, difference_text, holm, 
 from coupled_adam.report.sections import sections
 from coupled_adam.report.sweeps import Sweeps, sweeps
 from coupled_adam.report.table import published_value
+from coupled_adam.report.tuned import Cell as TunedCell
+from coupled_adam.report.tuned import tuned_cells, versus
 
 #: Columns that the table of no other program has side by side.
 TABLE_MARK = "Smin/Smax,family,experiment,seed,model"
@@ -75,25 +78,29 @@ def report(directories: Sequence[Path], out: Path) -> list[Evaluated]:
         )
     found = groups(runs)
     swept = sweeps(found)
-    in_sweeps = {id(group) for each in swept for line in each.lines for group in line.groups}
-    pairs = comparisons([group for group in found if id(group) not in in_sweeps])
+    rows = table(runs)
+    tuned, losses = tuned_cells(rows), documents.of_runs(runs)
+    elsewhere = {id(group) for each in swept for line in each.lines for group in line.groups}
+    at_own_rates = {row["name"] for cell in tuned for row in cell.rows}
+    elsewhere |= {id(group) for group in found if group.first.name in at_own_rates}
+    pairs = comparisons([group for group in found if id(group) not in elsewhere])
     columns = figures(COLUMN_NAMES)
     if all(run.figures["downstream_accuracy"] is None for run in runs):
         columns = [figure for figure in columns if figure.name != "downstream_accuracy"]
-    drawn_sections = sections(found, pairs, swept)
+    drawn_sections = sections(found, pairs, swept, tuned, losses)
     write_text(out / "aggregate.csv", as_csv(runs))
     write_page(
         out / "report.html",
         __name__,
         {f"{i}-{j}": c.figure for i, section in enumerate(drawn_sections) for j, c in enumerate(section.charts)},
-        headline=_headline(pairs, swept),
+        headline=_headline(pairs, swept, tuned),
         scale=_scale(runs),
         columns=columns,
         lines=comparison_lines(pairs, columns),
         papers=any(pair.of_the_paper for pair in pairs),
         published=published_lines(columns),
         sections=drawn_sections,
-        rows=[[_number(row[column]) for column in headings()] for row in table(runs)],
+        rows=[[_number(row[column]) for column in headings()] for row in rows],
         headings=headings(),
         downstream=_downstream(runs),
         similarity=_similarity(pairs),
@@ -150,7 +157,9 @@ def _number(value: str | float | None) -> str:
     return value if isinstance(value, str) else cell(value)
 
 
-def _headline(pairs: Sequence[Comparison], swept: Sequence[Sweeps]) -> str:
+def _headline(pairs: Sequence[Comparison], swept: Sequence[Sweeps], tuned: Sequence[TunedCell]) -> str:
+    if not pairs and (told := tuned_sections.headline(versus(tuned))):
+        return told
     if not pairs and swept:
         names = dict.fromkeys(line.first.method for each in swept for line in each.lines)
         return f"How much the loss depends on the learning rate, and what becomes of the logits: {', '.join(names)}."

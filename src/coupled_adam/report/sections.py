@@ -9,11 +9,13 @@ import plotly.graph_objects as go
 from coupled_adam import experiments
 from coupled_adam.figures import FIGURES
 from coupled_adam.lm.config import OPTIMIZER_LABELS
-from coupled_adam.report import charts, sweep_sections
+from coupled_adam.report import charts, sweep_sections, tuned_sections
 from coupled_adam.report.aggregate import ADAMW, COUPLED, Comparison, SeedGroup, largest, spread, sweep
 from coupled_adam.report.charts import Chart
+from coupled_adam.report.documents import DocumentLosses
 from coupled_adam.report.sweep_sections import TextTable
 from coupled_adam.report.sweeps import Sweeps
+from coupled_adam.report.tuned import Cell, versus
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,21 @@ class Section:
     table: TextTable | None = None
 
 
-def sections(found: Sequence[SeedGroup], pairs: Sequence[Comparison], swept: Sequence[Sweeps]) -> list[Section]:
+def sections(
+    found: Sequence[SeedGroup],
+    pairs: Sequence[Comparison],
+    swept: Sequence[Sweeps],
+    tuned: Sequence[Cell],
+    documents: Mapping[str, DocumentLosses],
+) -> list[Section]:
     """Make the sections for what the runs hold.
 
     Args:
         found: all groups of runs.
         pairs: AdamW and Coupled Adam, as far as they are compared.
         swept: sweeps over learning rates.
+        tuned: methods that are compared at their best rates of the embedding.
+        documents: losses by document of each run, by name.
     """
     made: list[Section] = []
     if pairs:
@@ -49,9 +59,24 @@ def sections(found: Sequence[SeedGroup], pairs: Sequence[Comparison], swept: Seq
     if swept:
         heading = "Learning-rate sensitivity in the paper on output embedding centering, arXiv 2601.02031"
         made.append(Section(heading, table=sweep_sections.published()))
+    made += _tuned(tuned, documents)
     if pairs:
         made.append(Section(f"The embeddings: {largest(pairs).setting}", _embeddings(largest(pairs))))
     return [section for section in made if section.charts or section.table]
+
+
+def _tuned(tuned: Sequence[Cell], documents: Mapping[str, DocumentLosses]) -> list[Section]:
+    made = []
+    for grid in tuned_sections.grids(tuned):
+        styles = tuned_sections.styles(grid)
+        charts_across = tuned_sections.drawn_across(grid, styles)
+        across = tuned_sections.table_across(grid, documents)
+        made.append(Section(tuned_sections.heading_across(grid), charts_across, table=across if across.rows else None))
+        for cell in grid:
+            told = " ".join(tuned_sections.sentence(each) for each in versus([cell], documents))
+            drawn, table = tuned_sections.drawn(cell, styles), tuned_sections.table(cell, documents)
+            made.append(Section(tuned_sections.heading(cell), drawn, told, table))
+    return made
 
 
 def _curves(pair: Comparison) -> list[Chart]:

@@ -12,7 +12,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -45,6 +45,7 @@ PART_LABELS = {
     "center": "center",
     "zero-sum": "zero-sum step",
     "amsgrad": "AMSGrad",
+    "bf16-head": "bfloat16 head",
 }
 _PARTS = re.compile("|".join([*PART_LABELS, r"alpha-[\d.]+", r"beta2-[\d.]+"]))
 
@@ -200,16 +201,22 @@ class Outcome:
     """Its p-value by Holm's method within the cell."""
     over_documents: Interval | None
     """Bootstrap interval over documents and seeds; None where the losses by document are not known."""
+    reference: bool
+    """Whether it is the arm that the others are compared with."""
 
     @property
     def losses(self) -> dict[int, float]:
         """``loss_report`` by seed."""
-        return self.arm.figures("loss_report", self.choice.factor)
+        return self.at_the_best("loss_report")
 
     @property
     def interval(self) -> Interval | None:
         """Of the mean of ``losses``: how far the seeds scatter."""
         return mean_interval(list(self.losses.values()))
+
+    def at_the_best(self, column: str) -> dict[int, float]:
+        """Return a figure by seed at the chosen factor."""
+        return self.arm.figures(column, self.choice.factor)
 
     def mean(self, column: str) -> float | None:
         """Return the mean over seeds of a figure at the chosen factor."""
@@ -230,6 +237,12 @@ class Cell:
     def name(self) -> str:
         """Its entries, for a heading."""
         return ", ".join(self.place.values()) or self.grid.partition("{")[0].strip("-")
+
+    @property
+    def beta2(self) -> float:
+        """Of the embedding's second moment, as the experiments have it."""
+        first = experiments.load(text(self.rows[0], "experiment")).optimizer
+        return first.core.betas[1] if first.embedding.beta2 is None else first.embedding.beta2
 
     @property
     def rows(self) -> list[Row]:
@@ -276,7 +289,7 @@ class Cell:
             found.append((arm, choice, difference, over))
         adjusted = holm([difference.p_value if difference else None for _, _, difference, _ in found])
         return [
-            Outcome(arm, choice, difference, p, over)
+            Outcome(arm, choice, difference, p, over, arm is against)
             for (arm, choice, difference, over), p in zip(found, adjusted, strict=True)
         ]
 
@@ -344,6 +357,36 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
 def tuned_cells(rows: Iterable[Row]) -> list[Cell]:
     """Return the cells in which something was tuned."""
     return [cell for cell in cells(rows) if cell.tuned]
+
+
+@dataclass(frozen=True)
+class Versus:
+    """Coupled Adam beside AdamW in a cell."""
+
+    cell: Cell
+    adamw: Outcome
+    coupled: Outcome
+    at_one_rate: PairedDifference | None
+    """The difference of ``loss_report`` where the embedding has the rate of the rest: both at factor 1."""
+    bits_per_byte: PairedDifference | None
+    """The difference at the best factors, in bits per byte of text."""
+    adjusted: float | None
+    """The p-value at the best factors, by Holm's method over the cells."""
+
+
+def versus(found: Iterable[Cell], documents: Mapping[str, DocumentLosses] | None = None) -> list[Versus]:
+    """Compare Coupled Adam with AdamW in each cell that has both, each at its best factor."""
+    made: list[Versus] = []
+    for cell in found:
+        by_arm = {outcome.arm.name: outcome for outcome in cell.outcomes(documents)}
+        first, second = cell.reference, cell.shared
+        if first is None or second is None or not {first.name, second.name} <= by_arm.keys():
+            continue
+        a, v = by_arm[first.name], by_arm[second.name]
+        bits = difference_at(first, a.choice.factor, second, v.choice.factor, "bits_per_byte")
+        made.append(Versus(cell, a, v, difference_at(first, 1.0, second, 1.0), bits, None))
+    adjusted = holm([each.coupled.difference.p_value if each.coupled.difference else None for each in made])
+    return [replace(each, adjusted=p) for each, p in zip(made, adjusted, strict=True)]
 
 
 def factor_text(choice: Choice) -> str:
