@@ -121,8 +121,10 @@ def test_the_bootstrap_needs_the_documents_of_all_pairs() -> None:
 
 
 def test_two_rows_of_one_run_are_refused() -> None:
-    with pytest.raises(InputError, match=r"mini-what-tied-adamw-x1-s1: two rows are of this experiment and seed"):
-        cells([*study(), row("tied", "adamw", 1.0, 1)])
+    again = row("tied", "adamw", 1.0, 1)
+    assert len(cell([*study(), again]).rows) == len(cell(study()).rows), "the same row twice is one"
+    with pytest.raises(InputError, match=r"mini-what-tied-adamw-x1-s1: two rows of this experiment and seed differ"):
+        cells([*study(), {**again, "loss_report": 5.0}])
 
 
 @pytest.mark.parametrize(("column", "told"), [("seed", "no seed"), ("lr_factor", "no lr_factor")])

@@ -329,7 +329,7 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
     """Gather the runs of grids with axes ``arm`` and ``factor`` into cells, in the order of the grids.
 
     Raises:
-        InputError: two rows are of one experiment and seed, or a row lacks its seed or factor.
+        InputError: two rows of one experiment and seed differ, or a row lacks its seed or factor.
     """
     places = _places()
     order = {name: i for i, name in enumerate(places)}
@@ -345,8 +345,8 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
         key = (grid, tuple(place.values()))
         entries[key] = place
         runs = gathered.setdefault(key, {}).setdefault(arm, {}).setdefault(factor, {})
-        if seed in runs:
-            raise InputError(f"{row.get('name')}: two rows are of this experiment and seed; keep one")
+        if runs.get(seed, row) != row:
+            raise InputError(f"{row.get('name')}: two rows of this experiment and seed differ; keep one")
         runs[seed] = row
     return [
         Cell(key[0], entries[key], {arm: Arm(arm, dict(sorted(runs.items()))) for arm, runs in arms.items()})

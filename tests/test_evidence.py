@@ -1,0 +1,245 @@
+"""Every number of README and docs that rests on docs/results is what the files there say."""
+
+import csv
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "report"))
+from made_up_study import row, study  # noqa: E402
+
+#: Numbers that rest on no training run of ours that is kept as a table: headings of the first column.
+ELSEWHERE = {
+    ("README.md", "after 300 steps of 2,048 tokens"),  # the demo prints them
+    ("docs/which.md", "size"),  # published
+    ("docs/evaluation.md", "model, tokens"),
+}
+
+
+@pytest.fixture(scope="module")
+def evidence() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import evidence
+
+        yield evidence
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A copy of the pages and results."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.png"))
+    return tmp_path
+
+
+def complaints(evidence: ModuleType, root: Path, check: bool = True) -> list[str]:
+    return evidence.update(root, evidence.Results(root / "docs" / "results"), check)
+
+
+def test_the_pages_are_what_the_files_say(evidence: ModuleType) -> None:
+    assert complaints(evidence, ROOT) == []
+    marked = {m["name"] for page in evidence.pages(ROOT) for m in evidence.MARKED.finditer(page.read_text("utf-8"))}
+    assert len(marked) >= 5
+
+
+def test_a_number_that_was_edited_is_noticed_and_put_right(evidence: ModuleType, root: Path) -> None:
+    before = (root / "README.md").read_text("utf-8")
+    (root / "README.md").write_text(before.replace("-0.031 [", "-0.131 ["), "utf-8")
+    told = "README.md: long is not what docs/results has; run python tools/evidence.py"
+    assert complaints(evidence, root) == [told]
+    assert complaints(evidence, root, check=False) == []
+    assert (root / "README.md").read_text("utf-8") == before
+
+
+def test_a_figure_that_changed_in_a_file_is_noticed(evidence: ModuleType, root: Path) -> None:
+    path = root / "docs" / "results" / "sweeps.csv"
+    lines = path.read_text("utf-8").splitlines()
+    (i,) = [i for i, line in enumerate(lines) if line.startswith("mini-drift-coupled-3e-3-s1,")]
+    lines[i] = lines[i].replace("6.3", "6.9", 2)
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    found = complaints(evidence, root)
+    assert {line.split(": ")[1].split(" ")[0] for line in found} == {"drift", "core"}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("<!-- evidence: nothing -->\n\n1\n\n<!-- /evidence -->", "no block nothing; there are drift, "),
+        ("<!-- evidence: drift -->\n\n1\n", "1 markers make 0 blocks"),
+        ("1\n<!-- /evidence -->\n", "1 markers make 0 blocks"),
+        ("<!-- evidence: drift -->\n<!-- evidence: tied -->\n<!-- /evidence -->", "3 markers make 1 blocks"),
+        ("<!-- evidence drift -->\n<!-- /evidence -->", "2 markers make 0 blocks"),
+        (
+            "<!-- evidence: what-tied -->\n\n1\n\n<!-- /evidence -->",
+            "what-tied cannot be made yet: study.csv is not there",
+        ),
+    ],
+)
+@pytest.mark.parametrize("check", [True, False])
+def test_markers_that_mean_nothing_are_named(
+    text: str, told: str, check: bool, evidence: ModuleType, root: Path
+) -> None:
+    (root / "docs" / "results" / "study.csv").unlink(missing_ok=True)
+    for page in evidence.pages(root):
+        page.write_text("", "utf-8")
+    page = root / "docs" / "which.md"
+    page.write_text(text, "utf-8")
+    (found,) = complaints(evidence, root, check)
+    assert found.startswith(f"docs/which.md: {told}")
+    assert page.read_text("utf-8") == text, "what cannot be made stays"
+
+
+def test_a_block_within_a_line_stays_there(evidence: ModuleType) -> None:
+    results = evidence.Results(ROOT / "docs" / "results")
+    inline, problems = evidence.rendered("So <!-- evidence: rounding -->x<!-- /evidence --> it is.", results)
+    assert problems == [] and inline.startswith("So <!-- evidence: rounding -->In float32") and "\n" not in inline
+
+
+def tables(page: Path) -> list[tuple[str, str]]:
+    """The heading of the first column of every table with decimals that stands outside of a block, and its text."""
+    text = re.sub(r"<!-- evidence: .*?<!-- /evidence -->", "", page.read_text("utf-8"), flags=re.DOTALL)
+    found = re.findall(r"^(?:\|.*\n){2,}", text + "\n", re.MULTILINE)
+    return [
+        (table.split("|")[1].strip(), table)
+        for table in found
+        if len(re.findall(r"\|\s*\**[-+−]?\d+\.\d\d+\b", table)) >= 4
+    ]
+
+
+def test_no_table_of_training_results_stands_outside_of_a_block() -> None:
+    pages = [
+        ROOT / "README.md",
+        ROOT / "docs" / "which.md",
+        ROOT / "docs" / "evaluation.md",
+        ROOT / "docs" / "index.md",
+    ]
+    unmarked = {
+        (page.relative_to(ROOT).as_posix(), heading) for page in pages if page.exists() for heading, _ in tables(page)
+    }
+    assert unmarked - ELSEWHERE == set()
+
+
+def test_such_a_table_would_be_found(tmp_path: Path) -> None:
+    cells = ("6.12", "**6.13**", "-0.01", "6.1 ± 0.2", "6.15")
+    table = "| method | loss |\n| --- | ---: |\n" + "".join(f"| a | {value} |\n" for value in cells)
+    (tmp_path / "page.md").write_text(
+        f"Text\n\n{table}\n<!-- evidence: x -->\n\n{table}\n<!-- /evidence -->\n", "utf-8"
+    )
+    assert [heading for heading, _ in tables(tmp_path / "page.md")] == ["method"]
+
+
+def write(path: Path, rows: list) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for each in rows for key in each)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def whole_study() -> list:
+    """A study with runs of every grid."""
+    rows = [dict(each) for each in study()]
+    rows += [dict(row("untied", arm, 1.0, seed)) for arm in ("adamw", "coupled") for seed in (2, 3)]
+
+    def also(name: str, arms: dict[str, str], **values: str | float) -> None:
+        for each in study():
+            experiment = str(each["experiment"])
+            if experiment.startswith("mini-what-tied-") and (arm := arms.get(experiment.split("-")[3])):
+                made = name.format(arm=arm, factor=f"x{each['lr_factor']:g}")
+                rows.append({**each, "experiment": made, "name": f"{made}-s{each['seed']}", **values})
+
+    for tying in ("tied", "untied"):
+        also(f"mini-what-{tying}-{{arm}}-{{factor}}", {"adamw": "adamw-center", "coupled": "coupled-center"})
+        also(f"mini-what-{tying}-{{arm}}-{{factor}}", {"token": "element-zero-sum"})
+    both = {"adamw": "element", "coupled": "hidden"}
+    for cell, batch in (("b1k", 1024), ("b4k", 4096), ("beta2-0.99", 1024)):
+        also(f"mini-{cell}-{{arm}}-{{factor}}", both, batch_tokens=batch, bits_per_byte=1.5)
+    plain = {"adamw": "adamw", "coupled": "coupled"}
+    for rate in (1e-3, 1e-2):
+        also(f"mini-rest-{rate:.0e}-{{arm}}-{{factor}}".replace("e-0", "e-"), plain, lr=rate)
+    also("mini-rates-{arm}-{factor}", plain)
+    also("mini-words-{arm}-{factor}", plain)
+    for i, each in enumerate(rows):
+        each |= {f"log_ratio_{name}": 0.1 for name in ("below_0.1", "0.1_to_1", "1_to_10", "above_10")}
+        each["ratio norm"] = 0.02 + 0.01 * (i % 7)
+        each["eb_cos_sim"] += 0.1 * (i % 5)
+    return rows
+
+
+def test_every_block_is_made_from_a_whole_study(evidence: ModuleType, root: Path) -> None:
+    write(root / "docs" / "results" / "study.csv", whole_study())
+    results = evidence.Results(root / "docs" / "results")
+    made = {name: block(results) for name, block in evidence.BLOCKS.items()}
+    for name, text in made.items():
+        assert text and not re.search(r"\b(nan|inf|None)\b", text), name
+        if text.startswith("|"):
+            widths = {line.replace("\\|", "").count("|") for line in text.splitlines()}
+            assert len(widths) == 1 and len(text.splitlines()) >= 3, name
+    assert "| Coupled Adam | 10 | 5.821 | +0.101 [+0.100, +0.102] | " in made["what-tied"]
+    assert [line.split(" | ")[0] for line in made["batch"].splitlines()[2:]] == ["| b1k", "| b4k", "| beta2-0.99"]
+    assert "| 4096 | 8192 | 0.95 |" in made["batch"] and "| 1024 | 8192 | 0.99 |" in made["batch"]
+    assert [line.split(" | ")[0] for line in made["rest"].splitlines()[2:]] == ["| 0.001", "| 0.003", "| 0.01"]
+    assert [line.split(" | ")[:3] for line in made["noise"].splitlines()[2:]] == [
+        ["| tied", "best for each", "3"],  # at factor 1 there is one pair, and no spread
+        ["| untied", "1", "3"],
+        ["| untied", "best for each", "3"],
+    ]
+    assert made["headline"].count("best for each") == 4 and "1.85M parameters, 4M tokens" in made["headline"]
+    assert made["centering"].count("\n") == 1 + 4 and "the step sums to zero | AdamW" in made["contrasts-tied"]
+    assert made["word-similarity-rate"].count("**") == 2 * 2, "one factor chosen an arm"
+
+
+def test_the_front_holds_what_nothing_is_better_than(evidence: ModuleType, root: Path) -> None:
+    write(root / "docs" / "results" / "study.csv", list(study()))
+    text = evidence.BLOCKS["front"](evidence.Results(root / "docs" / "results"))
+    tied = [line.strip("| ").split(" | ") for line in text.splitlines()[2:] if line.startswith("| tied")]
+    losses, isotropies = [float(line[3]) for line in tied], [float(line[4]) for line in tied if "isotropy" in line[-1]]
+    assert losses == sorted(losses) and isotropies == sorted(isotropies)
+    assert tied[0][1:3] == ["AdamW", "30"] and tied[0][-1] == "isotropy and word similarity", "the lowest loss of all"
+    assert ["Coupled Adam", "1"] in [line[1:3] for line in tied], "the most isotropic"
+
+
+def test_blocks_make_do_with_columns_that_are_missing(evidence: ModuleType, root: Path) -> None:
+    rows = whole_study()
+    for column in sorted({key for each in rows for key in each} - {"name", "experiment", "seed", "lr_factor", "lr"}):
+        write(root / "docs" / "results" / "study.csv", [{k: v for k, v in e.items() if k != column} for e in rows])
+        results = evidence.Results(root / "docs" / "results")
+        for name, block in evidence.BLOCKS.items():
+            try:
+                assert "nan" not in block(results), (column, name)
+            except evidence.NotYet as reason:
+                assert column in (
+                    "loss_selection",
+                    "loss_report",
+                    "step_rms",
+                    "ratio norm",
+                    "isotropy",
+                    "eb_cos_sim",
+                ), (
+                    column,
+                    name,
+                    reason,
+                )
+
+
+def test_pictures_are_made_of_what_there_is(evidence: ModuleType, root: Path) -> None:
+    (root / "docs" / "results" / "study.csv").unlink(missing_ok=True)
+    assert evidence.pictures(evidence.Results(root / "docs" / "results")) == {}
+    write(root / "docs" / "results" / "study.csv", whole_study())
+    found = evidence.pictures(evidence.Results(root / "docs" / "results"))
+    assert {name: len(charts) for name, charts in found.items()} == {
+        "best.png": 2,
+        "batch.png": 3,
+        "rates.png": 2,
+        "frequency.png": 2,
+        "similarity.png": 4,
+        "front.png": 4,
+    }

@@ -1,0 +1,522 @@
+"""The tables and sentences of README and docs that rest on docs/results/*.csv, each a function from those files.
+
+A block whose runs are not in the files yet raises :class:`NotYet`.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from coupled_adam.figures import cell
+from coupled_adam.report import tuned_sections
+from coupled_adam.report.documents import DocumentLosses, read_documents
+from coupled_adam.report.paired import difference_text, holm, p_text, paired_difference, pairs_needed
+from coupled_adam.report.sensitivity import lr_sensitivity
+from coupled_adam.report.tuned import (
+    Cell,
+    Outcome,
+    Row,
+    cells,
+    difference_at,
+    factor_text,
+    number,
+    read_rows,
+    seed_of,
+    text,
+    versus,
+)
+
+#: The difference that the number of seeds is planned for, in nats per token.
+DETECTABLE = 0.02
+
+#: Patterns of the grids' names, as experiments/mini.toml has them.
+WHAT, BATCH, REST = "mini-what-{tying}-{arm}-{factor}", "mini-{cell}-{arm}-{factor}", "mini-rest-{rate}-{arm}-{factor}"
+RATES, WORDS = "mini-rates-{arm}-{factor}", "mini-words-{arm}-{factor}"
+
+#: Pairs of arms that differ in one thing: what that is, without it, and with it.
+CONTRASTS = (
+    ("the step sums to zero", "adamw", "element-zero-sum"),
+    ("the step sums to zero", "token", "token-zero-sum"),
+    ("the step sums to zero", "alpha-0.5", "alpha-0.5-zero-sum"),
+    ("one second moment per token", "adamw", "token"),
+    ("one second moment for all tokens, per hidden unit", "adamw", "coupled"),
+    ("one second moment for all hidden units too", "coupled", "scalar"),
+    ("AMSGrad", "adamw", "element-amsgrad"),
+    ("β2 = 0.999 for the embedding", "adamw", "element-beta2-0.999"),
+    ("no second moment at all", "coupled", "sgd"),
+)
+
+#: What centering is compared in.
+CENTERED = (("adamw", "adamw-center"), ("coupled", "coupled-center"))
+
+KAPPA_RANGES = ("below_0.1", "0.1_to_1", "1_to_10", "above_10")
+
+
+class NotYet(LookupError):
+    """The runs that a block needs are not in the files."""
+
+
+class Results:
+    """The files of docs/results."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def rows(self, name: str) -> list[Row]:
+        """Read a table. Raises NotYet if the file is not there."""
+        path = self.directory / name
+        if not path.exists():
+            raise NotYet(f"{path.name} is not there")
+        return read_rows(path)
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """What the study compares, in the order of its grids."""
+        return cells(self.rows("study.csv"))
+
+    @cached_property
+    def documents(self) -> dict[str, DocumentLosses]:
+        """Losses by document; empty if they are not there."""
+        path = self.directory / "study-documents.csv"
+        return read_documents(path) if path.exists() else {}
+
+    def tuned(self, grid: str, *place: str) -> list[Cell]:
+        """Return the cells of a grid in which a rate was chosen, or those at a place. Raises NotYet without any."""
+        found = [
+            each
+            for each in self.cells
+            if each.grid == grid and each.tuned and (not place or tuple(each.place.values()) == place)
+        ]
+        if not found:
+            raise NotYet(f"study.csv has no tuned runs of {grid} {' '.join(place)}".rstrip())
+        return found
+
+
+Block = Callable[[Results], str]
+
+BLOCKS: dict[str, Block] = {}
+
+
+def block(name: str) -> Callable[[Block], Block]:
+    """Register a block."""
+
+    def registered(made: Block) -> Block:
+        assert name not in BLOCKS, name
+        BLOCKS[name] = made
+        return made
+
+    return registered
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Format a table; its first ``left`` columns are flush left, the others right. Raises NotYet without rows."""
+    escaped = [[value.replace("|", "\\|") for value in row] for row in rows]
+    if not escaped:
+        raise NotYet("no runs for the table")
+    lines = [[value.replace("|", "\\|") for value in headings], ["---"] * left + ["---:"] * (len(headings) - left)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (*lines, *escaped))
+
+
+def _text_table(table: tuned_sections.TextTable) -> str:
+    return markdown([f"{name} {small}".strip() for name, small in table.headings], table.rows)
+
+
+# What rests on sweeps.csv: sweeps over one learning rate for all parameters
+
+
+#: The methods of the sweeps in the order of their tables.
+METHODS = (
+    "AdamW", "AdamW + center", "AdamW + μ-loss", "AdamW + z-loss", "AdamW + soft-cap", "Coupled Adam",
+    "Coupled Adam + center",
+)  # fmt: skip
+
+Lines = Mapping[str, Mapping[float, Row]]
+
+
+def _by_rate(
+    rows: Iterable[Row], name: Callable[[Row], str] = lambda row: text(row, "method")
+) -> dict[str, dict[float, Row]]:
+    found: dict[str, dict[float, Row]] = {}
+    for row in rows:
+        found.setdefault(name(row), {})[number(row, "lr") or 0.0] = row
+    return {key: dict(sorted(line.items())) for key, line in found.items()}
+
+
+def _family(results: Results, family: str) -> list[Row]:
+    found = [row for row in results.rows("sweeps.csv") if text(row, "family") == family]
+    if not found:
+        raise NotYet(f"sweeps.csv has no runs of {family}")
+    return found
+
+
+def _small(value: float | None, form: str) -> str:
+    """A figure, and 0 for what rounds to it; three digits (``g``) are three decimals where it is small."""
+    made = cell(value, "{:.3f}" if value is not None and abs(value) < 0.1 and form.endswith("g}") else form)
+    return "0" if value is not None and float(made) == 0 else made
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+00", "")
+
+
+def _sweep(first: str, lines: Lines, isotropy: bool = False) -> str:
+    """A row a method: the loss at each rate that all have, sensitivity, and figures at the largest of these rates."""
+    rates = sorted(set.intersection(*(set(line) for line in lines.values())))
+    figures = [("mu norm", "‖μ‖", "{:.3g}"), ("ratio norm", "‖μ‖ʳ", "{:.3f}")]
+    figures += [("isotropy", "isotropy", "{:.2f}")] if isotropy else []
+    figures += [("logit_mean", "mean logit", "{:.2f}"), ("logit_max", "max |logit|", "{:.1f}")]
+    rows = []
+    for name, line in lines.items():
+        losses = [number(line[rate], "test_loss") for rate in rates]
+        best = min(loss for loss in losses if loss is not None)
+        shown = [f"**{loss:.3f}**" if loss == best else cell(loss, "{:.3f}") for loss in losses]
+        initial = number(next(iter(line.values())), "initial_loss")
+        assert initial is not None, f"{name}: no initial loss"
+        told = [_small(number(line[rates[-1]], column), form) for column, _, form in figures]
+        rows.append([name, *shown, f"{lr_sensitivity(losses, initial):.2f}", *told])
+    return markdown([first, *map(_rate, rates), "LRS", *(heading for _, heading, _ in figures)], rows)
+
+
+def _ordered(lines: Lines) -> dict[str, Mapping[float, Row]]:
+    return {name: lines[name] for name in METHODS if name in lines}
+
+
+@block("drift")
+def drift(results: Results) -> str:
+    return _sweep("method", _ordered(_by_rate(_family(results, "drift"))))
+
+
+@block("precision")
+def precision(results: Results) -> str:
+    rounded = _ordered(_by_rate(_family(results, "precision")))
+    control = _by_rate(_family(results, "drift"))["AdamW"]
+    return _sweep("method", {**rounded, "AdamW, float32 head (control)": control})
+
+
+@block("tied")
+def tied(results: Results) -> str:
+    return _sweep("method", _ordered(_by_rate(_family(results, "tied"))), isotropy=True)
+
+
+@block("core")
+def core(results: Results) -> str:
+    coupled = [row for row in _family(results, "drift") if text(row, "method") == "Coupled Adam"]
+    names = {"adamw": "AdamW", "adams": "Adams", "muon": "Muon"}
+    lines = _by_rate([*coupled, *_family(results, "core")], lambda row: names[text(row, "core")])
+    return _sweep("optimizer of the rest", lines, isotropy=True)
+
+
+@block("rounding")
+def rounding(results: Results) -> str:
+    lines = _by_rate(_family(results, "drift"))
+    plain, centered = lines["AdamW"], lines["AdamW + center"]
+    apart = {
+        rate: abs((number(plain[rate], "test_loss") or 0) - (number(centered[rate], "test_loss") or 0))
+        for rate in plain
+    }
+    told = ", ".join(f"{value:.3f} at {_rate(rate)}" for rate, value in apart.items())
+    return f"In float32 the test losses of AdamW with and without centering differ by {told}."
+
+
+# What rests on long.csv: four million tokens at one learning rate
+
+
+LONG = (
+    ("test_loss", "validation loss", "{:.3f}", ".3f"),
+    ("eb_cos_sim", "word similarity, 100·correlation with human ratings", "{:.1f}", ".1f"),
+    ("isotropy", "isotropy", "{:.3f}", ".3f"),
+    ("ratio norm", "mean shift ratio", "{:.3f}", ".3f"),
+    ("Smin/Smax", "inverse condition, 100·S_min/S_max", "{:.2f}", ".2f"),
+)
+
+
+@block("long")
+def long(results: Results) -> str:
+    rows = results.rows("long.csv")
+    compared, shown = [], []
+    for column, label, form, signed in LONG:
+        by_method: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if (value := number(row, column)) is not None:
+                by_method.setdefault(text(row, "method"), {})[seed_of(row)] = value
+        a, v = by_method["AdamW"], by_method["Coupled Adam"]
+        compared.append(paired_difference(a, v))
+        spreads = [
+            f"{form} ± {form}".format(statistics.fmean(m), statistics.stdev(m))
+            for m in map(list, (a.values(), v.values()))
+        ]
+        shown.append([label, *spreads, difference_text(compared[-1], signed)])
+    adjusted = holm([found.p_value if found else None for found in compared])
+    rows_out = [[*row, p_text(p)] for row, p in zip(shown, adjusted, strict=True)]
+    return markdown(["after 4M tokens", "AdamW", "Coupled Adam", "difference [95%]", "p"], rows_out)
+
+
+# What rests on study.csv: each method at its own rate of the embedding
+
+
+@block("what-tied")
+def what_tied(results: Results) -> str:
+    return _text_table(tuned_sections.table(*results.tuned(WHAT, "tied"), results.documents))
+
+
+@block("what-untied")
+def what_untied(results: Results) -> str:
+    return _text_table(tuned_sections.table(*results.tuned(WHAT, "untied"), results.documents))
+
+
+def _contrasts(found: Cell) -> str:
+    rows, differences = [], []
+    for what, without, having in CONTRASTS:
+        arms = [found.arms.get(name) for name in (without, having)]
+        if None in arms or any(arm.choice is None for arm in arms if arm):
+            continue
+        first, second = arms
+        assert first and second and first.choice and second.choice
+        differences.append(difference_at(first, first.choice.factor, second, second.choice.factor))
+        rows.append([what, first.label, second.label, difference_text(differences[-1])])
+    adjusted = holm([each.p_value if each else None for each in differences])
+    counts = [str(each.count) if each else "0" for each in differences]
+    told = [[*row, p_text(p), count] for row, p, count in zip(rows, adjusted, counts, strict=True)]
+    return markdown(["what differs", "without", "with", "difference [95%]", "p Holm", "pairs"], told, left=3)
+
+
+@block("contrasts-tied")
+def contrasts_tied(results: Results) -> str:
+    return _contrasts(*results.tuned(WHAT, "tied"))
+
+
+@block("contrasts-untied")
+def contrasts_untied(results: Results) -> str:
+    return _contrasts(*results.tuned(WHAT, "untied"))
+
+
+@block("noise")
+def noise(results: Results) -> str:
+    """How far pairs scatter, at one rate for all parameters and at the best rate of each, of three pairs or more."""
+    rows = []
+    for found in results.cells:
+        a, v = found.reference, found.shared
+        if found.grid != WHAT or a is None or v is None:
+            continue
+        places = [("1", 1.0, 1.0)]
+        if found.tuned and a.choice and v.choice:
+            places.append(("best for each", a.choice.factor, v.choice.factor))
+        for name, first, second in places:
+            figures = (a.figures("loss_report", first), v.figures("loss_report", second))
+            difference = paired_difference(*figures)
+            if difference is None or difference.deviation is None or difference.count < 3:
+                continue
+            shared = sorted(figures[0].keys() & figures[1].keys())
+            told = [[each[seed] for seed in shared] for each in figures]
+            row = [found.name, name, str(difference.count)]
+            row += [f"{statistics.fmean(each):.3f} ± {statistics.stdev(each):.3f}" for each in told]
+            row += [difference_text(difference), f"{difference.deviation:.3f}"]
+            rows.append([*row, str(pairs_needed(difference.deviation, DETECTABLE))])
+    headings = ["embeddings", "factor", "pairs", "AdamW", "Coupled Adam", "difference [95%]", "sd of the difference"]
+    return markdown([*headings, f"pairs for an interval of {DETECTABLE:g}"], rows, left=2)
+
+
+@block("batch")
+def batch(results: Results) -> str:
+    return _text_table(tuned_sections.table_across(results.tuned(BATCH), results.documents))
+
+
+@block("rest")
+def rest(results: Results) -> str:
+    found = results.tuned(REST)
+    found += [replace(each, place={"rate": each.fact("lr")}) for each in results.tuned(WHAT, "tied")]
+    rows = []
+    for each in sorted(versus(found, results.documents), key=lambda each: float(each.cell.fact("lr"))):
+        a, v = each.adamw, each.coupled
+        row = [
+            f"{float(each.cell.fact('lr')):g}",
+            *(f"{o.mean('loss_report'):.3f} ({factor_text(o.choice)})" for o in (a, v)),
+        ]
+        rows.append([*row, difference_text(v.difference), p_text(each.adjusted)])
+    headings = ["learning rate of the rest", "AdamW (factor)", "Coupled Adam (factor)", "difference [95%]", "p Holm"]
+    return markdown(headings, rows)
+
+
+@block("word-similarity-rate")
+def word_similarity_rate(results: Results) -> str:
+    (found,) = results.tuned(WORDS)
+    columns = (*tuned_sections.SIMILARITIES, "word_similarity_bare")
+    rows = []
+    for outcome in found.outcomes():
+        for factor, runs in outcome.arm.runs.items():
+            loss = outcome.arm.mean("loss_report", factor)
+            chosen = factor == outcome.choice.factor
+            row = [outcome.arm.label, f"**{factor:g}**" if chosen else f"{factor:g}", cell(loss, "{:.3f}")]
+            row += [cell(outcome.arm.mean(column, factor), "{:.1f}") for column in columns]
+            row += [cell(outcome.arm.mean("isotropy", factor), "{:.2f}")]
+            row += [cell(outcome.arm.mean("ratio norm", factor), "{:.3f}")]
+            row += [cell(outcome.arm.mean("step_rms", factor), "{:.2g}"), str(len(runs))]
+            rows.append(row)
+    headings = ["method", "factor", "loss", "r̄ raw", "r̄ centered", "r̄ All-but-the-Top", "r̄ bare words"]
+    return markdown([*headings, "isotropy", "‖μ‖ʳ", "step rms", "seeds"], rows)
+
+
+@block("word-similarity-partial")
+def word_similarity_partial(results: Results) -> str:
+    (found,) = results.tuned(WORDS)
+    columns = ("eb_cos_sim", "ratio norm", "isotropy", "step_rms")
+    values = [[number(row, column) for column in columns] for row in found.rows]
+    known = np.array([row for row in values if None not in row], dtype=float)
+    if len(known) < 6:
+        raise NotYet("study.csv has fewer than six runs with word similarity and the size of the step")
+    steps = np.log(known[:, 3])
+    told = " and ".join(
+        f"{_partial(known[:, 0], known[:, i], steps):+.2f} with {name}" for i, name in ((1, "‖μ‖ʳ"), (2, "isotropy"))
+    )
+    alone = np.corrcoef(known[:, 0], steps)[0, 1]
+    return (
+        f"Over the {len(known)} runs, word similarity correlates {alone:+.2f} with the logarithm of the step's "
+        f"size; at a given size its partial correlation is {told}."
+    )
+
+
+def _partial(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> float:
+    """Partial correlation of x and y with a third variable held fixed."""
+    (xy, xz), yz = np.corrcoef([x, y, given])[0, 1:], np.corrcoef(y, given)[0, 1]
+    left = (1 - xz**2) * (1 - yz**2)
+    if not left > 0:
+        raise NotYet("a figure of the runs is the same throughout, or follows the size of the step exactly")
+    return float((xy - xz * yz) / math.sqrt(left))
+
+
+@block("centering")
+def centering(results: Results) -> str:
+    rows, differences = [], []
+    for found in results.tuned(WHAT):
+        by_name = {outcome.arm.name: outcome for outcome in found.outcomes()}
+        for plain, centered in CENTERED:
+            if not {plain, centered} <= by_name.keys():
+                continue
+            a, v = by_name[plain], by_name[centered]
+            differences.append(paired_difference(a.losses, v.losses))
+            row = [found.name, a.arm.label, *(f"{o.mean('loss_report'):.3f} ({factor_text(o.choice)})" for o in (a, v))]
+            row += [difference_text(differences[-1])]
+            rows.append(
+                [
+                    *row,
+                    *(
+                        _to_from(a, v, column, form)
+                        for column, form in (("isotropy", "{:.2f}"), ("ratio norm", "{:.3f}"))
+                    ),
+                ]
+            )
+    adjusted = holm([each.p_value if each else None for each in differences])
+    told = [[*row[:5], p_text(p), *row[5:]] for row, p in zip(rows, adjusted, strict=True)]
+    headings = ["embeddings", "method", "plain (factor)", "centered (factor)", "difference [95%]", "p Holm"]
+    return markdown([*headings, "isotropy", "‖μ‖ʳ"], told, left=2)
+
+
+def _to_from(a: Outcome, v: Outcome, column: str, form: str) -> str:
+    return " → ".join(cell(outcome.mean(column), form) for outcome in (a, v))
+
+
+@block("front")
+def front(results: Results) -> str:
+    """The points that no other is better than in loss and isotropy, or in loss and word similarity."""
+    rows = []
+    for found in results.tuned(WHAT):
+        points = []
+        for outcome in found.outcomes():
+            for factor in outcome.choice.losses:
+                figures = [outcome.arm.figures(name, factor) for name in ("loss_report", "isotropy", "eb_cos_sim")]
+                seeds = set(outcome.choice.seeds).intersection(*figures)
+                if seeds:
+                    means = [statistics.fmean(values[seed] for seed in seeds) for values in figures]
+                    points.append((outcome.arm.label, factor, *means))
+        for label, factor, loss, isotropy, similarity in sorted(points, key=lambda point: point[2]):
+            better = [point for point in points if point[2] < loss]
+            on = ["isotropy"] if all(point[3] < isotropy for point in better) else []
+            on += ["word similarity"] if all(point[4] < similarity for point in better) else []
+            if on:
+                row = [found.name, label, f"{factor:g}", f"{loss:.3f}", f"{isotropy:.3f}", f"{similarity:.1f}"]
+                rows.append([*row, " and ".join(on)])
+    return markdown(["embeddings", "method", "factor", "loss", "isotropy", "r̄", "best for its loss in"], rows, left=2)
+
+
+def _headline_cells(results: Results) -> list[Cell]:
+    """The settings of README: tied, untied, and the larger models; those that have been run."""
+    found: list[Cell] = []
+    for grid, name in ((WHAT, ""), (RATES, "1.85M parameters, 0.6M tokens"), (WORDS, "1.85M parameters, 4M tokens")):
+        try:
+            tuned = results.tuned(grid)
+        except NotYet:
+            continue
+        found += [replace(each, place={"setting": name or f"0.63M parameters, {each.name}"}) for each in tuned]
+    if not found:
+        raise NotYet("study.csv has no tuned runs")
+    return found
+
+
+@block("headline")
+def headline(results: Results) -> str:
+    rows = []
+    for each in versus(_headline_cells(results)):
+        a, v = each.adamw, each.coupled
+        at_one = [outcome.arm.figures("loss_report", 1.0) for outcome in (a, v)]
+        shared = sorted(at_one[0].keys() & at_one[1].keys())
+        same = [f"{statistics.fmean(m[seed] for seed in shared):.3f}" if shared else "–" for m in at_one]
+        rows.append(
+            [each.cell.name, "one for all parameters", *same, difference_text(each.at_one_rate), str(len(shared))]
+        )
+        best = [f"{o.mean('loss_report'):.3f} (×{factor_text(o.choice)})" for o in (a, v)]
+        count = str(v.difference.count) if v.difference else "0"
+        rows.append([each.cell.name, "best for each", *best, difference_text(v.difference), count])
+    headings = ["model", "learning rate of the embedding", "AdamW", "Coupled Adam", "difference [95%]", "pairs"]
+    return markdown(headings, rows, left=2)
+
+
+@block("headline-sentence")
+def headline_sentence(results: Results) -> str:
+    told = tuned_sections.headline(versus(_headline_cells(results)))
+    if not told:
+        raise NotYet("study.csv has no pairs of AdamW and Coupled Adam")
+    return told
+
+
+def _by_decile(found: Cell) -> str:
+    outcomes = found.outcomes()
+    columns = [f"loss_decile_{i}" for i in range(1, 11)]
+    rows = []
+    for base in (outcome for outcome in outcomes if outcome.reference):
+        rows.append([base.arm.label, *(cell(base.mean(column), "{:.2f}") for column in columns)])
+        for outcome in outcomes:
+            if outcome is not base:
+                apart = [paired_difference(base.at_the_best(c), outcome.at_the_best(c)) for c in columns]
+                rows.append(
+                    [
+                        f"{outcome.arm.label}, minus AdamW",
+                        *(difference_text(d and replace(d, interval=None), ".2f") for d in apart),
+                    ]
+                )
+    return markdown(["tenth of the text, rare to frequent", *map(str, range(1, 11))], rows)
+
+
+@block("frequency-tied")
+def frequency_tied(results: Results) -> str:
+    return _by_decile(*results.tuned(WHAT, "tied"))
+
+
+@block("frequency-untied")
+def frequency_untied(results: Results) -> str:
+    return _by_decile(*results.tuned(WHAT, "untied"))
+
+
+@block("calibration")
+def calibration(results: Results) -> str:
+    rows = [
+        [found.name, outcome.arm.label] + [cell(outcome.mean(f"log_ratio_{name}"), "{:+.2f}") for name in KAPPA_RANGES]
+        for found in results.tuned(WHAT)
+        for outcome in found.outcomes()
+    ]
+    headings = ["embeddings", "method", *(f"κ {name.replace('_', ' ')}" for name in KAPPA_RANGES)]
+    return markdown(headings, rows, left=2)
