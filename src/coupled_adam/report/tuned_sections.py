@@ -350,10 +350,11 @@ def _lines(
             marker={
                 "symbol": ["star" if value == chosen else style.symbol for value in x],
                 "size": [14 if value == chosen else 6 for value in x],
+                "opacity": 1,
             },
             hovertemplate=f"{html.escape(outcome.arm.label)}<br>{told}<extra></extra>",
         )
-    return charts.styled(figure, title, height=360 + 10 * len(lines))
+    return charts.styled(figure, title, height=340 + 20 * len(lines))
 
 
 def _bound(figure: go.Figure) -> None:
