@@ -67,7 +67,7 @@ def test_a_figure_that_changed_in_a_file_is_noticed(evidence: ModuleType, root: 
     lines[i] = lines[i].replace("6.3", "6.9", 2)
     path.write_text("\n".join(lines) + "\n", "utf-8")
     found = complaints(evidence, root)
-    assert {line.split(": ")[1].split(" ")[0] for line in found} == {"drift", "core"}
+    assert {line.split(": ")[1].split(" ")[0] for line in found} == {"drift", "drift-lowest", "core"}
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_every_block_is_made_from_a_whole_study(evidence: ModuleType, root: Path
         if text.startswith("|"):
             widths = {line.replace("\\|", "").count("|") for line in text.splitlines()}
             assert len(widths) == 1 and len(text.splitlines()) >= 3, name
-    assert "| Coupled Adam | 10 | 5.821 | +0.101 [+0.100, +0.102] | " in made["what-tied"]
+    assert "| Coupled Adam | 10 | 10 | 5.821 | +0.101 [+0.100, +0.102] | " in made["what-tied"]
     assert [line.split(" | ")[0] for line in made["batch"].splitlines()[2:]] == ["| b1k", "| b4k", "| beta2-0.99"]
     assert "| 4096 | 8192 | 0.95 |" in made["batch"] and "| 1024 | 8192 | 0.99 |" in made["batch"]
     assert [line.split(" | ")[0] for line in made["rest"].splitlines()[2:]] == ["| 0.001", "| 0.003", "| 0.01"]

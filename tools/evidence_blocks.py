@@ -49,6 +49,7 @@ CONTRASTS = (
     ("AMSGrad", "adamw", "element-amsgrad"),
     ("β2 = 0.999 for the embedding", "adamw", "element-beta2-0.999"),
     ("no second moment at all", "coupled", "sgd"),
+    ("a head that rounds to bfloat16", "adamw-center", "adamw-center-bf16-head"),
 )
 
 #: What centering is compared in.
@@ -223,6 +224,65 @@ def rounding(results: Results) -> str:
     return f"In float32 the test losses of AdamW with and without centering differ by {told}."
 
 
+def _listed(values: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(values[:-1]), values[-1]]))
+
+
+def _figures(line: Mapping[float, Row], column: str) -> dict[float, float]:
+    return {rate: value for rate, row in line.items() if (value := number(row, column)) is not None}
+
+
+def _range(values: Iterable[float], form: str = ".2f") -> str:
+    known = list(values)
+    return f"{min(known):{form}} to {max(known):{form}}"
+
+
+@block("drift-lowest")
+def drift_lowest(results: Results) -> str:
+    lines = _by_rate(_family(results, "drift"))
+    coupled = _figures(lines.pop("Coupled Adam"), "test_loss")
+    others = [_figures(line, "test_loss") for line in lines.values()]
+    ahead = {rate: min(other[rate] for other in others if rate in other) - loss for rate, loss in coupled.items()}
+    rates = [_rate(rate) for rate, apart in ahead.items() if apart > 0]
+    return f"the lowest loss at {_listed(rates)}, by up to {max(ahead.values()):.2f}"
+
+
+@block("drift-norms")
+def drift_norms(results: Results) -> str:
+    norms = _figures(_by_rate(_family(results, "drift"))["AdamW"], "mu norm")
+    return _listed([f"{value:.2g}" for value in norms.values()])
+
+
+@block("drift-range")
+def drift_range(results: Results) -> str:
+    norms = list(_figures(_by_rate(_family(results, "drift"))["AdamW"], "mu norm").values())
+    return f"{norms[0]:.2g} → {norms[-1]:.2g}"
+
+
+@block("tied-shift")
+def tied_shift(results: Results) -> str:
+    lines = _by_rate(_family(results, "tied"))
+    coupled, adamw = (_range(_figures(lines[name], "ratio norm").values()) for name in ("Coupled Adam", "AdamW"))
+    return f"a shift of {coupled} of the mean norm where AdamW has {adamw}"
+
+
+@block("tied-isotropy")
+def tied_isotropy(results: Results) -> str:
+    lines = _by_rate(_family(results, "tied"))
+    plain, centered = (_figures(lines[name], "isotropy") for name in ("Coupled Adam", "Coupled Adam + center"))
+    rate = max(plain.keys() & centered.keys())
+    return f"isotropy at {_rate(rate)} goes from {plain[rate]:.2f} to {centered[rate]:.2f}"
+
+
+@block("core-isotropy")
+def core_isotropy(results: Results) -> str:
+    rows = [row for row in _family(results, "drift") if text(row, "method") == "Coupled Adam"]
+    cored = _family(results, "core")
+    rates = {number(row, "lr") for row in cored}
+    known = [number(row, "isotropy") for row in (*rows, *cored) if number(row, "lr") in rates]
+    return _range(value for value in known if value is not None)
+
+
 # What rests on long.csv: four million tokens at one learning rate
 
 
@@ -319,6 +379,27 @@ def noise(results: Results) -> str:
             rows.append([*row, str(pairs_needed(difference.deviation, DETECTABLE))])
     headings = ["embeddings", "factor", "pairs", "AdamW", "Coupled Adam", "difference [95%]", "sd of the difference"]
     return markdown([*headings, f"pairs for an interval of {DETECTABLE:g}"], rows, left=2)
+
+
+@block("noise-sentence")
+def noise_sentence(results: Results) -> str:
+    """Of the pairs at one rate for all parameters, of the embeddings of which there are most."""
+    counted = []
+    for found in results.cells:
+        if found.grid == WHAT and found.reference is not None and found.shared is not None:
+            a, v = (arm.figures("loss_report", 1.0) for arm in (found.reference, found.shared))
+            difference = paired_difference(a, v)
+            if difference is not None and difference.deviation is not None and difference.count >= 3:
+                counted.append((difference.count, found.name, a, v, difference.deviation))
+    if not counted:
+        raise NotYet("study.csv has fewer than three pairs at factor 1")
+    count, name, a, v, deviation = max(counted, key=lambda each: each[0])
+    spreads = [statistics.stdev(each[seed] for seed in a.keys() & v.keys()) for each in (a, v)]
+    return (
+        f"Over {count} pairs of seeds ({name}, one learning rate for all parameters) the standard deviation of the "
+        f"loss is {spreads[0]:.3f} with AdamW, {spreads[1]:.3f} with Coupled Adam, and {deviation:.3f} of their "
+        f"difference: an interval as narrow as {DETECTABLE:g} would take {pairs_needed(deviation, DETECTABLE)} pairs."
+    )
 
 
 @block("batch")

@@ -73,7 +73,7 @@ def _tuned(tuned: Sequence[Cell], documents: Mapping[str, DocumentLosses]) -> li
         across = tuned_sections.table_across(grid, documents)
         made.append(Section(tuned_sections.heading_across(grid), charts_across, table=across if across.rows else None))
         for cell in grid:
-            told = " ".join(tuned_sections.sentence(each) for each in versus([cell], documents))
+            told = " ".join(tuned_sections.sentence(each) for each in versus([cell]))
             drawn, table = tuned_sections.drawn(cell, styles), tuned_sections.table(cell, documents)
             made.append(Section(tuned_sections.heading(cell), drawn, told, table))
     return made

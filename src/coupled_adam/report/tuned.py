@@ -378,11 +378,13 @@ def versus(found: Iterable[Cell], documents: Mapping[str, DocumentLosses] | None
     """Compare Coupled Adam with AdamW in each cell that has both, each at its best factor."""
     made: list[Versus] = []
     for cell in found:
-        by_arm = {outcome.arm.name: outcome for outcome in cell.outcomes(documents)}
         first, second = cell.reference, cell.shared
-        if first is None or second is None or not {first.name, second.name} <= by_arm.keys():
+        if first is None or second is None:
             continue
-        a, v = by_arm[first.name], by_arm[second.name]
+        outcomes = replace(cell, arms={first.name: first, second.name: second}).outcomes(documents)
+        if len(outcomes) < 2:
+            continue
+        a, v = outcomes
         bits = difference_at(first, a.choice.factor, second, v.choice.factor, "bits_per_byte")
         made.append(Versus(cell, a, v, difference_at(first, 1.0, second, 1.0), bits, None))
     adjusted = holm([each.coupled.difference.p_value if each.coupled.difference else None for each in made])

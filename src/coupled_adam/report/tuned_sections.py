@@ -114,15 +114,22 @@ def _capital(name: str) -> str:
 def table(found: Cell, documents: Mapping[str, DocumentLosses] | None = None) -> TextTable:
     """Make one row an arm, at its best factor."""
     rows = [_arm_row(outcome) for outcome in found.outcomes(documents)]
-    headings = [("method", ""), ("best factor", ""), ("loss", "at the best factor"), ("minus AdamW's", "[95%]")]
+    headings = [
+        ("method", ""),
+        ("best factor", ""),
+        ("optimum", "fitted"),
+        ("loss", "at the best factor"),
+        ("minus AdamW's", "[95%]"),
+    ]
     headings += [("p", "Holm"), ("over documents", "[95%]"), ("loss", "at factor 1")]
     headings += [(FIGURES[name].column, "") for name in ("isotropy", "mean_shift_ratio")]
     headings += [("r̄", name) for name in SIMILARITIES.values()] + [("step", "rms"), ("seeds", "")]
     return TextTable(
         "Factor: the learning rate of the embedding over that of the rest, chosen by the loss on one half of the "
         "held-out text; all losses are those of the other half. ≤ or ≥: the best factor lies at the end of what was "
-        "tried. Differences: means over pairs of runs with one seed, with 95% t intervals; p of two-sided paired "
-        "t-tests by Holm's method over the table; over documents: bootstrap interval over documents and seeds.",
+        "tried; fitted: the minimum of the parabola through it and its neighbors, in the logarithm of the factor. "
+        "Differences: means over pairs of runs with one seed, with 95% t intervals; p of two-sided paired t-tests by "
+        "Holm's method over the table; over documents: bootstrap interval over documents and seeds.",
         tuple(headings),
         tuple(rows),
     )
@@ -134,6 +141,7 @@ def _arm_row(outcome: Outcome) -> tuple[str, ...]:
     return (
         outcome.arm.label,
         factor_text(outcome.choice),
+        cell(outcome.choice.fitted, "{:.3g}"),
         cell(loss, "{:.3f}"),
         difference_text(outcome.difference),
         p_text(outcome.adjusted),
