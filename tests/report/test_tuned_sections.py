@@ -1,6 +1,7 @@
 """The sections on methods with a rate of the embedding for each, in a real browser."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from coupled_adam.cli import app
 from coupled_adam.report import tuned_sections
+from coupled_adam.report.report_page import report
 from coupled_adam.report.tuned import cells, versus
 
 
@@ -121,6 +123,15 @@ def test_each_arm_has_one_color_and_a_star_at_its_best(page: Page) -> None:
     assert colors[0] == colors[1] and len(set(colors[0].values())) == 3
     ticks = charts.nth(2).locator(".xtick text").all_text_contents()
     assert ticks == ["1", "3", "10", "30", "100", "300"]
+
+
+def test_pairs_at_one_rate_stand_behind_it(tmp_path: Path) -> None:
+    write_study(tmp_path / "runs")
+    for name, method in (("a", "adamw"), ("v", "coupled_adam")):
+        write_run(tmp_path / "runs", name, 1, 6.0, optimizer__embedding__name=method, schedule__lr=1e-2)
+    report([tmp_path / "runs"], tmp_path / "out")
+    (lead,) = re.findall(r'<p class="lead">(.*?)</p>', (tmp_path / "out" / "report.html").read_text("utf-8"))
+    assert lead.startswith("Tied: With") and "in 0 of 1 settings. In the largest one" in lead
 
 
 def test_it_fits_wide_and_narrow_screens(page: Page) -> None:

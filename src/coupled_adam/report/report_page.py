@@ -158,13 +158,18 @@ def _number(value: str | float | None) -> str:
 
 
 def _headline(pairs: Sequence[Comparison], swept: Sequence[Sweeps], tuned: Sequence[TunedCell]) -> str:
-    if not pairs and (told := tuned_sections.headline(versus(tuned))):
+    told = tuned_sections.headline(versus(tuned))
+    if pairs:
+        return f"{told} {_headline_of_pairs(pairs)}".strip()
+    if told:
         return told
-    if not pairs and swept:
+    if swept:
         names = dict.fromkeys(line.first.method for each in swept for line in each.lines)
         return f"How much the loss depends on the learning rate, and what becomes of the logits: {', '.join(names)}."
-    if not pairs:
-        return "These runs hold no pair of AdamW and Coupled Adam that differs in nothing else."
+    return "These runs hold no pair of AdamW and Coupled Adam that differs in nothing else."
+
+
+def _headline_of_pairs(pairs: Sequence[Comparison]) -> str:
     better = [pair for pair in pairs if all(_improves(pair, f) for f in figures(("mean_shift_ratio", "isotropy")))]
     chosen = largest(pairs)
     a, v = (group.moments("mean_shift_ratio") for group in (chosen.adamw, chosen.coupled))
