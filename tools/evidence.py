@@ -17,7 +17,9 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from evidence_blocks import BATCH, BLOCKS, WHAT, NotYet, Results
+import evidence_sweeps  # noqa: F401  # registers its blocks
+from evidence_results import BLOCKS, NotYet, Results
+from evidence_study import BATCH, WHAT
 
 from coupled_adam.report import tuned_sections
 
