@@ -37,7 +37,7 @@ def test_the_columns_are_those_of_the_reference_in_its_order(tmp_path: Path) -> 
         "corr_p(Emu, lbp)", "corr_s(Emu, lbp)", "Smin", "Smax", "Smin/Smax",
         # and then those of ours
         "family", "experiment", "seed", "model", "parameters", "tied", "tokens", "steps", "batch_tokens",
-        "vocab_size", "corpus", "method", "core", "head", "lr", "lr_factor", "initial_loss", "loss_selection",
+        "vocab_size", "corpus", "method", "core", "head", "lr", "lr_factor", "beta2", "initial_loss", "loss_selection",
         "loss_report", "bits_per_byte", *(f"loss_decile_{i}" for i in range(1, 11)), "kappa_rows", "kappa_text",
         "log_ratio_below_0.1", "log_ratio_0.1_to_1", "log_ratio_1_to_10", "log_ratio_above_10", "step_rms",
         "word_similarity_bare", "word_similarity_centered", "word_similarity_post_processed",

@@ -89,9 +89,8 @@ def _kappa(
     experiment: Experiment, corpus: Corpus, targets: NDArray[np.int64], predicted: NDArray[np.float64]
 ) -> dict[str, dict[str, float | None]]:
     counts = corpus.unigram_counts
-    embedding, core = experiment.optimizer.embedding, experiment.optimizer.core
-    beta2 = core.betas[1] if embedding.beta2 is None else embedding.beta2
-    values, share = kappa(counts, beta2, experiment.train.batch_tokens), counts / counts.sum()
+    values = kappa(counts, experiment.optimizer.embedding_beta2, experiment.train.batch_tokens)
+    share = counts / counts.sum()
     held_out = np.bincount(targets, minlength=len(counts)) / len(targets)
     tokens = int(corpus.meta["tokenizer_tokens"])
     known = np.arange(len(counts)) < tokens  # the rest pads the matrix

@@ -207,6 +207,12 @@ class Optimizer(Section):
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
 
 
+    @property
+    def embedding_beta2(self) -> float:
+        """β2 of the output embedding: its own where it has one, or that of the rest."""
+        return self.core.betas[1] if self.embedding.beta2 is None else self.embedding.beta2
+
+
 class Schedule(Section):
     """Linear warm-up from 0, then a cosine that reaches ``min_lr`` at the last step."""
 

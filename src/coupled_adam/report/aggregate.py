@@ -172,10 +172,8 @@ class Evaluated:
     def step_rms(self) -> Value:
         """Root mean square of the output embedding's step at the evaluation that is nearest to half of the steps."""
         half = self.experiment.train.steps / 2
-        measured = [line for line in self.curve if line.get("embedding_step_rms") is not None]
-        nearest = min(measured, key=lambda line: abs(line["step"] - half), default={"embedding_step_rms": None})
-        rms: Value = nearest["embedding_step_rms"]
-        return rms
+        middle: dict[str, Any] = min(self.curve, key=lambda line: abs(line["step"] - half), default={})
+        return middle.get("embedding_step_rms")
 
     @property
     def token_sample(self) -> TokenSample | None:
@@ -274,6 +272,7 @@ MORE_COLUMNS: dict[str, Callable[[Evaluated], str | Value]] = {
     "head": lambda run: run.head,
     "lr": lambda run: run.experiment.schedule.lr,
     "lr_factor": lambda run: run.experiment.optimizer.embedding.lr_factor,
+    "beta2": lambda run: run.experiment.optimizer.embedding_beta2,
     "initial_loss": lambda run: run.initial_loss,
     "loss_selection": lambda run: run.frequency.get("loss_selection"),
     "loss_report": lambda run: run.frequency.get("loss_report"),

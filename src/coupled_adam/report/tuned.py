@@ -241,8 +241,7 @@ class Cell:
     @property
     def beta2(self) -> float:
         """Of the embedding's second moment, as the experiments have it."""
-        first = experiments.load(text(self.rows[0], "experiment")).optimizer
-        return first.core.betas[1] if first.embedding.beta2 is None else first.embedding.beta2
+        return experiments.load(text(self.rows[0], "experiment")).optimizer.embedding_beta2
 
     @property
     def rows(self) -> list[Row]:
