@@ -74,6 +74,8 @@ class AdamFamily(Optimizer):
         super().__init__(params, defaults)
         if defaults["lr"] is not DEFAULT_LR:
             check_one_base(self.param_groups, defaults["lr"])
+        elif bases := [group["lr"] / group["lr_factor"] for group in self.param_groups if "lr_factor" in group]:
+            self.defaults["lr"] = bases[-1]  # which schedules read, and groups that are added take
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group. Its missing keys take the defaults of the constructor; it is checked like the others.
