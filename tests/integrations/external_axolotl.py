@@ -60,7 +60,6 @@ def test_the_plugin_couples_and_resumes(tmp_path: Path) -> None:
 def test_the_embedding_has_a_multiple_of_the_learning_rate_throughout_the_schedule(tmp_path: Path) -> None:
     manager = PluginManager.get_instance()
     manager.register("coupled_adam.integrations.axolotl.CoupledAdamPlugin")
-    capabilities = {"bf16": False, "fp8": False, "n_gpu": 0, "compute_capability": "sm_80"}
     settings = {
         "base_model": "none",
         "datasets": [{"path": "none", "type": "alpaca"}],
@@ -68,11 +67,13 @@ def test_the_embedding_has_a_multiple_of_the_learning_rate_throughout_the_schedu
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-2,
         "plugins": ["coupled_adam.integrations.axolotl.CoupledAdamPlugin"],
+        "capabilities": {"bf16": False, "fp8": False, "n_gpu": 0, "compute_capability": "sm_80"},
+        "env_capabilities": {"torch_version": "2.11.0"},
     }
-    checked = merge_input_args()[0](**settings, embedding_lr_factor=10.0, capabilities=capabilities)
+    checked = merge_input_args()[0](**settings, embedding_lr_factor=10.0)
     assert checked.embedding_lr_factor == 10.0, "axolotl keeps the key"
     with pytest.raises(ValueError, match="embedding_lr_factor"):
-        merge_input_args()[0](**settings, embedding_lr_factor=0.0, capabilities=capabilities)
+        merge_input_args()[0](**settings, embedding_lr_factor=0.0)
     for schedule in ("cosine", "rex"):
         made = trainer(tmp_path, embedding_lr_factor=10.0)
         made.args.warmup_steps = 2

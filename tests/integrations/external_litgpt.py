@@ -60,7 +60,7 @@ def test_longer_steps_of_the_embedding_survive_the_loop_of_litgpt() -> None:
         moved.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
     for name, step in moved[0].items():
         expected = 10 * step if name == "lm_head.weight" else step
-        torch.testing.assert_close(moved[1][name], expected, rtol=1e-2, atol=1e-8, msg=name)
+        torch.testing.assert_close(moved[1][name], expected, rtol=1e-2, atol=2e-7, msg=name)
 
 
 class Module(lightning.LightningModule):
