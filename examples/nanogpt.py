@@ -2,9 +2,10 @@
 
     python examples/nanogpt.py     # trains both on this file, and prints how far the mean embedding moved
 
-In nanoGPT's model.py replace ``configure_optimizers`` by the function ``coupled`` below. train.py, which sets the learning
-rate of every group, unscales, clips, and steps, stays as it is, unless the embedding is to have another learning rate
-(``param_groups(…, lr=learning_rate, embedding_lr_factor=…)``): then multiply by the group's factor there, as ``train`` does.
+In nanoGPT's model.py replace ``configure_optimizers`` by the function ``coupled`` below. train.py, which sets the
+learning rate of every group, unscales, clips, and steps, stays as it is, unless the embedding is to have another rate
+(``param_groups(…, lr=learning_rate, embedding_lr_factor=…)``): then multiply by the group's factor there, as ``train``
+does.
 """
 
 import argparse
