@@ -2,8 +2,10 @@
 
     python examples/nanogpt.py     # trains both on this file, and prints how far the mean embedding moved
 
-In nanoGPT's model.py replace ``configure_optimizers`` by the function ``coupled`` below; train.py stays as it is: it
-sets the learning rate of every group, unscales, clips, and steps.
+In nanoGPT's model.py replace ``configure_optimizers`` by the function ``coupled`` below. train.py, which sets the
+learning rate of every group, unscales, clips, and steps, stays as it is, unless the embedding is to have another rate
+(``param_groups(…, lr=learning_rate, embedding_lr_factor=…)``): then multiply by the group's factor there, as ``train``
+does.
 """
 
 import argparse
@@ -63,7 +65,8 @@ def train(configure_optimizers, steps: int, learning_rate: float = 1e-3) -> tupl
     optimizer = configure_optimizers(model, weight_decay=0.1, learning_rate=learning_rate, betas=(0.9, 0.95))
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            lr = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         starts = torch.randint(len(data) - 33, (16,))
         rows = torch.stack([data[s : s + 33] for s in starts])
         loss = model(rows[:, :-1], rows[:, 1:])

@@ -8,15 +8,26 @@ import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.training_args import AxolotlTrainingArguments
 from axolotl.integrations.base import PluginManager
+from axolotl.integrations.config import merge_input_args
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=67, tie_word_embeddings=False, **sizes))
+
+
+class Rates(TrainerCallback):
+    """Notes the learning rates of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
+        self.seen.append([group["lr"] for group in optimizer.param_groups])
 
 
 def trainer(folder: Path, **settings: Any) -> AxolotlTrainer:
@@ -46,6 +57,38 @@ def test_the_plugin_couples_and_resumes(tmp_path: Path) -> None:
         assert torch.equal(resumed.model.get_parameter(name), p), name
 
 
+def test_the_embedding_has_a_multiple_of_the_learning_rate_throughout_the_schedule(tmp_path: Path) -> None:
+    manager = PluginManager.get_instance()
+    manager.register("coupled_adam.integrations.axolotl.CoupledAdamPlugin")
+    settings = {
+        "base_model": "none",
+        "datasets": [{"path": "none", "type": "alpaca"}],
+        "micro_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-2,
+        "plugins": ["coupled_adam.integrations.axolotl.CoupledAdamPlugin"],
+        "capabilities": {"bf16": False, "fp8": False, "n_gpu": 0, "compute_capability": "sm_80"},
+        "env_capabilities": {"torch_version": "2.11.0"},
+    }
+    checked = merge_input_args()[0](**settings, embedding_lr_factor=10.0)
+    assert checked.embedding_lr_factor == 10.0, "axolotl keeps the key"
+    with pytest.raises(ValueError, match="embedding_lr_factor"):
+        merge_input_args()[0](**settings, embedding_lr_factor=0.0)
+    for schedule in ("cosine", "rex"):
+        made = trainer(tmp_path, embedding_lr_factor=10.0)
+        made.args.warmup_steps = 2
+        made.args.alternate_lr_scheduler_type = "rex" if schedule == "rex" else None
+        made.add_callback(rates := Rates())
+        made.train()
+        assert rates.seen == [pytest.approx([10 * lr, lr, lr]) for _, lr, _ in rates.seen]
+        assert len({lr for lr, *_ in rates.seen}) > 3
+
+
+def test_a_schedule_that_would_lose_the_factor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"one_cycle sets one learning rate for all.*embedding_lr_factor=10"):
+        trainer(tmp_path, embedding_lr_factor=10.0, lr_scheduler="one_cycle")
+
+
 def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="embedding_lr would have no effect"):
+    with pytest.raises(ValueError, match=r"embedding_lr would have no effect.*there is embedding_lr_factor"):
         trainer(tmp_path, embedding_lr=1e-4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 from litgpt import GPT, Config
+from litgpt.pretrain import get_lr
 from litgpt.utils import instantiate_torch_optimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -41,6 +42,25 @@ def test_litgpt_builds_it_from_its_settings_and_couples_the_head() -> None:
     with pytest.raises(ValueError, match="several matrices have that many rows"):
         arguments.pop("which")
         instantiate_torch_optimizer({"class_path": CLASS, "init_args": arguments}, model.parameters())
+
+
+def test_longer_steps_of_the_embedding_survive_the_loop_of_litgpt() -> None:
+    """It sets one rate for all groups."""
+    moved = []
+    for factor in (1.0, 10.0):
+        model = gpt()
+        arguments = {"vocabulary_size": 64, "which": "first", "lr": 1e-4, "embedding_lr_factor": factor}
+        optimizer = instantiate_torch_optimizer({"class_path": CLASS, "init_args": arguments}, model.parameters())
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(optimizer.defaults["lr"], it=1, warmup_iters=2, max_iters=4, min_lr=0.0)
+        tokens = torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(0))
+        nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        moved.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    for name, step in moved[0].items():
+        expected = 10 * step if name == "lm_head.weight" else step
+        torch.testing.assert_close(moved[1][name], expected, rtol=1e-2, atol=2e-7, msg=name)
 
 
 class Module(lightning.LightningModule):

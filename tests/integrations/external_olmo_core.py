@@ -5,19 +5,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from external_loop import ROWS, STEPS, assert_close, train, whole
 from olmo_core.distributed.checkpoint import load_model_and_optim_state, save_model_and_optim_state
 from olmo_core.nn.transformer import TransformerConfig
-from olmo_core.optim import OptimConfig
+from olmo_core.optim import CosWithWarmup, OptimConfig
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from coupled_adam import CoupledAdam
-from coupled_adam.integrations.olmo_core import CoupledAdamConfig
+from coupled_adam.integrations.olmo_core import CoupledAdamConfig, coupled_head
 
 EPS = 1e-5  # above the rounding of gradients that are zero but for it, which Adam would blow up to a step
 
@@ -44,6 +45,21 @@ def test_its_registered_configuration_trains_as_written_out() -> None:
     built = config.build(ours)
     assert built.param_groups[0]["initial_lr"] == 1e-2
     assert_close(whole(train(ours, built, range(STEPS))), whole(train(reference, optimizer, range(STEPS))))
+
+
+def test_the_embedding_has_a_multiple_of_the_learning_rate_throughout_the_schedule() -> None:
+    config = CoupledAdamConfig(lr=1e-2, group_overrides=coupled_head(embedding_lr_factor=10.0))
+    config = OptimConfig.from_dict(config.as_config_dict())
+    built = config.build(olmo())
+    assert [group["initial_lr"] for group in built.param_groups] == pytest.approx([0.1, 0.01])
+    scheduler, seen = CosWithWarmup(warmup=3), []
+    for step in range(1, 10):
+        rates = [float(scheduler.get_lr(group["initial_lr"], step, 10)) for group in built.param_groups]
+        seen.append(rates)
+    assert seen == [pytest.approx([10 * lr, lr]) for _, lr in seen]
+    assert len({lr for lr, _ in seen}) > 5
+    with pytest.raises(ValueError, match="Invalid embedding_lr_factor: 0"):
+        coupled_head(embedding_lr_factor=0)
 
 
 def half_way(folder: str, wrap: Any, rank: int = 0, ranks: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 from torchtitan.models.llama3 import model_registry
 
 from coupled_adam import CoupledAdam
@@ -69,6 +70,36 @@ def test_it_resumes_from_a_distributed_checkpoint(tmp_path: Path) -> None:
     resumed.load_state_dict(content["model"])
     assert container.optimizers[0].state[resumed.lm_head.weight]["exp_avg_sq"].shape == (1, 256)
     assert_close(whole(train(resumed, container, range(2, STEPS))), expected, 0)
+
+
+def test_the_embedding_has_a_multiple_of_the_learning_rate_throughout_the_schedule(tmp_path: Path) -> None:
+    def made() -> tuple[nn.Module, CoupledOptimizers, LRSchedulersContainer]:
+        model = llama()
+        container = coupled_adamw(lr=1e-3, embedding_lr_factor=10.0).build(model_parts=[model])
+        config = LRSchedulersContainer.Config(total_steps=8, warmup_steps=2)
+        return model, container, config.build(optimizers=container, training_steps=8)
+
+    def stepped(parts: tuple[Any, ...], steps: range) -> list[list[float]]:
+        model, container, schedule = parts
+        seen = []
+        for step in steps:
+            train(model, container, range(step, step + 1))
+            seen.append([group["lr"] for group in container.optimizers[0].param_groups])
+            schedule.step()
+        return seen
+
+    parts = made()
+    first = stepped(parts, range(4))
+    content = {"optimizer": parts[1], "lr_scheduler": parts[2]}
+    checkpoint.save(content, checkpoint_id=tmp_path)
+    second = stepped(parts, range(4, 7))
+    assert first + second == [pytest.approx([10 * lr, lr]) for _, lr in first + second]
+    assert len({lr for lr, _ in first + second}) > 4, "warm-up and decay"
+    resumed = made()
+    checkpoint.load({"optimizer": resumed[1], "lr_scheduler": resumed[2]}, checkpoint_id=tmp_path)
+    assert stepped(resumed, range(4, 7)) == [pytest.approx(rates) for rates in second]
+    with pytest.raises(ValueError, match="Invalid embedding_lr_factor: 0"):
+        coupled_adamw(embedding_lr_factor=0)
 
 
 def sharded(rank: int, folder: str) -> None:

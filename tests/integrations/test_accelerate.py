@@ -43,3 +43,21 @@ def test_accumulated_and_clipped_steps_are_those_of_the_whole_batch(clipped_by: 
     accumulated, at_once = train(4), train(1)
     for name, p in at_once.named_parameters():
         torch.testing.assert_close(accumulated.get_parameter(name), p, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_prepared_scheduler_keeps_the_factor_of_the_embeddings_learning_rate() -> None:
+    accelerator = Accelerator(cpu=True)
+    model = fsdp2_jobs.llama()
+    optimizer = CoupledAdam(param_groups(model, lr=1e-2, embedding_lr_factor=10.0))
+    shape = [0.0, 0.5, 1.0, 0.5, 0.25, 0.0]  # warm-up and decay
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape.__getitem__)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    seen = []
+    for step in range(5):
+        tokens = fsdp2_jobs.batch(step)
+        accelerator.backward(model(input_ids=tokens, labels=tokens).loss)
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    assert seen == [pytest.approx([0.1 * x, 0.01 * x, 0.01 * x]) for x in shape[:5]]

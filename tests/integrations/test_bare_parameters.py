@@ -46,6 +46,42 @@ def test_the_step_is_that_of_the_groups_written_out() -> None:
         torch.testing.assert_close(ours.get_parameter(name), p, rtol=1e-6, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("factor", [0.1, 30.0])
+@pytest.mark.parametrize("options", [{}, {"eps": 1e-2}, {"coupling_scale": 0.25}, {"coupling_factor": 0.1}], ids=str)
+def test_longer_steps_of_the_embedding_are_those_of_another_learning_rate(options: dict, factor: float) -> None:
+    """Though all groups are given the same rate in every step, as litgpt's loop does it."""
+    ours, reference = model().double(), model().double()
+    bare = VocabularyCoupledAdam(ours.parameters(), 50, "last", lr=1e-2, embedding_lr_factor=factor, **options)
+    assert {group["lr"] for group in bare.param_groups} == {1e-2}
+    optimizer = CoupledAdam(
+        [
+            {"params": [reference[3].weight], "second_moment": "vocabulary", "lr_factor": factor},
+            {"params": [p for p in reference.parameters() if p is not reference[3].weight]},
+        ],
+        lr=1e-2,
+        **options,
+    )
+    for step in range(4):
+        lr = 1e-2 / (step + 1)
+        for group in bare.param_groups:
+            group["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_factor", 1.0)
+        tokens = torch.randint(50, (16,), generator=torch.Generator().manual_seed(step))
+        for each, one in ((ours, bare), (reference, optimizer)):
+            one.zero_grad()
+            nn.functional.cross_entropy(each(tokens), tokens).backward()
+            one.step()
+    for name, p in reference.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), p, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(("factor", "error"), [(0, ValueError), (float("nan"), ValueError), ("10", TypeError)])
+def test_a_factor_that_cannot_be_is_refused(factor: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match="Invalid embedding_lr_factor"):
+        VocabularyCoupledAdam(model().parameters(), 50, "last", embedding_lr_factor=factor)
+
+
 def test_which_of_two_is_said() -> None:
     assert groups(VocabularyCoupledAdam(model().parameters(), 50, "all"))[0] == ([(50, 8)] * 2, "vocabulary", 0.0)
     for which, index in (("first", 0), ("last", 3)):

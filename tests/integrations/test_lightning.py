@@ -58,6 +58,22 @@ def test_a_lightning_module_trains_as_a_loop_does(tmp_path, micro, clipped_by) -
     assert "lm_head.weight (67, 16)" in describe(trained.optimizers[0])
 
 
+def test_a_scheduler_under_lightning_keeps_the_factor_of_the_embeddings_learning_rate(tmp_path) -> None:
+    class Scheduled(Module):
+        def configure_optimizers(self):
+            optimizer = CoupledAdam(param_groups(self.model, lr=1e-2, embedding_lr_factor=10.0))
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step, 2) / 2 * 0.9**step)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+        def on_train_batch_end(self, outputs, batch, index) -> None:
+            seen.append([group["lr"] for group in self.trainer.optimizers[0].param_groups])
+
+    seen: list[list[float]] = []
+    trainer(tmp_path, enable_checkpointing=False).fit(Scheduled(), batches())
+    assert seen == [pytest.approx([10 * rates[1], rates[1], rates[1]]) for rates in seen]
+    assert len({rates[0] for rates in seen}) == STEPS
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_a_lightning_run_resumes_as_if_nothing_had_been(tmp_path, precision) -> None:
     whole, half, resumed = Module(), Module(), Module()

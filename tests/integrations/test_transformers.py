@@ -167,6 +167,84 @@ def test_the_output_embedding_is_centered_by_our_step_or_by_a_callback_after_ano
     assert whole.model.lm_head.weight.detach().mean(0).abs().max() < 1e-6
 
 
+class Rates(TrainerCallback):
+    """Notes the learning rates of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs) -> None:
+        self.seen.append([group["lr"] for group in optimizer.param_groups])
+
+
+SCHEDULES = ["linear", "cosine", "polynomial", "cosine_with_min_lr", "warmup_stable_decay", "inverse_sqrt"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_embedding_has_a_multiple_of_the_learning_rate_throughout_the_schedule(tmp_path, schedule) -> None:
+    more = {
+        "cosine_with_min_lr": {"min_lr": 1e-3},
+        "warmup_stable_decay": {"num_decay_steps": 2},
+        "polynomial": {"lr_end": 1e-4},
+    }.get(schedule, {})
+    options = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": more, "save_strategy": "no"}
+    seen = []
+    for factor in (10.0, None):
+        whole = trainer(tmp_path, ours={"embedding_lr_factor": factor}, **options)
+        whole.add_callback(rates := Rates())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*factor")
+            whole.train()
+        seen.append(rates.seen)
+    plain = [step[0] for step in seen[1]]
+    assert plain[0] == 0 and plain[1] < plain[2] > plain[5], "warm-up and decay"
+    assert seen[0] == [pytest.approx([10 * lr, lr, lr]) for lr in plain]
+
+
+@pytest.mark.parametrize("optimizer", [CoupledAdam, Adams])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_run_with_a_factor_resumes_with_it(tmp_path, tied, optimizer) -> None:
+    ours = {"optimizer": optimizer, "embedding_lr_factor": 30.0}
+    whole = trainer(tmp_path / "whole", llama(tied), ours=ours)
+    whole.train()
+    killed(trainer(tmp_path / "killed", llama(tied), ours=ours))
+    resumed = trainer(tmp_path / "killed", llama(tied), ours=ours)
+    resumed.add_callback(rates := Rates())
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal(weights(resumed.model), weights(whole.model))
+    assert [step[0] / step[1] for step in rates.seen] == pytest.approx([30] * 3)
+
+
+def test_a_run_of_the_trainers_adamw_goes_on_with_another_rate_for_the_embedding(tmp_path) -> None:
+    killed(trainer(tmp_path))
+    switched = trainer(tmp_path, ours={"embedding_lr_factor": 10.0})
+    resume_from_adamw(switched)
+    switched.add_callback(rates := Rates())
+    switched.train(resume_from_checkpoint=True)
+    expected = [0.0075, 0.005, 0.0025]
+    assert rates.seen == [pytest.approx([10 * lr, lr, lr]) for lr in expected]
+    again = trainer(tmp_path, ours={"embedding_lr_factor": 10.0}, max_steps=8, save_strategy="no")
+    resume_from_adamw(again)  # does no harm to a checkpoint that has the factor
+    again.add_callback(rates := Rates())
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [step[0] / step[1] for step in rates.seen] == pytest.approx([10] * len(rates.seen))
+
+
+@pytest.mark.parametrize(("factor", "error"), [(0, ValueError), (-1.0, ValueError), ("10", TypeError)])
+def test_a_factor_that_cannot_be_is_refused_before_the_model_is_there(tmp_path, factor, error) -> None:
+    with pytest.raises(error, match="Invalid embedding_lr_factor"):
+        trainer_optimizer(arguments(tmp_path), embedding_lr_factor=factor)
+
+
+def test_a_factor_for_a_model_without_an_output_embedding_is_refused(tmp_path) -> None:
+    args = arguments(tmp_path, save_strategy="no")
+    given = trainer_optimizer(args, embedding_lr_factor=10.0)
+    trained = Trainer(classifier("bert"), args, train_dataset=data(), optimizer_cls_and_kwargs=given)
+    message = "embedding_lr_factor=10 has nothing to act on: nothing of BertForSequenceClassification is coupled"
+    with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match="nothing is coupled"):
+        trained.train()
+
+
 def test_a_run_of_the_trainers_adamw_goes_on_with_coupled_adam(tmp_path) -> None:
     killed(trainer(tmp_path))
     saved = torch.load(tmp_path / "checkpoint-3" / "optimizer.pt", weights_only=True)

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from fsdp2_jobs import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from coupled_adam.integrations.transformers import trainer_optimizer
@@ -48,6 +48,22 @@ def test_sft_takes_it_when_it_is_built(tmp_path, tokenizer) -> None:
     )
     trainer.train()
     assert_coupled(trainer)
+
+
+def test_sft_keeps_the_factor_of_the_embeddings_learning_rate(tmp_path, tokenizer) -> None:
+    rates = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs) -> None:
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    args = SFTConfig(str(tmp_path), max_length=8, lr_scheduler_type="cosine", warmup_steps=1, **OPTIONS)
+    text = Dataset.from_dict({"text": [f"w{i} w{i + 1} w{i + 2}" for i in range(8)]})
+    chosen = trainer_optimizer(args, embedding_lr_factor=10.0)
+    trainer = SFTTrainer(llama(), args, train_dataset=text, processing_class=tokenizer, optimizer_cls_and_kwargs=chosen)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert rates == [pytest.approx([10 * lr, lr, lr]) for lr in (0, 1e-2, 5e-3)]
 
 
 def test_dpo_takes_it_afterwards(tmp_path, tokenizer) -> None:

@@ -8,9 +8,11 @@ from torch.optim import SGD, AdamW, Muon
 
 from coupled_adam import Adams, CoupledAdam
 from coupled_adam.errors import InputError
+from coupled_adam.lm.checkpoint import load_checkpoint, save_checkpoint
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.model import build_model
 from coupled_adam.lm.optimizers import Optimizers, build_optimizers, state_bytes
+from coupled_adam.lm.parallel import World
 
 
 def built(tiny: Experiment, **settings) -> tuple:
@@ -68,6 +70,24 @@ def test_the_embedding_may_have_a_multiple_of_the_learning_rate(tiny) -> None:
     optimizers.step(1e-3)
     assert [group["lr"] for o in optimizers.all for group in o.param_groups] == pytest.approx([0.3, 1e-3, 1e-3])
     assert optimizers.all[0].param_groups[0]["momentum"] == 0.5
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("embedding", ["adamw", "coupled_adam", "sgd", "adam_variant"])
+def test_a_checkpoint_goes_on_with_the_multiple_of_the_learning_rate(tiny, tmp_path, embedding, older) -> None:
+    """Also one whose groups have no ``lr_factor``, as they had none once."""
+    settings = {"embedding__name": embedding, "embedding__lr_factor": 30.0}
+    model, optimizers, _ = built(tiny, **settings)
+    loss(model).backward()
+    optimizers.step(1e-3)
+    for group in optimizers.all[0].param_groups if older else ():
+        del group["lr_factor"]
+    path = save_checkpoint(tmp_path, 1, model, optimizers.all, {}, World())
+    model, optimizers, _ = built(tiny, **settings)
+    load_checkpoint(path, model, optimizers.all, World())
+    loss(model).backward()
+    optimizers.step(1e-3)
+    assert [group["lr"] for o in optimizers.all for group in o.param_groups] == pytest.approx([0.03, 1e-3, 1e-3])
 
 
 @pytest.mark.parametrize(

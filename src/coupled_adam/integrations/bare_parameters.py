@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coupled_adam.integrations.announce import announce
 from coupled_adam.optim import CoupledAdam
+from coupled_adam.optim.checks import check_factor
 
 Which = Literal["first", "last", "all"]
 
@@ -25,11 +26,15 @@ class VocabularyCoupledAdam(CoupledAdam):
         which: which of several such matrices is the output embedding, in the order of ``params``: the "first", the
             "last", or "all" of them. An untied model has two; in the order in which a model registers its modules the
             output embedding is the last as a rule, and the first in litgpt.
+        embedding_lr_factor: what the steps of that matrix are multiplied by, as by another learning rate. Its group
+            keeps the rate of the others, since litgpt sets one rate for all groups in every step, and torchtune
+            accepts no other; the second moment is scaled instead, and ε with it: η·m̂/(sqrt(v̂/f²) + ε/f).
 
     All other arguments are those of ``coupled_adam.CoupledAdam``.
 
     Raises:
         ValueError: no matrix has that many rows, or several have and ``which`` is not given; the message lists them.
+            ``embedding_lr_factor`` is not positive and finite.
 
     Examples:
         >>> from torch import nn
@@ -46,12 +51,19 @@ class VocabularyCoupledAdam(CoupledAdam):
         which: Which | None = None,
         *,
         betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
         weight_decay: float = 0.0,
+        coupling_scale: float = 1.0,
+        embedding_lr_factor: float = 1.0,
         **options: Any,
     ) -> None:
         groups = _groups(list(params), vocabulary_size, which, weight_decay)
+        check_factor("embedding_lr_factor", embedding_lr_factor)
+        groups[0] |= {"coupling_scale": coupling_scale / embedding_lr_factor**2, "eps": eps / embedding_lr_factor}
         beta1, beta2 = betas  # a list, where it comes from YAML
-        super().__init__(groups, betas=(beta1, beta2), weight_decay=weight_decay, **options)
+        super().__init__(
+            groups, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, coupling_scale=coupling_scale, **options
+        )
         announce(self, "the trainer: see its settings")
 
 

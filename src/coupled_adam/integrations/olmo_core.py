@@ -4,21 +4,33 @@ TransformerTrainModuleConfig(optim=CoupledAdamConfig(lr=4e-4, weight_decay=0.1),
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from coupled_adam.errors import require_trainer
 from coupled_adam.integrations.announce import announce
 from coupled_adam.optim import CoupledAdam
+from coupled_adam.optim.checks import check_factor
 
 require_trainer("olmo_core", "ai2-olmo-core")
 
 from olmo_core.optim import OptimConfig, OptimGroupOverride  # noqa: E402
 
 
-def coupled_head() -> list[OptimGroupOverride]:
-    """The group of OLMo-core's output embedding: coupled, without weight decay."""
-    coupled = {"second_moment": "vocabulary", "weight_decay": 0.0}
+def coupled_head(embedding_lr_factor: float | None = None) -> list[OptimGroupOverride]:
+    """The group of OLMo-core's output embedding: coupled, without weight decay.
+
+    Args:
+        embedding_lr_factor: what its learning rate is multiplied by; OLMo-core's schedulers keep the proportion.
+
+    Raises:
+        ValueError, TypeError: the factor is not a positive finite number.
+    """
+    coupled: dict[str, Any] = {"second_moment": "vocabulary", "weight_decay": 0.0}
+    if embedding_lr_factor is not None:
+        check_factor("embedding_lr_factor", embedding_lr_factor)
+        coupled["lr_factor"] = float(embedding_lr_factor)  # CoupledAdam multiplies the configuration's lr by it
     return [OptimGroupOverride(params=["lm_head.w_out.weight"], opts=coupled)]
 
 
@@ -28,7 +40,8 @@ class CoupledAdamConfig(OptimConfig[CoupledAdam]):  # type: ignore[misc]
     """Configuration of ``coupled_adam.CoupledAdam``, with its arguments.
 
     ``group_overrides`` couples the output embedding, without weight decay; to change the groups, keep that of
-    ``coupled_head()`` among them. The train module clips (``max_grad_norm``).
+    ``coupled_head()`` among them. ``group_overrides=coupled_head(embedding_lr_factor=10.0)`` gives it another learning
+    rate. The train module clips (``max_grad_norm``).
     """
 
     group_overrides: list[OptimGroupOverride] | None = field(default_factory=coupled_head)

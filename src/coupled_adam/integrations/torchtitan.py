@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 from coupled_adam.errors import require_trainer
 from coupled_adam.integrations.announce import announce
 from coupled_adam.optim import Adams, CoupledAdam
+from coupled_adam.optim.checks import check_factor
 
 require_trainer("torchtitan", "torchtitan")
 
@@ -53,16 +54,23 @@ class CoupledOptimizers(OptimizersContainer):  # type: ignore[misc]
 
 
 def coupled_adamw(
-    lr: float = 8e-4, *, head: str = r"(^|\.)lm_head\.weight$", **kwargs: Any
+    lr: float = 8e-4,
+    *,
+    head: str = r"(^|\.)lm_head\.weight$",
+    embedding_lr_factor: float | None = None,
+    **kwargs: Any,
 ) -> "CoupledOptimizers.Config":
     """Make the configuration of torchtitan's ``default_adamw``, but with a coupled output embedding without decay.
 
     Args:
         lr: of all parameters.
         head: the pattern of the output embedding's name. That it matches nothing is an error of torchtitan's.
+        embedding_lr_factor: what the learning rate of the output embedding is multiplied by; torchtitan's schedulers
+            keep the proportion.
         kwargs: more arguments of ``coupled_adam.CoupledAdam``, for all parameters, but ``max_grad_norm``.
 
     Raises:
+        ValueError, TypeError: ``embedding_lr_factor`` is not a positive finite number.
         ValueError: ``max_grad_norm`` is given. torchtitan clips by itself (``training.max_norm``), and builds one
             optimizer per model part, each of which would bound its own norm.
     """
@@ -70,6 +78,9 @@ def coupled_adamw(
         raise ValueError("torchtitan clips by itself: set training.max_norm, and leave max_grad_norm out")
     common = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, **kwargs}
     coupled = {**common, "weight_decay": 0.0, "second_moment": "vocabulary"}
+    if embedding_lr_factor is not None:
+        check_factor("embedding_lr_factor", embedding_lr_factor)
+        coupled |= {"lr": lr * embedding_lr_factor, "lr_factor": float(embedding_lr_factor)}
     return CoupledOptimizers.Config(
         param_groups=[
             ParamGroupConfig(pattern=head, optimizer_name="CoupledAdam", optimizer_kwargs=coupled),

@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from coupled_adam.errors import require
 from coupled_adam.integrations.announce import announce
 from coupled_adam.optim import CoupledAdam, name_checkpoint, param_groups
+from coupled_adam.optim.checks import DEFAULT_LR, check_factor
 from coupled_adam.optim.groups import Coupled
 
 require("demo", "transformers")
@@ -25,6 +26,8 @@ def trainer_optimizer(
     args: TrainingArguments,
     coupled: Coupled | Iterable[Coupled] | None = None,
     optimizer: Callable[..., Optimizer] = CoupledAdam,
+    *,
+    embedding_lr_factor: float | None = None,
     **options: Any,
 ) -> tuple[type["OptimizerFactory"], dict[str, Any]]:
     """Make what ``Trainer(optimizer_cls_and_kwargs=…)`` takes, from the Trainer's own arguments.
@@ -40,8 +43,13 @@ def trainer_optimizer(
             there is none, as in classifiers and reward models, or if it is frozen, as with LoRA. Names
             (``coupled="lm_head"``) survive what the Trainer does to the model.
         optimizer: ``coupled_adam.CoupledAdam`` or ``coupled_adam.Adams``.
+        embedding_lr_factor: what the learning rate of the coupled matrices is multiplied by, throughout the schedule.
+            The Trainer logs the rate of the first group, which is theirs.
         options: more arguments of ``optimizer``, and such as replace those of ``args``; ``center=True`` as of
             ``coupled_adam.param_groups``.
+
+    Raises:
+        ValueError, TypeError: ``embedding_lr_factor`` is not a positive finite number.
 
     Examples:
         >>> from transformers import TrainingArguments
@@ -50,6 +58,8 @@ def trainer_optimizer(
         >>> kwargs["lr"], kwargs["betas"], kwargs["weight_decay"]
         (1e-05, (0.9, 0.999), 0.1)
     """
+    if embedding_lr_factor is not None:
+        check_factor("embedding_lr_factor", embedding_lr_factor)
     ours: dict[str, Any] = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -67,6 +77,7 @@ def trainer_optimizer(
     return OptimizerFactory, {
         "optimizer": optimizer,
         "coupled": list(coupled) if isinstance(coupled, Iterator) else coupled,  # an optimizer may be built twice
+        "embedding_lr_factor": embedding_lr_factor,
         "trainer_clips": args.max_grad_norm,
         **ours,
         **options,
@@ -87,14 +98,23 @@ class OptimizerFactory:
         optimizer: Callable[..., Optimizer] = CoupledAdam,
         coupled: Coupled | Iterable[Coupled] | None = None,
         center: bool = False,
+        lr: float | Tensor = DEFAULT_LR,
+        embedding_lr_factor: float | None = None,
         trainer_clips: float | None = None,
         from_adamw: bool = False,
         weight_decay: float = 0.0,
         **options: Any,
     ) -> Optimizer:
         """Build the optimizer of this model's parameters, and log once what it does with them."""
-        groups = param_groups(model, weight_decay=weight_decay, coupled=coupled, center=center)
-        built = optimizer(groups, weight_decay=weight_decay, **options)
+        groups = param_groups(
+            model,
+            weight_decay=weight_decay,
+            coupled=coupled,
+            center=center,
+            lr=None if embedding_lr_factor is None else lr,  # so that checkpoints without a factor stay as they are
+            embedding_lr_factor=embedding_lr_factor,
+        )
+        built = optimizer(groups, lr=lr, weight_decay=weight_decay, **options)
         built.register_load_state_dict_pre_hook(_NamesOf(model, from_adamw))
         built.register_step_pre_hook(_AllHeld(model))
         bound = f"to a global norm of {trainer_clips:g}" if trainer_clips else "none"
@@ -169,18 +189,22 @@ def resume_from_adamw(trainer: Trainer) -> None:
 
 
 class _ScheduleOfAllGroups(TrainerCallback):
-    """Gives a schedule that was saved with two param groups the number that there are now."""
+    """Gives a schedule that was saved with one rate for all groups one for each of those that there are now."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         scheduler, groups = kwargs["lr_scheduler"], kwargs["optimizer"].param_groups
+        factors = [group.get("lr_factor", 1.0) for group in groups]
         for key in ("base_lrs", "min_lrs", "_last_lr"):
             rates = getattr(scheduler, key, None)
-            if not isinstance(rates, list) or len(rates) in (0, len(groups)):
+            if not isinstance(rates, list) or not rates:
                 continue
             if len(set(rates)) > 1:
+                if len(rates) == len(groups):
+                    continue  # of a run with the factors
                 raise ValueError(f"the schedule of the checkpoint has different rates for its groups ({key}: {rates})")
-            setattr(scheduler, key, rates[:1] * len(groups))
-            for group in groups:
-                group.update({"base_lrs": {"initial_lr": rates[0]}, "_last_lr": {"lr": rates[0]}}.get(key, {}))
+            ours = [rates[0] * (1.0 if key == "min_lrs" else factor) for factor in factors]
+            setattr(scheduler, key, ours)
+            for group, rate in zip(groups, ours, strict=True):
+                group.update({"base_lrs": {"initial_lr": rate}, "_last_lr": {"lr": rate}}.get(key, {}))

@@ -18,10 +18,13 @@ from coupled_adam.optim import Adams, CoupledAdam, center_, param_groups
 
 
 class Optimizers:
-    """Several optimizers that step together, with the learning rate of one schedule."""
+    """Several optimizers that step together, with the learning rate of one schedule.
 
-    def __init__(self, optimizers: Sequence[Optimizer], lr_factors: Sequence[float], max_grad_norm: float) -> None:
-        self.all, self.lr_factors, self.max_grad_norm = list(optimizers), list(lr_factors), max_grad_norm
+    A param group with an ``lr_factor`` takes that multiple of it, as those of ``coupled_adam.param_groups``.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], max_grad_norm: float) -> None:
+        self.all, self.max_grad_norm = list(optimizers), max_grad_norm
         self.centered: list[Tensor] = []
         """Matrices whose mean row is to be subtracted after every step, where their optimizer does not do it."""
 
@@ -32,9 +35,9 @@ class Optimizers:
 
     def step(self, lr: float) -> Tensor:
         """Take one step with all gradients clipped to the bound. Returns their norm before clipping, a scalar."""
-        for optimizer, factor in zip(self.all, self.lr_factors, strict=True):
+        for optimizer in self.all:
             for group in optimizer.param_groups:
-                group["lr"] = lr * factor
+                group["lr"] = lr * group.get("lr_factor", 1.0)
         first = self.all[0]
         if len(self.all) == 1 and isinstance(first, CoupledAdam | Adams):  # it clips in its own pass over the gradients
             first.step()
@@ -69,9 +72,9 @@ def _built(model: LanguageModel, experiment: Experiment, counts: NDArray[np.int6
     if embedding.center:  # what it changes, the experiment's caveats have said
         groups[0]["center"] = True
     if core.name == "adamw" and embedding.name in ("adamw", "coupled_adam") and embedding.lr_factor == 1:
-        return Optimizers([_adam(groups, core, embedding, max_grad_norm)], [1.0], max_grad_norm)
+        return Optimizers([_adam(groups, core, embedding, max_grad_norm)], max_grad_norm)
     if core.name == embedding.name == "adams" and embedding.lr_factor == 1:
-        return Optimizers([_adams(groups, core, embedding, max_grad_norm)], [1.0], max_grad_norm)
+        return Optimizers([_adams(groups, core, embedding, max_grad_norm)], max_grad_norm)
     ours, rest = groups[:1], groups[1:]
     match embedding.name:
         case "sgd":
@@ -89,7 +92,10 @@ def _built(model: LanguageModel, experiment: Experiment, counts: NDArray[np.int6
             others = [_adams(rest, core, embedding, None)]
         case _:
             others = [_adam(rest, core, EmbeddingOptimizer(), None)]
-    return Optimizers([first, *others], [embedding.lr_factor, *(1.0 for _ in others)], max_grad_norm)
+    if embedding.lr_factor != 1:
+        for group in first.param_groups:
+            group["lr_factor"] = embedding.lr_factor
+    return Optimizers([first, *others], max_grad_norm)
 
 
 def _adam(

@@ -7,7 +7,7 @@ iteration behind spectral decay in reductions.py.
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from coupled_adam.optim.checks import StateDtype
+from coupled_adam.optim.checks import DEFAULT_LR, StateDtype
 from coupled_adam.optim.optimizer import AdamFamily
 
 
@@ -31,7 +31,8 @@ class Adams(AdamFamily):
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups; floating point, not complex.
-        lr: learning rate η ≥ 0, a float or a tensor of one element.
+        lr: learning rate η ≥ 0, a float or a tensor of one element; 1e-3 by default. For another one of the output
+            embedding see ``coupled_adam.param_groups``.
         betas: decay rates (β1, β2) of the moments, each in [0, 1).
         weight_decay: spectral decay λ ≥ 0. A warning tells when η·λ·√M exceeds 1, where it overshoots; above 2 it
             diverges.
@@ -62,7 +63,7 @@ class Adams(AdamFamily):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = DEFAULT_LR,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         scalar_vector_weight_decay: float = 0.1,

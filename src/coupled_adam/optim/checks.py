@@ -32,6 +32,9 @@ EIGHT_BIT = ("exp_avg_codes", "exp_avg_scales")
 #: The keys of torch's own optimizers and schedulers that a group may carry beside ours, without effect here.
 FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "swa_lr", "name"})
 
+#: What an optimizer that is given no learning rate has. By its identity it is told from the same number given.
+DEFAULT_LR = float("1e-3")
+
 
 #: Dtype and device of what must be in a state, by its key.
 Form = dict[str, tuple[torch.dtype, torch.device]]
@@ -46,7 +49,7 @@ WORKING = (torch.float32, torch.float64)
 
 def check_group(group: dict[str, Any], optimizer: str) -> None:
     """Raise ValueError or TypeError for hyperparameters or parameters that a group of ``optimizer`` cannot have."""
-    _check_number("learning rate (lr)", group["lr"], tensor=True)
+    check_number("learning rate (lr)", group["lr"], tensor=True)
     check_settings(group)
     for i, param in enumerate(group["params"]):
         check_param(param, parameter_name(group, i), optimizer, coupled=group["second_moment"] == "vocabulary")
@@ -59,24 +62,47 @@ def check_rate(lr: object) -> None:
     That of a schedule may end a rounding error below 0.
     """
     if isinstance(lr, Tensor):
-        _check_number("learning rate (lr)", lr, tensor=True, minimum=-math.inf)
+        check_number("learning rate (lr)", lr, tensor=True, minimum=-math.inf)
     elif type(lr) is not float or not math.isfinite(lr):
-        _check_number("learning rate (lr)", lr, minimum=-math.inf)
+        check_number("learning rate (lr)", lr, minimum=-math.inf)
+
+
+def check_factor(name: str, value: object) -> None:
+    """Raise ValueError or TypeError for a factor of the learning rate that is not positive and finite."""
+    check_number(name, value)
+    if value == 0:
+        raise ValueError(f"Invalid {name}: 0; it multiplies the learning rate and must be positive")
+
+
+def check_one_base(groups: list[dict[str, Any]], lr: float | Tensor) -> None:
+    """Raise ValueError if groups whose rates are multiples of one learning rate were given with another one."""
+    for group in groups:
+        own = group["lr"]
+        if "lr_factor" not in group or not all(not isinstance(x, Tensor) or readable(x) for x in (lr, own)):
+            continue
+        base = float(own) / group["lr_factor"]
+        if not math.isclose(base, float(lr), rel_tol=1e-5):
+            raise ValueError(
+                f"the optimizer was given lr={float(lr):g}, and its param groups lr={base:g} (param_groups(model, "
+                "lr=…)): give one of them, or the same to both"
+            )
 
 
 def check_settings(group: dict[str, Any]) -> None:
     """Raise ValueError or TypeError for hyperparameters, other than the learning rate, that a group cannot have."""
-    _check_number("eps", group["eps"])
-    _check_number("weight_decay", group["weight_decay"])
-    _check_number("coupling_factor", group["coupling_factor"], maximum=1.0)
-    _check_number("coupling_scale", group["coupling_scale"])
+    check_number("eps", group["eps"])
+    check_number("weight_decay", group["weight_decay"])
+    check_number("coupling_factor", group["coupling_factor"], maximum=1.0)
+    check_number("coupling_scale", group["coupling_scale"])
     if group["coupling_scale"] == 0:
         raise ValueError("Invalid coupling_scale: 0; it multiplies the second moment and must be positive")
     _check_betas(group["betas"])
+    if "lr_factor" in group:
+        check_factor("lr_factor", group["lr_factor"])
     if "scalar_vector_weight_decay" in group:
-        _check_number("scalar_vector_weight_decay", group["scalar_vector_weight_decay"])
+        check_number("scalar_vector_weight_decay", group["scalar_vector_weight_decay"])
     if group["max_grad_norm"] not in (None, math.inf):
-        _check_number("max_grad_norm", group["max_grad_norm"])
+        check_number("max_grad_norm", group["max_grad_norm"])
         if group["max_grad_norm"] == 0:
             raise ValueError("Invalid max_grad_norm: 0; it must be positive, or None not to bound the norm")
     for key in ("center", "maximize", "capturable"):
@@ -299,9 +325,10 @@ def check_keys(group: dict[str, Any], defaults: dict[str, Any]) -> None:
 
     Other keys are none of our business.
     """
-    for key in group.keys() - defaults.keys() - FOREIGN_KEYS:
+    known = (*defaults, "lr_factor")
+    for key in group.keys() - FOREIGN_KEYS - set(known):
         limit = 2 if len(key) > 5 else 1
-        if near := [ours for ours in defaults if len(key) > 2 and _distance(key, ours) <= limit]:
+        if near := [ours for ours in known if len(key) > 2 and _distance(key, ours) <= limit]:
             raise ValueError(f"Unknown key {key!r} in a param group; did you mean {near[0]!r}?")
 
 
@@ -320,7 +347,7 @@ def _distance(a: str, b: str) -> int:
     return before[-1]
 
 
-def _check_number(
+def check_number(
     name: str, value: object, minimum: float = 0, maximum: float = math.inf, *, tensor: bool = False
 ) -> None:
     if isinstance(value, Tensor):
@@ -345,6 +372,6 @@ def _check_betas(betas: Any) -> None:
     for i, beta in enumerate(betas):
         if isinstance(beta, Tensor):
             raise TypeError(f"Invalid betas[{i}]: a tensor; give a number")
-        _check_number(f"betas[{i}]", beta)
+        check_number(f"betas[{i}]", beta)
         if float(beta) >= 1:
             raise ValueError(f"Invalid betas[{i}]: {float(beta)}; it must be at least 0 and less than 1")

@@ -8,7 +8,7 @@ import warnings
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from coupled_adam.optim.checks import StateDtype
+from coupled_adam.optim.checks import DEFAULT_LR, StateDtype
 from coupled_adam.optim.optimizer import AdamFamily
 
 
@@ -40,7 +40,8 @@ class CoupledAdam(AdamFamily):
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups; floating point, not complex.
-        lr: learning rate η ≥ 0, a float or a tensor of one element.
+        lr: learning rate η ≥ 0, a float or a tensor of one element; 1e-3 by default. For another one of the output
+            embedding see ``coupled_adam.param_groups``.
         betas: decay rates (β1, β2) of the moments, each in [0, 1).
         eps: ε ≥ 0, added to the root of the second moment.
         weight_decay: decoupled weight decay λ ≥ 0.
@@ -94,7 +95,7 @@ class CoupledAdam(AdamFamily):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = DEFAULT_LR,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,

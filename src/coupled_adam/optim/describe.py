@@ -61,9 +61,17 @@ def _coupled(optimizer: AdamFamily, members: list[Member]) -> Iterator[str]:
     for member in coupled:
         shard = ", a shard" if vocabulary_group(_param(member)) is not None else ""
         text = f"coupled over the vocabulary: {_name(member)} {tuple(_param(member).shape)}{shard}, {_decay(member)}"
+        text += _scales(member)
         yield text + _untrained(optimizer, member)
     if not coupled:
         yield "coupled over the vocabulary: nothing"
+
+
+def _scales(member: Member) -> str:
+    """Name what makes the steps of a parameter longer or shorter than those of others."""
+    names = {"lr_factor": "learning rate factor", "coupling_scale": "coupling_scale"}
+    found = {text: member[0].get(key, 1.0) for key, text in names.items()}
+    return "".join(f", {text} {value:g}" for text, value in found.items() if value != 1)
 
 
 def _untrained(optimizer: AdamFamily, member: Member) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from coupled_adam.optim.checks import check_factor, check_number
 from coupled_adam.optim.output_heads import candidates, computed, flat, kind, name_of, output_matrices
 from coupled_adam.optim.state import bare
 
@@ -23,6 +24,8 @@ def param_groups(
     coupled: Coupled | Iterable[Coupled] | None = None,
     *,
     center: bool = False,
+    lr: float | Tensor | None = None,
+    embedding_lr_factor: float | None = None,
 ) -> list[dict[str, Any]]:
     """Sort a model's trainable parameters into the groups that language models are trained with.
 
@@ -30,8 +33,11 @@ def param_groups(
     * matrices (two dimensions and more) that are not coupled: ``weight_decay``
     * vectors and scalars: no weight decay
 
-    Groups without parameters are left out. Optimizers of torch take no notice of the keys ``second_moment`` and
-    ``decay``. The parameters are (name, parameter) pairs; for an optimizer that takes no names, such as
+    With ``lr`` each group has a learning rate, which any optimizer takes from there, and which any schedule that
+    multiplies, such as ``LambdaLR``, keeps in proportion.
+
+    Groups without parameters are left out. Optimizers of torch take no notice of the keys ``second_moment``, ``decay``
+    and ``lr_factor``. The parameters are (name, parameter) pairs; for an optimizer that takes no names, such as
     ``ZeroRedundancyOptimizer``, strip them:
 
         groups = [{**group, "params": [p for _, p in group["params"]]} for group in param_groups(model)]
@@ -49,11 +55,19 @@ def param_groups(
             untied output embedding under a softmax this changes no probability; a warning says where it does.
             After the step of an optimizer of torch, which takes no notice of this key either, call
             ``coupled_adam.center_`` instead.
+        lr: learning rate of all groups. The optimizer then needs none; ours reject another one.
+        embedding_lr_factor: what the learning rate of the coupled matrices is multiplied by; needs ``lr``. An input
+            embedding that is not tied keeps the rate of the other matrices. With ``lr`` each group also has its factor
+            as ``"lr_factor"`` (1.0 unless coupled), for loops that set the rates in every step:
+
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_of_this_step * group.get("lr_factor", 1.0)
 
     Raises:
         ValueError: the model has no ``get_output_embeddings()``, or its answer cannot be right (the message lists
-            candidates), or an entry of ``coupled`` is no trainable matrix of this model.
-        TypeError: ``model`` is no module, or ``coupled`` is none of the above.
+            candidates), or an entry of ``coupled`` is no trainable matrix of this model; or ``embedding_lr_factor`` is
+            not positive and finite, comes without ``lr``, or finds nothing that is coupled.
+        TypeError: ``model`` is no module, ``coupled`` is none of the above, or a rate or factor is no number.
 
     Examples:
         >>> from torch import nn
@@ -63,9 +77,19 @@ def param_groups(
         >>> [[name for name, _ in group["params"]] for group in groups]
         [['2.weight'], ['0.weight'], ['1.weight', '1.bias']]
         >>> optimizer = CoupledAdam(groups, lr=1e-3)
+        >>> groups = param_groups(model, coupled=[model[2]], lr=1e-3, embedding_lr_factor=10.0)
+        >>> [group["lr"] for group in CoupledAdam(groups).param_groups]
+        [0.01, 0.001, 0.001]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups takes a model, not {_told(model)}: param_groups(model)")
+    if embedding_lr_factor is not None:
+        check_factor("embedding_lr_factor", embedding_lr_factor)
+        if lr is None:
+            raise ValueError(
+                f"embedding_lr_factor={embedding_lr_factor:g} multiplies lr, which is missing: "
+                f"param_groups(model, lr=1e-3, embedding_lr_factor={embedding_lr_factor:g}), with your learning rate"
+            )
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = output_matrices(model) if coupled is None else _chosen(coupled, model)
     for matrix in matrices:
@@ -88,6 +112,17 @@ def param_groups(
             "decay": "decoupled",  # Adams would take its scalar_vector_weight_decay
         },
     ]
+    if embedding_lr_factor is not None and not matrices:
+        raise ValueError(
+            f"embedding_lr_factor={embedding_lr_factor:g} has nothing to act on: nothing of {type(model).__name__} is "
+            "coupled. Leave it out, or name the output embedding with coupled=…; for its own learning rate without "
+            "coupling, give these groups to torch.optim.AdamW"
+        )
+    if lr is not None:
+        check_number("learning rate (lr)", lr, tensor=True)
+        for group, factor in zip(groups, (embedding_lr_factor or 1.0, 1.0, 1.0), strict=True):
+            check_number("learning rate of a group (lr · embedding_lr_factor)", lr * factor, tensor=True)
+            group |= {"lr": lr * factor, "lr_factor": float(factor)}
     if not matrices:  # by choice, or with a warning: CoupledAdam need not warn
         groups = [{**group, "second_moment": "elementwise"} for group in groups]
     return [group for group in groups if group["params"]]

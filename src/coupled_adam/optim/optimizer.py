@@ -16,11 +16,15 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from coupled_adam.optim import clipping, dispatch, reductions
 from coupled_adam.optim.center import center_all_
 from coupled_adam.optim.checks import (
+    DEFAULT_LR,
     Form,
+    check_factor,
     check_flags,
     check_grad,
     check_group,
     check_keys,
+    check_number,
+    check_one_base,
     check_rate,
     check_settings,
     check_state,
@@ -68,12 +72,23 @@ class AdamFamily(Optimizer):
         check_flags(flags_of_adamw)
         self.error_if_nonfinite = error_if_nonfinite
         super().__init__(params, defaults)
+        if defaults["lr"] is not DEFAULT_LR:
+            check_one_base(self.param_groups, defaults["lr"])
+        elif bases := [group["lr"] / group["lr_factor"] for group in self.param_groups if "lr_factor" in group]:
+            self.defaults["lr"] = bases[-1]  # which schedules read, and groups that are added take
 
     def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add a group. Its missing keys take the defaults of the constructor; it is checked like the others."""
+        """Add a group. Its missing keys take the defaults of the constructor; it is checked like the others.
+
+        With the key ``lr_factor`` and without ``lr`` its learning rate is that multiple of the default.
+        """
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group is a dict, not {type(param_group).__name__}: {{'params': […], …}}")
         param_group = dict(param_group)  # torch writes into it, and the caller may build another optimizer of it
+        if "lr_factor" in param_group and "lr" not in param_group:
+            check_number("learning rate (lr)", self.defaults["lr"], tensor=True)
+            check_factor("lr_factor", param_group["lr_factor"])
+            param_group["lr"] = self.defaults["lr"] * param_group["lr_factor"]
         if self.param_groups:
             param_group.setdefault("max_grad_norm", self.param_groups[0]["max_grad_norm"])  # a checkpoint may set it
         super().add_param_group(param_group)
@@ -223,6 +238,7 @@ class AdamFamily(Optimizer):
         for number, group in enumerate(self.param_groups):
             check_still_matrices(group, self._matrices[number])
             self._check_numbers(number, group)
+        self._warn_of_a_lost_factor()
         members = []
         for group, i, param in self._members():
             state = self.state.get(param) or {}
@@ -243,6 +259,26 @@ class AdamFamily(Optimizer):
         if len(before) != len(values) or any(a is not b for a, b in zip(before, values, strict=True)):
             check_settings(group)
             known[number] = values
+
+    def _warn_of_a_lost_factor(self) -> None:
+        """Warn once if all groups have one learning rate where their factors want them apart."""
+        factors = [group.get("lr_factor", 1.0) for group in self.param_groups]
+        if len(set(factors)) < 2 or torch.compiler.is_compiling() or "_warned_of_factor" in self.__dict__:
+            return
+        rates = [group["lr"] for group in self.param_groups]
+        if not all(not isinstance(lr, Tensor) or readable(lr) for lr in rates):
+            return
+        values = {float(lr) for lr in rates}
+        if len(values) > 1 or (lr := values.pop()) <= 0:
+            return
+        self._warned_of_factor = True
+        warnings.warn(
+            f"the param groups have the learning rate factors {', '.join(f'{x:g}' for x in factors)}, but one learning "
+            f"rate, {lr:g}: it was set for all of them, or a checkpoint without factors was loaded. Where you set it, "
+            'write group["lr"] = lr * group.get("lr_factor", 1.0); give OneCycleLR and CyclicLR a list of rates',
+            UserWarning,
+            stacklevel=6,
+        )
 
     def _prepare_state(self, members: Iterable[Member]) -> None:
         """Create state for every parameter, with a gradient or not: a distributed checkpoint must be complete."""
@@ -364,6 +400,7 @@ class AdamFamily(Optimizer):
             ValueError: the groups or the shapes of the state do not fit; the message names the parameter.
         """
         prepared: dict[str, Any] = {}
+        factors = [group.get("lr_factor", 1.0) for group in self.param_groups]
 
         def fit(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             prepared.update(prepare(state_dict, self.param_groups, resize=resize_vocabulary))
@@ -377,6 +414,18 @@ class AdamFamily(Optimizer):
             handle.remove()
         restore(self, prepared, self._new_state)
         self._warn_of_infinities()
+        self._warn_of_other_factors(factors)
+
+    def _warn_of_other_factors(self, before: list[float]) -> None:
+        loaded = [group.get("lr_factor", 1.0) for group in self.param_groups]
+        if loaded != before:
+            warnings.warn(
+                f"the checkpoint has the learning rate factors {', '.join(f'{x:g}' for x in loaded)} in its param "
+                f"groups, this optimizer had {', '.join(f'{x:g}' for x in before)}: the checkpoint's rates and factors "
+                'are in force. For others set "lr", "initial_lr" and "lr_factor" of the groups after loading',
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _warn_of_infinities(self) -> None:
         members = [

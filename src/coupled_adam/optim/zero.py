@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from coupled_adam.optim.adams import Adams
-from coupled_adam.optim.checks import Form, StateDtype, parameter_name
+from coupled_adam.optim.checks import DEFAULT_LR, Form, StateDtype, parameter_name
 from coupled_adam.optim.equations import Number
 from coupled_adam.optim.exchange import ParamGroup, Work, shared_over
 from coupled_adam.optim.optimizer import Member
@@ -62,7 +62,7 @@ class Adams_ZeRO(Adams):
         params: ParamsT,
         master_dtype: torch.dtype = torch.float32,
         process_group: "dist.ProcessGroup | None" = None,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = DEFAULT_LR,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         scalar_vector_weight_decay: float = 0.1,
