@@ -29,6 +29,7 @@ def called(
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
     signal.signal(signal.SIGINT, handler)
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)  # as a program may, and examples/train_mnist.py does
     written = [stream.buffer.getvalue().decode(encoding) for stream in (out, err)]
     return subprocess.CompletedProcess(argv, code, *written)
 

@@ -206,7 +206,6 @@ class Optimizer(Section):
     core: CoreOptimizer = CoreOptimizer()
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
 
-
     @property
     def embedding_beta2(self) -> float:
         """β2 of the output embedding: its own where it has one, or that of the rest."""
