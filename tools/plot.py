@@ -1,7 +1,6 @@
 """Takes a plot from a page: the part that a selector of Playwright names.
 
 python tools/plot.py runs/demo/report.html "#chart-embeddings" docs/embeddings.png
-python tools/plot.py runs/mini/report.html "section:has-text('Model and data size')" docs/sizes.png
 """
 
 import shutil
