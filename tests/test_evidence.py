@@ -166,6 +166,9 @@ def whole_study() -> list:
         also(f"mini-rest-{rate:.0e}-{{arm}}-{{factor}}".replace("e-0", "e-"), plain, lr=rate)
     also("mini-rates-{arm}-{factor}", plain)
     also("mini-words-{arm}-{factor}", plain)
+    for name in ("mini-M-300A", "mini-M-300V", "mini-M-300A-untied", "mini-M-300V-untied"):
+        drift = {"mu norm": 0.5, "drift_second_moments": 0.3, "drift_gradients": 0.1}
+        rows.append({**row("tied", "adamw", 1.0, 1), "experiment": name, "name": f"{name}-s1", **drift})
     for i, each in enumerate(rows):
         each |= {f"log_ratio_{name}": 0.1 for name in ("below_0.1", "0.1_to_1", "1_to_10", "above_10")}
         each["ratio norm"] = 0.02 + 0.01 * (i % 7)
@@ -191,6 +194,7 @@ def test_every_block_is_made_from_a_whole_study(evidence: ModuleType, root: Path
         ["| untied", "1", "3"],
         ["| untied", "best for each", "3"],
     ]
+    assert "| Coupled Adam, untied | 0.5000 | 0.3000 (60.0%) | 0.1000 (20.0%) | 0.1000 |" in made["health"]
     assert made["headline"].count("best for each") == 4 and "1.85M parameters, 4M tokens" in made["headline"]
     assert made["centering"].count("\n") == 1 + 4 and "the step sums to zero | AdamW" in made["contrasts-tied"]
     assert made["word-similarity-rate"].count("**") == 2 * 2, "one factor chosen an arm"
@@ -222,6 +226,7 @@ def test_blocks_make_do_with_columns_that_are_missing(evidence: ModuleType, root
                     "ratio norm",
                     "isotropy",
                     "eb_cos_sim",
+                    "mu norm",
                 ), (
                     column,
                     name,

@@ -186,7 +186,19 @@ def test_the_families_name_experiments_that_exist() -> None:
     families = experiments.families()
     assert set(families) == {
         *("small", "scaled", "sgd", "llama", "long", "drift", "precision", "tied", "core"),
-        *("noise", "what-tied", "what-untied", "one-rate", "batch", "rest", "rates", "words", "muon", "decay"),
+        *(
+            "noise",
+            "what-tied",
+            "what-untied",
+            "one-rate",
+            "health",
+            "batch",
+            "rest",
+            "rates",
+            "words",
+            "muon",
+            "decay",
+        ),
     }
     assert families["small"]["seeds"] == [1, 2, 3]
     named = {name for family in families.values() for name in family["experiments"]}

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from evidence_results import NotYet, Results, block, markdown
 from coupled_adam.figures import cell
 from coupled_adam.report import tuned_sections
 from coupled_adam.report.paired import difference_text, holm, p_text, paired_difference, pairs_needed
-from coupled_adam.report.tuned import Cell, Outcome, difference_at, factor_text, number, versus
+from coupled_adam.report.tuned import Cell, Outcome, Row, difference_at, factor_text, number, text, versus
 
 #: The difference that the number of seeds is planned for, in nats per token.
 DETECTABLE = 0.02
@@ -325,3 +326,55 @@ def calibration(results: Results) -> str:
     ]
     headings = ["embeddings", "method", *(f"κ {name.replace('_', ' ')}" for name in KAPPA_RANGES)]
     return markdown(headings, rows, left=2)
+
+
+# Models like those of the demo
+
+
+def _of_experiments(results: Results, names: Iterable[str]) -> list[Row]:
+    found = {text(row, "experiment"): row for row in results.rows("study.csv")}
+    if missing := [name for name in names if name not in found]:
+        raise NotYet(f"study.csv has no run of {missing[0]}")
+    return [found[name] for name in names]
+
+
+HEALTH = {
+    "AdamW, tied": "mini-M-300A",
+    "Coupled Adam, tied": "mini-M-300V",
+    "AdamW, untied": "mini-M-300A-untied",
+    "Coupled Adam, untied": "mini-M-300V-untied",
+}
+
+
+@block("health")
+def health(results: Results) -> str:
+    lines = []
+    for label, row in zip(HEALTH, _of_experiments(results, HEALTH.values()), strict=True):
+        columns = ("mu norm", "drift_second_moments", "drift_gradients")
+        norm, *parts = (number(row, column) or 0.0 for column in columns)
+        if norm == 0:
+            raise NotYet(f"{text(row, 'experiment')} has no norm of the mean")
+        shares = [f"{part:.4f} ({part / norm:.1%})" for part in parts]
+        rest = norm - sum(parts)
+        lines.append([label, f"{norm:.4f}", *shares, f"{rest:.4f}", f"{number(row, 'ratio norm') or 0.0:.3f}"])
+    headings = ["after 300 steps", "‖μ‖", "second moments", "gradients", "initial mean", "mean shift ratio"]
+    return markdown(headings, lines)
+
+
+AUDITED = {
+    "mean shift ratio": ("ratio norm", "{:.3f}"),
+    "mean of the norms": ("avg norm", "{:.3f}"),
+    "isotropy": ("isotropy", "{:.3f}"),
+    "inverse condition (%)": ("Smin/Smax", "{:.2f}"),
+    "norm–frequency Spearman": ("corr_s(norm, lbp)", "{:+.2f}"),
+    "projection–frequency Spearman": ("corr_s(Emu, lbp)", "{:+.2f}"),
+    "word similarity": ("eb_cos_sim", "{:.1f}"),
+    "word similarity, centered": ("word_similarity_centered", "{:.1f}"),
+}
+
+
+@block("audited")
+def audited(results: Results) -> str:
+    pair = _of_experiments(results, ["mini-M-300A", "mini-M-300V"])
+    rows = [[label, *(cell(number(row, column), form) for row in pair)] for label, (column, form) in AUDITED.items()]
+    return markdown(["", "AdamW", "Coupled Adam"], rows)
