@@ -51,7 +51,7 @@ def test_a_run_that_failed_or_diverged_is_never_the_best(monkeypatch: pytest.Mon
 
 def test_the_arms_of_the_study_differ_in_nothing_but_the_rate(tmp_path: Path) -> None:
     found = searches("mini", ["what-tied"], [], tmp_path)
-    assert len(found) == 17
+    assert len(found) == 22
     for one in found:
         for runs in one.runs.values():
             factors = [run.experiment.optimizer.embedding.lr_factor for run in runs]

@@ -53,20 +53,37 @@ def test_one_per_hidden_unit_is_coupled_adam() -> None:
     torch.testing.assert_close(without, coupled, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize(("shape", "averaged"), [("token", (1,)), ("scalar", (0, 1)), ("frequency", (0,))])
+@pytest.mark.parametrize(
+    ("shape", "averaged"), [("token", (1,)), ("scalar", (0, 1)), ("frequency", (0,)), ("factored", (0,))]
+)
 @pytest.mark.parametrize("zero_sum", [False, True])
 def test_the_step_is_the_equation(shape, averaged, zero_sum: bool) -> None:
     frequency = torch.linspace(0.1, 0.9, V, dtype=torch.float64) if shape == "frequency" else None
     found = trained(lambda p: AdamVariant([p], shape, frequency=frequency, exponent=0.5, zero_sum=zero_sum))
     theta = torch.linspace(-1, 1, V * H, dtype=torch.float64).reshape(V, H)
-    m, v = torch.zeros(V, H, dtype=torch.float64), 0.0
+    m, v, r = torch.zeros(V, H, dtype=torch.float64), 0.0, 0.0
     for t, g in enumerate(gradients(), start=1):
         m = 0.9 * m + 0.1 * g
         v = 0.95 * v + 0.05 * (g * g).mean(averaged, keepdim=True)
+        r = 0.95 * r + 0.05 * (g * g).mean(1, keepdim=True)
         n = v if frequency is None else v * (frequency / frequency.mean()).sqrt()[:, None]
+        n = n * (r / r.mean()).sqrt() if shape == "factored" else n
         u = m / (1 - 0.9**t) / ((n / (1 - 0.95**t)).sqrt() + 1e-8)
         theta = theta - 0.01 * (u - u.mean(0) if zero_sum else u)
     torch.testing.assert_close(found, theta, rtol=0, atol=1e-13)
+
+
+def test_factored_with_the_exponent_1_is_adafactors_second_moment() -> None:
+    """torch's Adafactor has neither a first moment nor Adam's bias correction: one step with β1 = 0 compares the two."""
+    param = nn.Parameter(torch.zeros(V, H, dtype=torch.float64))
+    theirs = nn.Parameter(param.detach().clone())
+    param.grad = theirs.grad = gradients()[0]
+    ours = AdamVariant([param], "factored", (0.0, 0.95), eps=0.0, exponent=1.0)
+    ours.param_groups[0]["lr"] = 1.0
+    ours.step()
+    torch.optim.Adafactor([theirs], lr=1.0, eps=(None, 1.0), weight_decay=0.0, d=1e9).step()
+    ratio = param.detach() / theirs.detach()  # its learning rate is relative to the parameter
+    torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio))
 
 
 @pytest.mark.parametrize("shape", ["element", "token", "hidden", "scalar"])

@@ -162,7 +162,8 @@ def test_the_vertex_of_a_parabola() -> None:
     ("arm", "label"),
     [
         ("adamw", "AdamW"), ("element", "AdamW"), ("coupled", "Coupled Adam"), ("hidden", "Coupled Adam"),
-        ("element-zero-sum", "AdamW, zero-sum step"), ("alpha-0.5-zero-sum", "tempered, α = 0.5, zero-sum step"),
+        ("element-zero-sum", "AdamW, zero-sum step"), ("factored-0.5", "tempered, α = 0.5"),
+        ("alpha-0.5-zero-sum", "tempered by frequency, α = 0.5, zero-sum step"),
         ("element-beta2-0.999", "AdamW, β2 = 0.999"), ("adamw-center", "AdamW + center"),
         ("something-new", "something-new"),
     ],

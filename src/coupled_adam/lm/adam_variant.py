@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-Shape = Literal["element", "token", "hidden", "scalar", "frequency"]
+Shape = Literal["element", "token", "hidden", "scalar", "frequency", "factored"]
 
 #: Dimensions of a (V, H) matrix over which each second moment averages g².
 AVERAGED: dict[Shape, tuple[int, ...]] = {
@@ -19,6 +19,7 @@ AVERAGED: dict[Shape, tuple[int, ...]] = {
     "hidden": (0,),  # (1, H): one per hidden unit: Coupled Adam (arXiv 2502.08441)
     "scalar": (0, 1),  # (1, 1): one for the matrix
     "frequency": (0,),  # (1, H), times (q_i / q̄)^α for token i
+    "factored": (0,),  # (1, H), times (r_i / r̄)^α, r (V, 1) being the second moment per token
 }
 
 
@@ -30,8 +31,8 @@ class AdamVariant(Optimizer):
         second_moment: what g² is averaged over, see ``AVERAGED``.
         betas, eps: as of Adam.
         frequency: q, (V,): the share of each token in the training text, none of them 0. For ``"frequency"`` only.
-        exponent: α. 0 is ``"hidden"``; 1 gives each token a second moment in proportion to its frequency, as Adam's is
-            on average.
+        exponent: α of ``"frequency"`` and ``"factored"``. 0 is ``"hidden"``; 1 gives each token a second moment in
+            proportion to its frequency, as Adam's is on average, or is Adafactor's (arXiv 1804.04235).
         zero_sum: subtract from every update its mean over the vocabulary.
         amsgrad: divide by the largest second moment so far (arXiv 1904.09237, with Adam's bias correction as in torch).
     """
@@ -51,6 +52,7 @@ class AdamVariant(Optimizer):
             raise ValueError("second_moment='frequency' and frequency go together")
         super().__init__(params, {"lr": 1e-3, "betas": betas, "eps": eps})
         self.averaged, self.zero_sum, self.amsgrad = AVERAGED[second_moment], zero_sum, amsgrad
+        self.exponent = exponent if second_moment == "factored" else None
         # (q_i / q̄)^α, (V, 1); q̄ is the mean over the vocabulary
         self.tempered = None if frequency is None else (frequency / frequency.mean()).pow(exponent).unsqueeze(1)
 
@@ -71,6 +73,9 @@ class AdamVariant(Optimizer):
                     n = torch.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])
                 if self.tempered is not None:
                     n = n * self.tempered.to(n)  # v_i = v̄·(q_i / q̄)^α
+                if self.exponent is not None:
+                    r = state["rows"].lerp_(g.square().mean(1, keepdim=True), 1 - beta2)
+                    n = n * (r / r.mean()).pow(self.exponent)  # v_i = v̄·(r_i / r̄)^α
                 u = m / (1 - beta1**t) / ((n / (1 - beta2**t)).sqrt() + eps)  # m̂ / (√v̂ + ε)
                 if self.zero_sum:
                     u -= u.mean(0)
@@ -85,4 +90,6 @@ class AdamVariant(Optimizer):
             state["exp_avg_sq"] = param.new_zeros(shape)
             if self.amsgrad:
                 state["max_exp_avg_sq"] = param.new_zeros(shape)
+            if self.exponent is not None:
+                state["rows"] = param.new_zeros(len(param), 1)
         return state

@@ -167,9 +167,10 @@ class EmbeddingOptimizer(Section):
     name: Literal["adamw", "coupled_adam", "adams", "sgd", "adam_variant"] = "adamw"
     """``adams``: its step with a second moment that is shared over the vocabulary. ``adam_variant``: one that differs
     from Adam in the five keys below, to find out which difference matters (lm/adam_variant.py)."""
-    second_moment: Literal["element", "token", "hidden", "scalar", "frequency"] = "element"
+    second_moment: Literal["element", "token", "hidden", "scalar", "frequency", "factored"] = "element"
     """Of ``adam_variant``: Adam's, one per token, per hidden unit (Coupled Adam's), or one; or per hidden unit, times
-    the power ``frequency_exponent`` of the token's relative frequency."""
+    the power ``frequency_exponent`` of the token's relative frequency, or (``factored``) of its relative second
+    moment."""
     frequency_exponent: float = Field(default=0.0, ge=0, le=2)
     zero_sum: bool = False
     """Of ``adam_variant``: subtract from every update its mean over the vocabulary."""
@@ -194,8 +195,8 @@ class EmbeddingOptimizer(Section):
         extra += [f"κ={self.coupling_factor:g}"] if self.coupling_factor else []
         extra += [f"lr×{self.lr_factor:g}"] if self.lr_factor != defaults.lr_factor else []
         if self.name == "adam_variant":
-            extra += [f"v per {self.second_moment}"] if self.second_moment != "frequency" else []
-            extra += [f"v ~ frequency^{self.frequency_exponent:g}"] if self.second_moment == "frequency" else []
+            tempered = {"frequency": "frequency", "factored": "v of the token"}.get(self.second_moment)
+            extra += [f"v ~ {tempered}^{self.frequency_exponent:g}" if tempered else f"v per {self.second_moment}"]
             extra += ["zero sum"] * self.zero_sum + ["AMSGrad"] * self.amsgrad
             extra += [f"β2={self.beta2:g}"] if self.beta2 is not None else []
         extra += [f"momentum {self.momentum:g}"] if self.name == "sgd" and self.momentum != defaults.momentum else []

@@ -47,7 +47,9 @@ PART_LABELS = {
     "amsgrad": "AMSGrad",
     "bf16-head": "bfloat16 head",
 }
-_PARTS = re.compile("|".join([*PART_LABELS, r"alpha-[\d.]+", r"beta2-[\d.]+"]))
+#: And those of them that end in a number.
+NUMBERED_LABELS = {"alpha-": "tempered by frequency, α = ", "factored-": "tempered, α = ", "beta2-": "β2 = "}
+_PARTS = re.compile("|".join([*PART_LABELS, *(rf"{part}[\d.]+" for part in NUMBERED_LABELS)]))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -86,14 +88,17 @@ def seed_of(row: Row) -> int:
     return int(seed)
 
 
+def _numbered(part: str) -> str:
+    kind, _, value = part.rpartition("-")
+    return NUMBERED_LABELS[f"{kind}-"] + value
+
+
 def label_of(arm: str) -> str:
     """Return what people call an arm, by the name it has in those of experiments."""
     parts = _PARTS.findall(arm)
     if "-".join(parts) != arm:
         return arm
-    words = [
-        PART_LABELS.get(part) or part.replace("alpha-", "tempered, α = ").replace("beta2-", "β2 = ") for part in parts
-    ]
+    words = [PART_LABELS.get(part) or _numbered(part) for part in parts]
     named = words[0]
     for part, word in zip(parts[1:], words[1:], strict=True):
         named += f" + {word}" if part == "center" else f", {word}"
