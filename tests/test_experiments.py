@@ -196,6 +196,7 @@ def test_the_families_name_experiments_that_exist() -> None:
             "rest",
             "rates",
             "words",
+            "warm",
             "muon",
             "decay",
         ),

@@ -281,7 +281,7 @@ def reproduce_command(
         list[str] | None,
         typer.Option(
             help="A family: small, scaled, sgd, llama, long, drift, precision, tied, core, noise, what-tied, "
-            "what-untied, health, one-rate, batch, warm, rest, rates, words, muon, decay. May be repeated."
+            "what-untied, health, one-rate, batch, rest, rates, words, muon, decay, warm. May be repeated."
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="For instance 1,2,3.  [default: those of the family]")] = "",
