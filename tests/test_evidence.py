@@ -166,6 +166,7 @@ def whole_study() -> list:
         also(f"mini-rest-{rate:.0e}-{{arm}}-{{factor}}".replace("e-0", "e-"), plain, lr=rate)
     also("mini-rates-{arm}-{factor}", plain)
     also("mini-words-{arm}-{factor}", plain)
+    also("mini-warm-{arm}-{factor}", plain)
     for name in ("mini-M-300A", "mini-M-300V", "mini-M-300A-untied", "mini-M-300V-untied"):
         drift = {"mu norm": 0.5, "drift_second_moments": 0.3, "drift_gradients": 0.1}
         rows.append({**row("tied", "adamw", 1.0, 1), "experiment": name, "name": f"{name}-s1", **drift})

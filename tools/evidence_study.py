@@ -18,7 +18,7 @@ DETECTABLE = 0.02
 
 #: Patterns of the grids' names, as experiments/mini.toml has them.
 WHAT, BATCH, REST = "mini-what-{tying}-{arm}-{factor}", "mini-{cell}-{arm}-{factor}", "mini-rest-{rate}-{arm}-{factor}"
-RATES, WORDS = "mini-rates-{arm}-{factor}", "mini-words-{arm}-{factor}"
+RATES, WORDS, WARM = "mini-rates-{arm}-{factor}", "mini-words-{arm}-{factor}", "mini-warm-{arm}-{factor}"
 
 #: Pairs of arms that differ in one thing: what that is, without it, and with it.
 CONTRASTS = (
@@ -28,6 +28,8 @@ CONTRASTS = (
     ("one second moment per token", "adamw", "token"),
     ("one second moment for all tokens, per hidden unit", "adamw", "coupled"),
     ("one second moment for all hidden units too", "coupled", "scalar"),
+    ("the token's second moment to the power 0.5", "coupled", "factored-0.5"),
+    ("the same, and not the power 1 of each element", "adamw", "factored-0.5"),
     ("AMSGrad", "adamw", "element-amsgrad"),
     ("β2 = 0.999 for the embedding", "adamw", "element-beta2-0.999"),
     ("no second moment at all", "coupled", "sgd"),
@@ -52,6 +54,11 @@ def what_tied(results: Results) -> str:
 @block("what-untied")
 def what_untied(results: Results) -> str:
     return _text_table(tuned_sections.table(*results.tuned(WHAT, "untied"), results.documents))
+
+
+@block("warm")
+def warm(results: Results) -> str:
+    return _text_table(tuned_sections.table(*results.tuned(WARM), results.documents))
 
 
 def _contrasts(found: Cell) -> str:
