@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from coupled_adam import Adams, CoupledAdam
-from coupled_adam.optim import triton_launch
+from coupled_adam.optim.backends import gpu
 
 Shapes = list[tuple[int, ...]]
 Step = Callable[[], object]
@@ -189,32 +189,32 @@ def counting(largest: int = 0, *, triton: bool = True) -> Iterator[Counts]:
     """Count what is done to fake tensors here. Without ``triton`` as where it is not installed."""
     counts = Counts()
     counter = Counter(counts, largest // 1000)
-    before = triton_launch.launch, triton_launch._address, triton_launch.HAS_TRITON
+    before = gpu.launch, gpu._address, gpu.DEVICES
 
     def launch(name: str, grid: Any, *arguments: Any, **constants: Any) -> None:
         read, written = kernel_bytes(name, arguments)
         counter.launch(name, 1, read, written)
 
-    triton_launch.launch, triton_launch._address = launch, lambda x: x.storage_offset() * x.element_size()
-    triton_launch.HAS_TRITON = before[2] and triton
-    triton_launch.PLAIN.append(FakeTensor)
+    gpu.launch, gpu._address = launch, lambda x: x.storage_offset() * x.element_size()
+    gpu.DEVICES = before[2] if triton else []
+    gpu.PLAIN.append(FakeTensor)
     _foreach_supported_types.append(FakeTensor)
     try:
         with counter, WithoutGuard():
             yield counts
     finally:
-        triton_launch.launch, triton_launch._address, triton_launch.HAS_TRITON = before
-        triton_launch.PLAIN.remove(FakeTensor)
+        gpu.launch, gpu._address, gpu.DEVICES = before
+        gpu.PLAIN.remove(FakeTensor)
         _foreach_supported_types.remove(FakeTensor)
 
 
 def kernel_bytes(name: str, arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors that a kernel of ours reads and writes."""
-    function = getattr(triton_launch.kernels(), name)
+    function = getattr(gpu.kernels(), name)
     given = dict(zip(function.arg_names, arguments, strict=False))
     if name == "move_many":
         real = [size > 1 << 32 for size in given["sizes"]]  # the others fill up
-        for key in ("parameters", "exp_avgs", "exp_avg_sqs", "grads"):
+        for key in ("parameters", "grads", "exp_avgs", "exp_avg_sqs"):
             given[key] = [x for x, there in zip(given[key], real, strict=True) if there]
     writes = {
         "sum_rows": ["total"],

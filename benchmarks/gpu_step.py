@@ -23,7 +23,7 @@ from gpu_counts import SETTINGS, Shapes, Step
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from coupled_adam.optim import triton_launch
+from coupled_adam.optim.backends import gpu
 
 #: The work: a tied embedding with the rest of its model, and ever larger heads.
 WORK: dict[str, Callable[[], Shapes]] = {
@@ -66,7 +66,7 @@ class Published:
 
 STEPS: dict[str, Callable[[list[nn.Parameter], bool], Step]] = {
     "ours": gpu_counts.ours,
-    "ours, bfloat16 moment": lambda params, clip: gpu_counts.ours(params, clip, state_dtype=torch.bfloat16),
+    "ours, bfloat16 moment": lambda params, clip: gpu_counts.ours(params, clip, exp_avg_dtype=torch.bfloat16),
     "fused AdamW": lambda params, clip: gpu_counts.theirs(params, clip, fused=True),
     "foreach AdamW": lambda params, clip: gpu_counts.theirs(params, clip, foreach=True),
     "published Coupled Adam": Published,
@@ -177,7 +177,7 @@ def main() -> None:
         print("No GPU here: nothing was timed. What a step launches, moves and allocates:\n")
         gpu_counts.main()
         return
-    kernels = "with the kernels of ours" if triton_launch.HAS_TRITON else "without Triton, so without kernels of ours"
+    kernels = "with the kernels of ours" if gpu.INSTALLED else "without Triton, so without kernels of ours"
     print(f"{torch.cuda.get_device_name()}; torch {torch.__version__}, {kernels}")
     for line in rows(arguments.rounds):
         print(line, flush=True)

@@ -67,9 +67,9 @@ def one_matrix(shape: tuple[int, int], clip: bool = False, **flags: object) -> t
     return optimizer.step, clipped([theirs], peer) if clip else peer.step
 
 
-def narrow(shape: tuple[int, int], state_dtype: object) -> tuple[Step, Step]:
+def narrow(shape: tuple[int, int], exp_avg_dtype: object) -> tuple[Step, Step]:
     """A clipped step with a narrower first moment, and one with float32."""
-    ours, theirs = (coupled(embedding(shape), max_grad_norm=MAX_NORM, state_dtype=d) for d in (state_dtype, None))
+    ours, theirs = (coupled(embedding(shape), max_grad_norm=MAX_NORM, exp_avg_dtype=d) for d in (exp_avg_dtype, None))
     return ours.step, theirs.step
 
 
@@ -177,7 +177,7 @@ def memory_rows() -> Iterator[str]:
     theirs = state_bytes(torch.optim.AdamW([embedding(shape)], fused=True))
     forms = (("", None, 0.51), (", bf16 first moment", torch.bfloat16, 0.26), (", 8-bit first moment", "8bit", 0.13))
     for label, dtype, target in forms:
-        ours = state_bytes(coupled(embedding(shape), state_dtype=dtype))
+        ours = state_bytes(coupled(embedding(shape), exp_avg_dtype=dtype))
         sizes = f"{ours / 2**20:.1f} MiB", f"{theirs / 2**20:.1f} MiB"
         yield row(f"state of a coupled matrix{label} ÷ AdamW", *sizes, f"{ours / theirs:.3f}", "", target)
     for clip in (False, True):

@@ -181,7 +181,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     if args.peak:
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of the parent process
-        importlib.import_module("coupled_adam.optim.kernels")
+        importlib.import_module("coupled_adam.optim.backends.cpu_kernels")
         before = resident_peak()
         step = SIDES[args.peak](SHAPES[args.only])
         for _ in range(3):

@@ -145,7 +145,7 @@ def test_moments_are_only_read() -> None:
 
 def test_bfloat16_moments_add_up_to_their_rounding() -> None:
     model = Model(True)
-    optimizer, before = coupled(state_dtype=torch.bfloat16)(model), mean(model.head.weight)
+    optimizer, before = coupled(exp_avg_dtype=torch.bfloat16)(model), mean(model.head.weight)
     model.loss().backward()
     optimizer.step()
     found = drift(optimizer, model.head.weight)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from coupled_adam.optim.equations import working_dtype
 from coupled_adam.optim.optimizer import AdamFamily
 from coupled_adam.optim.reductions import local, vocabulary_group
-from coupled_adam.optim.state import new_state, state_dtype, takes_spectral_decay
+from coupled_adam.optim.spectral import takes_spectral_decay
+from coupled_adam.optim.state import new_state
 from coupled_adam.optim.zero import Adams_ZeRO
 
 #: As many matrices without decay as a line names.
@@ -163,7 +165,7 @@ def _bytes(state: dict[str, Any]) -> int:
 def _row_bytes(member: Member) -> int:
     """Return the bytes of a row of a second moment."""
     param = _param(member)
-    return int(local(param).shape[-1] * state_dtype(param).itemsize)
+    return int(local(param).shape[-1] * working_dtype(param).itemsize)
 
 
 def _size(count: int) -> str:
