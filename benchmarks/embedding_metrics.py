@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.optim import AdamW, Optimizer
 
-from coupled_adam import CoupledAdam, geometry
+from coupled_adam import CoupledAdam, geometry, monitor
 
 
 def textbook_isotropy(embedding: np.ndarray) -> float:
@@ -51,10 +51,10 @@ def live(vocabulary: int, width: int, rounds: int) -> None:
     jobs: dict[str, Callable[[], object]] = {
         "step, fused AdamW": adamw.step,
         "step, Coupled Adam": coupled.step,
-        "drift, AdamW": lambda: geometry.drift(adamw, first),
-        "drift, Coupled Adam": lambda: geometry.drift(coupled, second),
-        "health": lambda: geometry.health(first),
-        "health with isotropy": lambda: geometry.health(first, isotropy=True),
+        "drift, AdamW": lambda: monitor.drift(adamw, first),
+        "drift, Coupled Adam": lambda: monitor.drift(coupled, second),
+        "health": lambda: monitor.health(first),
+        "health with isotropy": lambda: monitor.health(first, isotropy=True),
     }
     for job in jobs.values():
         job()

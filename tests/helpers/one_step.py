@@ -45,7 +45,7 @@ def job(
         state["exp_avg"] = exp_avg.clone()
     state["exp_avg_sq"] = exp_avg_sq.clone()
     if triple is not None:
-        state["u"] = torch.zeros(param.shape[:-1])
+        state["u"], group = torch.zeros(param.shape[:-1]), {"decay": "spectral", **group}
     moment = "vocabulary" if shared else "elementwise"
     made = Job.of(param.clone(), grad, state, {**GROUP, "second_moment": moment, "params": [param], **group})
     made.triple = triple

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coupled_adam import Adams, CoupledAdam, describe, param_groups
-from coupled_adam.geometry import drift
+from coupled_adam.monitor import drift
 from coupled_adam.optim import eight_bit
 from coupled_adam.optim.backends import cpu, plain
 from coupled_adam.optim.eight_bit import EightBit, quantized, widened

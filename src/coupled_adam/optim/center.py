@@ -1,19 +1,14 @@
 """Centering: the mean of a matrix's rows, its mean embedding, is subtracted from all of them."""
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from coupled_adam.optim import reductions
 from coupled_adam.optim.equations import working_dtype
 from coupled_adam.optim.job import Job
 from coupled_adam.optim.reductions import Reduction, local, run_one, vocabulary_mean
-
-#: By first moment, which is another tensor in every optimizer and after every resume: the stamp and the column sums.
-_kept: MutableMapping[Tensor, tuple[tuple[int, ...], Tensor]] = WeakTensorKeyDictionary()
 
 
 @torch.no_grad()
@@ -65,39 +60,7 @@ def center_all_(jobs: Sequence[Job]) -> None:
     moving = [job for job in jobs if job.rests is not True]
     (means,) = reductions.run([_mean_row(job.whole) for job in moving])
     for job, mean in zip(moving, means, strict=True):
-        job.param.sub_(unless(job.rests, mean))
-
-
-def unless(rests: Tensor | bool, mean: Tensor) -> Tensor:
-    """Return the mean to subtract: 0 of a parameter that rests."""
-    if isinstance(rests, Tensor):
-        return torch.where(rests, 0, mean)
-    return torch.zeros_like(mean) if rests else mean
-
-
-def column_sums(job: Job, measure: Callable[[Job], Tensor]) -> Tensor:
-    """Sum the rows that this process holds, of a matrix and of its first moment: (2, H).
-
-    What the last step has summed as it wrote them is taken if nobody has changed either since. So rounding is in the
-    sums, the next step takes it off, and errors do not accumulate. A change past the version counter (``param.data``)
-    is not seen: the mean is off by it for one step, whose own sums then hold it.
-    """
-    if not is_compiling():
-        found = _kept.get(job.state["exp_avg"])
-        if found is not None and found[0] == _stamp(job.whole, job.state["exp_avg"]):
-            return found[1]
-    return measure(job)
-
-
-def keep(job: Job) -> None:
-    """Keep what a step has summed as it wrote the tensors, if it has."""
-    if job.column_sums is not None:
-        _kept[job.state["exp_avg"]] = _stamp(job.whole, job.state["exp_avg"]), job.column_sums.sum(0)
-
-
-def _stamp(*tensors: Tensor) -> tuple[int, ...]:
-    """Return numbers that are others once one of the tensors is changed in place or lies elsewhere."""
-    return tuple(number for x in map(local, tensors) for number in (x._version, x.data_ptr()))
+        job.param.sub_(job.unless_it_rests(mean))
 
 
 def _mean_row(matrix: Tensor) -> Reduction[Tensor]:

@@ -117,6 +117,12 @@ class Job:
             return still
         return self.found_inf > 0 if still is False else (self.found_inf > 0) | still
 
+    def unless_it_rests(self, mean: Tensor) -> Tensor:
+        """Return the mean to subtract: 0 of a parameter that must stay where it is."""
+        if isinstance(self.rests, Tensor):
+            return torch.where(self.rests, 0, mean)
+        return torch.zeros_like(mean) if self.rests else mean
+
     def coefficients(self, step: Number) -> Coefficients:
         """Fold the hyperparameters at ``step``, for a gradient that is multiplied by ``clip``."""
         group, decay = self.group, self.group["weight_decay"]

@@ -57,6 +57,9 @@ class AdamFamily(Optimizer):
     error_if_nonfinite: bool = False
     """Whether a step raises RuntimeError where that norm is not finite."""
 
+    #: Whether the state is spread over processes that hold whole parameters.
+    spread: bool = False
+
     #: How many matrices with spectral decay each group had when it was added.
     _matrices: tuple[int, ...] = ()
 
@@ -462,6 +465,13 @@ class AdamFamily(Optimizer):
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Take off the wrappers that Accelerate and Lightning put around an optimizer."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def move(jobs: Sequence[Job]) -> None:

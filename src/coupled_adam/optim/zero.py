@@ -55,6 +55,8 @@ class Adams_ZeRO(Adams):
     Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054, stage 1 and 2; the interface is that of ``adams-torch``.
     """
 
+    spread = True
+
     #: Whether the master weights were made before the first step, and are to follow the parameters until then.
     _follows = False
 

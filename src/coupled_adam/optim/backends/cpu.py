@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from coupled_adam.optim import center
 from coupled_adam.optim.backends import plain
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import EightBit
@@ -96,7 +95,7 @@ def sums(job: Job) -> Tensor:
         rows = total.sum(1).to(torch.float32)
     else:
         rows = plain.sums_of_gradient(job)
-    return torch.cat([rows, center.column_sums(job, measure).to(rows.dtype)]) if job.foreseen else rows
+    return torch.cat([rows, plain.column_sums(job, measure).to(rows.dtype)]) if job.foreseen else rows
 
 
 def measure(job: Job) -> Tensor:
@@ -122,7 +121,7 @@ def move(jobs: Sequence[Job]) -> None:
         # The kernels write past autograd, which must know, to refuse a backward pass through what has changed.
         increment_version([job.param, *(job.exp_avg if isinstance(job.exp_avg, EightBit) else [job.exp_avg])])
         if job.foreseen:
-            center.keep(job)
+            plain.keep_column_sums(job)
         advance([job])
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from coupled_adam.optim import center
 from coupled_adam.optim.backends import plain
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import BLOCK, EightBit
@@ -116,7 +115,7 @@ def sums(job: Job) -> Tensor:
     if not job.foreseen:
         return squares
     gradient = job.grad.sum(0, keepdim=True, dtype=torch.float32)
-    return torch.cat([squares, gradient, center.column_sums(job, plain.measure).to(torch.float32)])
+    return torch.cat([squares, gradient, plain.column_sums(job, plain.measure).to(torch.float32)])
 
 
 def move(jobs: Sequence[Job]) -> None:

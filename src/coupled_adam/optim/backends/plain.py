@@ -3,15 +3,15 @@
 A second moment that rows share, (1, H), is updated once, first; the rows move second, block by block on a CPU.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from coupled_adam.optim import center
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import EightBit, Moment, numbers_of, quantized, split_rows
 from coupled_adam.optim.equations import (
@@ -24,6 +24,7 @@ from coupled_adam.optim.equations import (
     times_square,
 )
 from coupled_adam.optim.job import Job, advance, check_shapes
+from coupled_adam.optim.reductions import local
 from coupled_adam.optim.rounding import stochastically_rounded
 from coupled_adam.optim.spectral import RankOne
 
@@ -31,6 +32,10 @@ from coupled_adam.optim.spectral import RankOne
 BLOCK_DEVICES = ("cpu",)
 #: Elements of a block: few beside the matrix, many to a call.
 BLOCK_ELEMENTS = 2**18
+
+
+#: By first moment, which is another tensor in every optimizer and after every resume: the stamp and the column sums.
+_kept: MutableMapping[Tensor, tuple[tuple[int, ...], Tensor]] = WeakTensorKeyDictionary()
 
 
 def refuses(job: Job) -> str:
@@ -42,7 +47,7 @@ def sums(job: Job) -> Tensor:
     """Sum over the rows of a coupled matrix that this process holds what ``Job.means`` are the means of."""
     check_shapes(job)
     rows = sums_of_gradient(job)
-    return torch.cat([rows, center.column_sums(job, measure).to(rows.dtype)]) if job.foreseen else rows
+    return torch.cat([rows, column_sums(job, measure).to(rows.dtype)]) if job.foreseen else rows
 
 
 def sums_of_gradient(job: Job) -> Tensor:
@@ -53,6 +58,31 @@ def sums_of_gradient(job: Job) -> Tensor:
     if not job.foreseen:
         return squares
     return torch.cat([squares, job.grad.sum(0, keepdim=True, dtype=squares.dtype)])
+
+
+def column_sums(job: Job, measure: Callable[[Job], Tensor]) -> Tensor:
+    """Sum the rows that this process holds, of a matrix and of its first moment: (2, H).
+
+    What the last step has summed as it wrote them is taken if nobody has changed either since. So rounding is in the
+    sums, the next step takes it off, and errors do not accumulate. A change past the version counter (``param.data``)
+    is not seen: the mean is off by it for one step, whose own sums then hold it.
+    """
+    if not is_compiling():
+        found = _kept.get(job.state["exp_avg"])
+        if found is not None and found[0] == _stamp(job.whole, job.state["exp_avg"]):
+            return found[1]
+    return measure(job)
+
+
+def keep_column_sums(job: Job) -> None:
+    """Keep what a step has summed as it wrote the tensors, if it has."""
+    if job.column_sums is not None:
+        _kept[job.state["exp_avg"]] = _stamp(job.whole, job.state["exp_avg"]), job.column_sums.sum(0)
+
+
+def _stamp(*tensors: Tensor) -> tuple[int, ...]:
+    """Return numbers that are others once one of the tensors is changed in place or lies elsewhere."""
+    return tuple(number for x in map(local, tensors) for number in (x._version, x.data_ptr()))
 
 
 def measure(job: Job) -> Tensor:
@@ -99,7 +129,7 @@ def mean_row(job: Job, root: Tensor, c: Coefficients) -> Tensor | None:
     grad, param, exp_avg = (x.clone() for x in torch.split(cast(Tensor, job.means)[1:], 1))
     m = first_moment(exp_avg.to(root.dtype), grad.to(root.dtype), c.grad_factor, c.first_rate)
     _move_(param, DIRECTION[job.group["direction"]].tensors(c.first_scale * m, root, c.eps), c)
-    return center.unless(job.rests, param)
+    return job.unless_it_rests(param)
 
 
 def _live(job: Job, c: Coefficients) -> tuple[Job, Coefficients]:

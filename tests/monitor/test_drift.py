@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from coupled_adam import Adams, CoupledAdam, param_groups
-from coupled_adam.geometry import Drift, DriftMonitor, drift
+from coupled_adam.monitor import Drift, DriftMonitor, drift
 
 VOCABULARY, WIDTH = 61, 6
 
