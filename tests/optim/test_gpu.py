@@ -172,8 +172,7 @@ def test_launches_of_a_clipped_gpt2() -> None:
     assert counts.moved < 30 * sum(torch.Size(shape).numel() for shape in shapes)
 
 
-def test_the_published_form_that_the_benchmark_times_takes_our_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_the_published_form_that_the_benchmark_times_takes_our_step() -> None:
     published = program("benchmarks/gpu_step.py").Published
     for clip in (False, True):
         outcomes = []
