@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coupled_adam.optim.eight_bit import EIGHT_BIT, EightBit, Moment
+from coupled_adam.optim.eight_bit import EightBit, Moment
 from coupled_adam.optim.job import Job
+from coupled_adam.optim.moments import EIGHT_BIT
 from coupled_adam.optim.spectral import RankOne
+from coupled_adam.optim.state import job_of
 
 GROUP: dict[str, Any] = {
     "lr": 0.01,
@@ -47,7 +49,7 @@ def job(
     if triple is not None:
         state["u"], group = torch.zeros(param.shape[:-1]), {"decay": "spectral", **group}
     moment = "vocabulary" if shared else "elementwise"
-    made = Job.of(param.clone(), grad, state, {**GROUP, "second_moment": moment, "params": [param], **group})
+    made = job_of(param.clone(), grad, state, {**GROUP, "second_moment": moment, "params": [param], **group})
     made.triple = triple
     return made
 

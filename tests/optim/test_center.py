@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, center_, describe, param_groups
 from coupled_adam.monitor import drift
 from coupled_adam.optim.backends import cpu, gpu, plain
-from coupled_adam.optim.job import Job
+from coupled_adam.optim.state import job_of
 
 STEPS = 8
 SETTINGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
@@ -125,7 +125,7 @@ def test_sums_that_a_step_keeps_are_those_of_what_it_has_written(moment: torch.d
         trained(param, optimizer, steps=3)
         exp_avg = optimizer.state[param]["exp_avg"]
         kept = plain._kept[exp_avg][1]
-        measured = cpu.measure(Job.of(param, None, optimizer.state[param], optimizer.param_groups[0]))
+        measured = cpu.measure(job_of(param, None, optimizer.state[param], optimizer.param_groups[0]))
         assert torch.equal(kept, measured), "to the bit, or a resumed run is another"
         exact_sums = torch.stack([x.detach().double().sum(0) for x in (param, exp_avg)])
         torch.testing.assert_close(kept, exact_sums, rtol=1e-5, atol=1e-4)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from coupled_adam.optim.directions import DIRECTION
-from coupled_adam.optim.eight_bit import EIGHT_BIT, blocks_of
 from coupled_adam.optim.equations import readable
+from coupled_adam.optim.moments import EIGHT_BIT, MOMENT_DTYPES, keys_of, shapes_of
 from coupled_adam.optim.reductions import is_dtensor, local
-from coupled_adam.optim.typed import MomentDtype, parameter_name
+from coupled_adam.optim.typed import parameter_name
 
 #: What a group may name.
 CHOICES: dict[str, Collection[str]] = {
@@ -20,9 +20,6 @@ CHOICES: dict[str, Collection[str]] = {
     "direction": DIRECTION,
     "decay": ("decoupled", "spectral"),
 }
-#: What first moments are kept in; None: float32. Those of parameters that are not coupled are float32 with "8bit" too.
-MOMENT_DTYPES: tuple[MomentDtype, ...] = (None, torch.bfloat16, "8bit")
-
 #: Where the step and its count may lie together, for a graph of kernels to be captured.
 CAPTURE_DEVICES = ("cuda", "xpu")
 
@@ -176,12 +173,12 @@ def check_state(group: Mapping[str, Any], i: int, state: Mapping[str, Any], form
             raise RuntimeError(f"the optimizer state of {parameter_name(group, i)} has {what}, not a tensor. {CHANGED}")
         if state[key].is_nested:
             _check_memory(state[key], group, i, f"{key!r} in the optimizer state of ")
-    made_for: torch.Size = state[EIGHT_BIT[0] if EIGHT_BIT[0] in state else "exp_avg"].shape
+    first = keys_of(state)
+    made_for: torch.Size = state[first[0]].shape
     row = torch.Size((1, *made_for[1:])) if coupled else made_for
     master: torch.Size = state["master"].shape if "master" in state else made_for
     fits = shape == master == made_for and state["exp_avg_sq"].shape == row
-    if EIGHT_BIT[0] in state and fits:
-        fits = state[EIGHT_BIT[1]].shape == (*shape[:-1], blocks_of(shape[-1]))
+    fits = fits and [tuple(state[key].shape) for key in first] == shapes_of(state, shape)
     if not fits or ("u" in state and state["u"].shape != made_for[:-1]):
         raise RuntimeError(
             f"{parameter_name(group, i)} has shape {tuple(shape)}, but its optimizer state is for {tuple(made_for)}: "
@@ -194,7 +191,7 @@ def check_state(group: Mapping[str, Any], i: int, state: Mapping[str, Any], form
 
 def _check_shards(group: Mapping[str, Any], i: int, state: Mapping[str, Any]) -> None:
     """Raise RuntimeError if this process holds other parts of the moments than of the parameter."""
-    first, square = state[EIGHT_BIT[0] if EIGHT_BIT[0] in state else "exp_avg"], state["exp_avg_sq"]
+    first, square = state[keys_of(state)[0]], state["exp_avg_sq"]
     like = state.get("master", group["params"][i])
     if not any(is_dtensor(x) for x in (like, first, square)):
         return

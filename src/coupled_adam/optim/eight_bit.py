@@ -20,22 +20,17 @@ normal number has scale and codes 0, as processors may take such numbers for 0 o
 finite has the scale NaN and codes 0, and reads as NaN.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from coupled_adam.optim.reductions import local, rows_like
 from coupled_adam.optim.rounding import dice_of, seed_of
 
 try:
     from numpy import float32  # constants of this type keep a compiled kernel in single precision
 except ImportError:  # without NumPy there are no kernels
     float32 = float  # type: ignore[assignment, misc]
-
-#: The keys of a state whose first moment is in 8 bits: codes and scales.
-EIGHT_BIT = ("exp_avg_codes", "exp_avg_scales")
 
 #: Numbers of a row that share a scale.
 BLOCK = 256
@@ -92,13 +87,6 @@ class EightBit(NamedTuple):
 Moment = Tensor | EightBit
 
 
-def split_rows(moment: Moment, rows: int) -> Sequence[Moment]:
-    """Split a first moment as ``torch.split`` does."""
-    if isinstance(moment, EightBit):
-        return list(map(EightBit, torch.split(moment.codes, rows), torch.split(moment.scales, rows)))
-    return torch.split(moment, rows)
-
-
 def blocks_of(columns: int) -> int:
     """Return the number of blocks of a row."""
     return -(-columns // BLOCK)
@@ -143,23 +131,3 @@ def _chosen(choose: Any, x: Tensor, lines: list[tuple[float, float]]) -> Tensor:
 def _spread(scales: Tensor, columns: int) -> Tensor:
     """Give every number of a row its scale."""
     return scales.repeat_interleave(BLOCK, 1)[:, :columns]
-
-
-def local_moment(state: Mapping[str, Any]) -> Moment:
-    """Return this process's part of the first moment of a state."""
-    if "exp_avg_codes" in state:
-        return EightBit(local(state["exp_avg_codes"]), local(state["exp_avg_scales"]))
-    return local(state["exp_avg"])
-
-
-def numbers_of(exp_avg: Moment) -> Tensor:
-    """Return a first moment as a floating-point tensor."""
-    return widened(exp_avg) if isinstance(exp_avg, EightBit) else exp_avg
-
-
-def numbers_of_moment(state: Mapping[str, Any]) -> Tensor:
-    """Return the first moment of a state as floating-point numbers, a DTensor if it is one."""
-    if "exp_avg_codes" in state:
-        return rows_like(state["exp_avg_codes"], numbers_of(local_moment(state)))
-    moment: Tensor = state["exp_avg"]
-    return moment

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from coupled_adam.optim.directions import DIRECTION
-from coupled_adam.optim.eight_bit import EightBit, Moment, blocks_of, local_moment
+from coupled_adam.optim.eight_bit import EightBit, Moment, blocks_of
 from coupled_adam.optim.equations import Coefficients, Number, beside, readable
-from coupled_adam.optim.reductions import ProcessGroups, holders, local
+from coupled_adam.optim.reductions import ProcessGroups
 from coupled_adam.optim.spectral import RankOne
 from coupled_adam.optim.typed import ParamGroup, State, parameter_name
 
 
 @dataclass(eq=False)
 class Job:
-    """What the step of a parameter needs. Made by ``of``; tensors are the part that this process holds."""
+    """What the step of a parameter needs. Made by ``state.job_of``; tensors are the part that this process holds."""
 
     whole: Tensor
     """The parameter as its owner has it: a DTensor, if it is one."""
@@ -52,21 +52,6 @@ class Job:
     first: int = 0
     """The index of the first element of ``param`` in the tensor that it is a part of."""
     _step: Number | None = None
-
-    @classmethod
-    def of(cls, whole: Tensor, grad: Tensor | None, state: State, group: ParamGroup) -> "Job":
-        """Make the job of a parameter; without a gradient it is that of one which only other processes have."""
-        return cls(
-            whole,
-            state,
-            group,
-            param := local(whole),
-            torch.zeros_like(param) if grad is None else local(grad),
-            local_moment(state),
-            local(state["exp_avg_sq"]),
-            shared_over(whole, state, group),
-            present=grad is not None,
-        )
 
     @property
     def step(self) -> Number:
@@ -135,13 +120,6 @@ class Job:
 def is_spectral(state: State, group: ParamGroup) -> bool:
     """Return whether a parameter's step takes off its leading singular triple."""
     return "u" in state and group["weight_decay"] != 0
-
-
-def shared_over(param: Tensor, state: State, group: ParamGroup) -> ProcessGroups:
-    """The process groups over which the reductions of a parameter communicate."""
-    if is_spectral(state, group):
-        return holders(param)
-    return holders(param, 0) if group["second_moment"] == "vocabulary" or group["center"] else ()
 
 
 def is_one(clip: Number) -> bool:

@@ -31,12 +31,12 @@ from coupled_adam.optim.checks import (
     check_still_matrices,
     memory_stamp,
 )
-from coupled_adam.optim.eight_bit import numbers_of_moment
 from coupled_adam.optim.equations import Number, beside, has_numbers, readable
 from coupled_adam.optim.exchange import exchange, finish, scale
-from coupled_adam.optim.job import Job, is_one, shared_over
+from coupled_adam.optim.job import Job, is_one
+from coupled_adam.optim.moments import numbers_of_moment
 from coupled_adam.optim.reductions import local
-from coupled_adam.optim.state import form_of_state, new_state, not_finite
+from coupled_adam.optim.state import form_of_state, job_of, new_state, not_finite, shared_over
 from coupled_adam.optim.state_dict import prepare, restore
 from coupled_adam.optim.typed import ParamGroup, State, parameter_name
 
@@ -220,7 +220,7 @@ class AdamFamily(Optimizer):
                         grad = grad.resolve_neg()  # kernels and _foreach functions take no view of negated numbers
                 elif not (param.requires_grad and shared_over(param, state, group)):
                     continue
-                job = Job.of(param, grad, state, group)
+                job = job_of(param, grad, state, group)
                 job.index = number, i
                 job.found_inf = None if found_inf is None else found_inf.to(job.param.device)
                 jobs.append(job)

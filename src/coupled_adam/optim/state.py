@@ -9,10 +9,12 @@ from torch import Tensor
 
 from coupled_adam.optim.backends.torch_adamw import is_plain_adamw
 from coupled_adam.optim.checks import Form
-from coupled_adam.optim.eight_bit import EIGHT_BIT, blocks_of
 from coupled_adam.optim.equations import has_numbers, working_dtype
-from coupled_adam.optim.reductions import holders, local, reduced_like, rows_like, vocabulary_group
+from coupled_adam.optim.job import Job, is_spectral
+from coupled_adam.optim.moments import dtypes_of, keys_of, local_moment, new_moment
+from coupled_adam.optim.reductions import ProcessGroups, holders, local, reduced_like, vocabulary_group
 from coupled_adam.optim.spectral import first_u, takes_spectral_decay
+from coupled_adam.optim.typed import ParamGroup, State
 
 
 def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,7 +26,7 @@ def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     state = {
         # Not of zeros(): a fake tensor made like this remembers its number, which torch's AdamW reads.
         "step": torch.tensor(0.0, dtype=torch.float32, device=step_device(param, group)),
-        **_new_moment(param, group),
+        **new_moment(param, group),
         "exp_avg_sq": torch.zeros_like(param, dtype=dtype) if row is None else row,
     }
     if group["decay"] == "spectral" and takes_spectral_decay(param):
@@ -37,19 +39,20 @@ def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _new_moment(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Make a first moment of 0, in the form that the group keeps it in."""
-    if group["exp_avg_dtype"] != "8bit" or group["second_moment"] != "vocabulary":
-        dtype = torch.bfloat16 if group["exp_avg_dtype"] == torch.bfloat16 else working_dtype(param)
-        return {"exp_avg": torch.zeros_like(param, dtype=dtype)}
-    if holders(param, 1):
-        raise ValueError(
-            f"a coupled parameter of shape {tuple(param.shape)} is sharded over its columns, and exp_avg_dtype='8bit' "
-            "needs whole rows: shard it over the vocabulary, or choose exp_avg_dtype=torch.bfloat16"
-        )
-    part = local(param)
-    scales = part.new_zeros((len(part), blocks_of(part.shape[1])), dtype=torch.float32)
-    return dict(zip(EIGHT_BIT, (torch.zeros_like(param, dtype=torch.int8), rows_like(param, scales)), strict=True))
+def job_of(whole: Tensor, grad: Tensor | None, state: State, group: ParamGroup) -> Job:
+    """Make the job of a parameter; without a gradient it is that of one which only other processes have."""
+    param = local(whole)
+    held = torch.zeros_like(param) if grad is None else local(grad)
+    made = Job(whole, state, group, param, held, local_moment(state), local(state["exp_avg_sq"]))
+    made.shared_over, made.present = shared_over(whole, state, group), grad is not None
+    return made
+
+
+def shared_over(param: Tensor, state: State, group: ParamGroup) -> ProcessGroups:
+    """The process groups over which the reductions of a parameter communicate."""
+    if is_spectral(state, group):
+        return holders(param)
+    return holders(param, 0) if group["second_moment"] == "vocabulary" or group["center"] else ()
 
 
 def step_device(param: Tensor, group: Mapping[str, Any]) -> torch.device:
@@ -65,10 +68,8 @@ def form_of_state(param: Tensor, group: Mapping[str, Any], state: Mapping[str, A
     """Return dtype and device of what must be in a state, by its key. That of the step count may also be the CPU."""
     dtype, device = working_dtype(param), param.device
     form: Form = {"step": (torch.float32, step_device(param, group)), "exp_avg_sq": (dtype, device)}
-    if EIGHT_BIT[0] in state:
-        form |= {EIGHT_BIT[0]: (torch.int8, device), EIGHT_BIT[1]: (torch.float32, device)}
-    else:
-        form["exp_avg"] = (torch.bfloat16 if group["exp_avg_dtype"] == torch.bfloat16 else dtype, device)
+    for key, kept_in in zip(keys_of(state), dtypes_of(state, param, group), strict=True):
+        form[key] = (kept_in, device)
     if "u" in state:
         form["u"] = (dtype, device)
     return form
@@ -77,9 +78,9 @@ def form_of_state(param: Tensor, group: Mapping[str, Any], state: Mapping[str, A
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:
     """Name the moments of a state that no step can use: infinite, NaN, or a negative second one."""
     found = []
-    for key in ("exp_avg", EIGHT_BIT[1], "exp_avg_sq"):
-        x = local(state[key]) if key in state else None
-        if x is None or not has_numbers(x):
+    for key in (keys_of(state)[-1], "exp_avg_sq"):  # of codes and scales, the scales
+        x = local(state[key])
+        if not has_numbers(x):
             continue
         fine = ((x >= 0) & (x < math.inf)).all() if key == "exp_avg_sq" else x.isfinite().all()
         found += [] if fine else [key]

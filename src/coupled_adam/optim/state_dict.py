@@ -10,13 +10,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from coupled_adam.optim.checks import check_group
-from coupled_adam.optim.eight_bit import EIGHT_BIT, blocks_of, numbers_of_moment, quantized
 from coupled_adam.optim.equations import working_dtype
+from coupled_adam.optim.moments import in_form_of, keys_of, shapes_of
 from coupled_adam.optim.reductions import (
     local,
     placed_like,
     reduced_like,
-    rows_like,
     run_one,
     vocabulary_group,
     vocabulary_mean,
@@ -124,7 +123,7 @@ def bare(name: str) -> str:
 def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]:
     """Return the saved state of the group's i-th parameter, its second moment folded if it is coupled here."""
     param, name = group["params"][i], parameter_name(group, i)
-    first = EIGHT_BIT if EIGHT_BIT[0] in saved else ("exp_avg",)
+    first = keys_of(saved)
     if missing := [key for key in ("step", *first, "exp_avg_sq") if key not in saved]:
         raise ValueError(f"The checkpoint's state of {name} has no {missing[0]!r}; it is not one of an Adam optimizer")
     fitted = {key: saved[key] for key in ("step", *first, "exp_avg_sq")}
@@ -135,8 +134,7 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
         if fitted["u"].shape != param.shape[:-1]:
             raise ValueError(_misfit(name, "u", fitted["u"], tuple(param.shape[:-1])))
     fitted["step"] = _count(saved["step"], name)
-    shapes = [tuple(param.shape), (len(param), blocks_of(param.shape[-1]))] if len(first) > 1 else [tuple(param.shape)]
-    for key, shape in zip(first, shapes, strict=True):
+    for key, shape in zip(first, shapes_of(saved, param.shape), strict=True):
         if tuple(saved[key].shape) != shape:
             raise ValueError(_misfit(name, key, saved[key], shape))
     square = saved["exp_avg_sq"]
@@ -176,13 +174,13 @@ def _resized(saved: dict[str, Any], group: dict[str, Any], i: int, sizes: dict[t
     New rows have a first moment of 0, and the mean of the others for a second one that they do not share.
     """
     param, name = group["params"][i], parameter_name(group, i)
-    first = saved.get(EIGHT_BIT[0], saved.get("exp_avg"))
+    first = saved.get(keys_of(saved)[0])
     if first is None or param.ndim == 0 or len(first) == len(param) or first.shape[1:] != param.shape[1:]:
         return saved
     if vocabulary_group(param) is not None:
         raise ValueError(f"{name} is a vocabulary shard (vocabulary_group), which resize_vocabulary=True cannot resize")
     sizes.setdefault((len(first), len(param)), name)
-    moments = {key: whole(saved[key]) for key in (*EIGHT_BIT, "exp_avg", "exp_avg_sq", "master") if key in saved}
+    moments = {key: whole(saved[key]) for key in (*keys_of(saved), "exp_avg_sq", "master") if key in saved}
     square = moments.pop("exp_avg_sq", None)
     if square is not None and square.shape == first.shape:
         square = _with_rows(square, square.mean(0, keepdim=True), len(param))
@@ -218,22 +216,10 @@ def restore(optimizer: Optimizer, prepared: dict[str, Any], new_state: Callable[
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             if saved := prepared["state"].get(key):
                 state = new_state(param, group)
-                saved = _in_form_of(state, saved)
+                saved = in_form_of(state, saved)
                 tensors = {name: x for name, x in state.items() if name != "step"}
                 for name in tensors.keys() & saved.keys():
                     fresh = tensors[name]
                     state[name] = placed_like(fresh, saved[name].to(fresh.device, fresh.dtype)).clone()
                 state["step"] = saved["step"].to(step_device(param, group))
                 optimizer.state[param] = state
-
-
-def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """Return a saved state whose first moment is in eight bits where that of ``fresh`` is, and in numbers elsewhere."""
-    codes = EIGHT_BIT[0]
-    if (codes in fresh) == (codes in saved):
-        return saved
-    if codes in saved:
-        return {**saved, "exp_avg": numbers_of_moment(saved)}
-    moment = placed_like(fresh[codes], saved["exp_avg"].to(fresh[codes].device))
-    new = quantized(local(moment), saved["step"].item())
-    return {**saved, **{key: rows_like(fresh[codes], part) for key, part in zip(EIGHT_BIT, new, strict=True)}}

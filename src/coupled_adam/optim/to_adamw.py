@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from coupled_adam.optim.eight_bit import numbers_of_moment
 from coupled_adam.optim.equations import working_dtype
+from coupled_adam.optim.moments import numbers_of_moment
 from coupled_adam.optim.optimizer import AdamFamily
 from coupled_adam.optim.reductions import placed_like, whole
 from coupled_adam.optim.state_dict import names_in

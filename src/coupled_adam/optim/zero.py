@@ -16,7 +16,7 @@ from coupled_adam.optim.equations import Number
 from coupled_adam.optim.job import Job
 from coupled_adam.optim.optimizer import Member
 from coupled_adam.optim.reductions import ProcessGroups, is_dtensor, local, placed_like
-from coupled_adam.optim.state import new_state
+from coupled_adam.optim.state import job_of, new_state
 from coupled_adam.optim.typed import MomentDtype, ParamGroup, State, parameter_name
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ class Adams_ZeRO(Adams):
         for (group, i, param), present in zip(members, self._anywhere([param for *_, param in members]), strict=True):
             if present:
                 state = self.state[param]
-                job = Job.of(state["master"], self._mean_gradient(param), state, group)
+                job = job_of(state["master"], self._mean_gradient(param), state, group)
                 job.index = next(n for n, known in enumerate(self.param_groups) if known is group), i
                 jobs.append(job)
         return jobs

@@ -35,7 +35,7 @@ def refuses(job: Job) -> str:
     if job.param.device.type != "cpu":
         return f"CPU kernels do not reach {job.param.device}"
     if not INSTALLED:
-        return "CPU kernels need numba: pip install 'coupled-adam[fast]'"
+        return "CPU kernels need numba, the extra 'fast'"
     if is_compiling() or job.found_inf is not None or job.param.numel() == 0:
         return "CPU kernels take no empty tensor, no traced step, and no halt that is known elsewhere"
     if DIRECTION[job.group["direction"]].numbers is None:

@@ -49,7 +49,7 @@ def refuses(job: Job) -> str:
     if param.device.type not in DEVICES:
         return f"GPU kernels do not reach {param.device}"
     if not INSTALLED:
-        return "GPU kernels need Triton: pip install 'coupled-adam[triton]'"
+        return "GPU kernels need Triton, the extra 'triton'"
     if is_compiling() or param.numel() == 0:
         return "GPU kernels take no empty tensor and no traced step"
     if fault := _fault(job):

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from coupled_adam.optim.directions import DIRECTION
-from coupled_adam.optim.eight_bit import EightBit, Moment, numbers_of, quantized, split_rows
+from coupled_adam.optim.eight_bit import EightBit
 from coupled_adam.optim.equations import (
     Coefficients,
     centered,
@@ -24,8 +24,8 @@ from coupled_adam.optim.equations import (
     times_square,
 )
 from coupled_adam.optim.job import Job, advance, check_shapes
+from coupled_adam.optim.moments import keep_, numbers_of, split_rows
 from coupled_adam.optim.reductions import local
-from coupled_adam.optim.rounding import stochastically_rounded
 from coupled_adam.optim.spectral import RankOne
 
 #: Where a matrix is taken in blocks of rows: elsewhere every call costs more than it saves.
@@ -171,7 +171,7 @@ def _move_rows_(job: Job, c: Coefficients, root: Tensor, mean: Tensor | None) ->
     """Move rows that share √ν̂, (1, H), in whose dtype all is computed; then subtract ``mean``, (1, H), if any."""
     m = numbers_of(job.exp_avg).to(root.dtype)
     m = first_moment(m, job.grad.to(root.dtype), c.grad_factor, c.first_rate)
-    _keep_moment_(job, m)
+    keep_(job.exp_avg, m, job.step, job.first)
     way = DIRECTION[job.group["direction"]].tensors(c.first_scale * m, root, c.eps)
     _move_(job.param, way, c, job.triple, mean)
 
@@ -181,21 +181,10 @@ def _move_elements_(job: Job, c: Coefficients) -> None:
     v = job.exp_avg_sq
     g = job.grad.to(v.dtype)
     m = first_moment(cast(Tensor, job.exp_avg).to(v.dtype), g, c.grad_factor, c.first_rate)
-    _keep_moment_(job, m)
+    keep_(job.exp_avg, m, job.step, job.first)
     v = second_moment(v, squared(g, m, c.grad_factor, c.coupling_factor), c.second_rate)
     way = DIRECTION[job.group["direction"]].tensors(c.first_scale * m, c.root_scale * v.sqrt(), c.eps)
     _move_(job.param, way, c, job.triple)
-
-
-def _keep_moment_(job: Job, m: Tensor) -> None:
-    kept: Moment = job.exp_avg
-    if isinstance(kept, EightBit):
-        for now, new in zip(kept, quantized(m, job.step, job.first), strict=True):
-            now.copy_(new)
-    elif kept.dtype == torch.bfloat16:
-        kept.copy_(stochastically_rounded(m, job.step, job.first))
-    elif m is not kept:  # updated in place
-        kept.copy_(m)
 
 
 def _move_(

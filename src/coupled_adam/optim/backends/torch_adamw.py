@@ -36,7 +36,7 @@ def is_plain_adamw(param: Tensor, group: Mapping[str, Any]) -> bool:
         and group["coupling_factor"] == 0
         and group["direction"] == "ratio"
         and group["decay"] == "decoupled"
-        and group["exp_avg_dtype"] != torch.bfloat16
+        and not isinstance(group["exp_avg_dtype"], torch.dtype)
         and group["fused"] is not False
         and param.dtype == working_dtype(param)
     )
