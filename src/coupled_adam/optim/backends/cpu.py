@@ -17,7 +17,7 @@ from coupled_adam.optim.backends import plain
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import EightBit
 from coupled_adam.optim.equations import Coefficients
-from coupled_adam.optim.job import Job, advance, check_shapes
+from coupled_adam.optim.job import Job, advance, check_shapes, check_vectors
 from coupled_adam.optim.rounding import seed_of
 
 INSTALLED = find_spec("numba") is not None
@@ -72,14 +72,9 @@ def _is_memory(x: Tensor) -> bool:
 def check(job: Job, *rows: Tensor | None) -> None:
     """Raise RuntimeError unless a kernel can take the tensors of a job as memory, and ``rows`` beside it, (1, H)."""
     check_shapes(job)
+    check_vectors(job, *rows)
     if fault := _fault(job):
         raise RuntimeError(fault)
-    for x in (*rows, *(job.triple or ())):
-        if x is not None and not (x.dtype == torch.float32 and x.device.type == "cpu"):
-            raise RuntimeError(f"CPU kernels take vectors of float32 on the CPU, not {x.dtype} on {x.device}")
-    for x in rows:
-        if x is not None and x.shape != (1, job.param.shape[-1]):
-            raise RuntimeError(f"a row of shape {tuple(x.shape)} and a matrix of {tuple(job.param.shape)} do not fit")
 
 
 def sums(job: Job) -> Tensor:

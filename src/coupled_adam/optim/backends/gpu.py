@@ -19,7 +19,7 @@ from coupled_adam.optim.backends import plain
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import BLOCK, EightBit
 from coupled_adam.optim.equations import Coefficients, Number, readable, times_square
-from coupled_adam.optim.job import Job, advance, check_shapes
+from coupled_adam.optim.job import Job, advance, check_shapes, check_vectors
 from coupled_adam.optim.rounding import seed_of
 
 INSTALLED = find_spec("triton") is not None
@@ -86,14 +86,9 @@ def check(job: Job, *rows: Tensor | None) -> None:
     check_shapes(job)
     if job.param.numel() == 0:
         raise RuntimeError("a GPU kernel takes no empty tensor")
+    check_vectors(job, *rows)
     if fault := _fault(job):
         raise RuntimeError(fault)
-    for x in (*rows, *(job.triple or ())):
-        if x is not None and not (x.dtype == torch.float32 and x.device == job.param.device):
-            raise RuntimeError(f"GPU kernels take vectors of float32 beside the parameter, not {x.dtype} on {x.device}")
-    for x in rows:
-        if x is not None and x.shape != (1, job.param.shape[-1]):
-            raise RuntimeError(f"a row of shape {tuple(x.shape)} and a matrix of {tuple(job.param.shape)} do not fit")
 
 
 def sums(job: Job) -> Tensor:
