@@ -241,6 +241,15 @@ def test_who_insists_on_a_fast_backend_is_told_which_parameter_none_takes_and_wh
         cls([torch.nn.Parameter(torch.zeros(3, 2))], fused=1)
 
 
+@pytest.mark.parametrize("cls", [CoupledAdam, Adams])
+def test_an_empty_shard_is_no_reason_to_refuse(cls) -> None:
+    table, rest = torch.nn.Parameter(torch.zeros(0, 4)), torch.nn.Parameter(torch.zeros(3, 4))
+    optimizer = cls([{"params": [table], "second_moment": "vocabulary"}, {"params": [rest]}], fused=True)
+    table.grad, rest.grad = torch.zeros(0, 4), torch.ones(3, 4)
+    optimizer.step()
+    assert rest.any()
+
+
 def test_a_halt_that_is_known_on_a_device_alone_reaches_no_cpu_kernel() -> None:
     # As with a parameter on the CPU beside others on a GPU, where GradScaler looks for infinities.
     made = one_step.job((*tensors((30, 4), 0, 3), torch.ones(1, 4)))
