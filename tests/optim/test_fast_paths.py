@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import one_step
 import pytest
@@ -197,6 +198,25 @@ def test_who_is_asked_for_no_fast_backend_takes_none() -> None:
         made.group["fused"] = None
         assert backends.of(made) is (cpu if shared else torch_adamw)
         assert gpu.refuses(made) == "GPU kernels do not reach cpu"
+
+
+def test_a_new_backend_is_a_module_and_its_place_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    ours = SimpleNamespace(
+        refuses=lambda made: "" if made.coupled else "takes coupled matrices alone",
+        sums=plain.sums,
+        move=lambda jobs: (taken.extend(made.name for made in jobs), plain.move(jobs)),
+    )
+    outcomes = []
+    for backend in (ours, plain):
+        monkeypatch.setattr(backends, "BACKENDS", (backend, *backends.BACKENDS))
+        table, matrix = (torch.nn.Parameter(x) for x in tensors((6, 4), 0, 2))
+        groups = [{"params": [("table", table)], "second_moment": "vocabulary"}, {"params": [("matrix", matrix)]}]
+        table.grad, matrix.grad = tensors((6, 4), 1, 2)
+        CoupledAdam(groups, lr=0.1, max_grad_norm=0.5).step()
+        outcomes.append([table.detach(), matrix.detach()])
+    assert taken == ["parameter 'table'"]
+    torch.testing.assert_close(*outcomes, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("size", [10, cpu.ELEMENTS_PER_THREAD])

@@ -102,9 +102,8 @@ def check_settings(group: Mapping[str, Any]) -> None:
         if not isinstance(group[key], bool):
             raise TypeError(f"Invalid {key}: {group[key]!r}; it must be True or False")
     if group["exp_avg_dtype"] not in MOMENT_DTYPES:
-        raise ValueError(
-            f"Invalid exp_avg_dtype: {group['exp_avg_dtype']!r}; choose torch.bfloat16, '8bit', or None for float32"
-        )
+        choices = ", ".join(repr(choice) for choice in MOMENT_DTYPES if choice is not None)
+        raise ValueError(f"Invalid exp_avg_dtype: {group['exp_avg_dtype']!r}; choose {choices}, or None for float32")
     check_flags(group)
     for key, known in CHOICES.items():
         if group[key] not in known:
