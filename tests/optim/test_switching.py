@@ -9,6 +9,8 @@ import pytest
 import torch
 from test_harmless import OPTIMIZERS, H, Model, V, backward, made, same, snapshot, train
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, adamw_state_dict, param_groups
 from coupled_adam.optim import reference
@@ -297,13 +299,31 @@ def test_a_checkpoint_with_the_former_name_of_a_key_goes_on_as_if_it_had_the_new
         group["state_dtype"] = group.pop("exp_avg_dtype")
         del group["fused"]
     outcomes = []
-    for checkpoint in (saved, former):
+    for state in (saved, former):
         other, loaded = made(cls, True, copy.deepcopy(model), **options)
-        loaded.load_state_dict(checkpoint)
+        loaded.load_state_dict(state)
         assert all("state_dtype" not in group and group["fused"] is None for group in loaded.param_groups)
         train(other, loaded, range(3, 6))
         outcomes.append(snapshot(other, loaded))
     assert same(*outcomes)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_distributed_checkpoint_without_newer_settings_loads_in_part(cls: type, options: dict, tmp_path) -> None:
+    model, optimizer = made(cls, **options)
+    train(model, optimizer)
+    content = get_optimizer_state_dict(model, optimizer)
+    for group in content["param_groups"]:
+        group["state_dtype"] = group.pop("exp_avg_dtype")
+        del group["fused"]
+    checkpoint.save({"optimizer": content}, checkpoint_id=tmp_path, no_dist=True)
+    other, loaded = made(cls, True, copy.deepcopy(model), **options)
+    content = get_optimizer_state_dict(other, loaded)
+    planner = checkpoint.DefaultLoadPlanner(allow_partial_load=True)
+    checkpoint.load({"optimizer": content}, checkpoint_id=tmp_path, planner=planner, no_dist=True)
+    set_optimizer_state_dict(other, loaded, content)
+    assert same(snapshot(model, optimizer), snapshot(other, loaded))
 
 
 @pytest.mark.parametrize("cls", [CoupledAdam, Adams])
