@@ -1,6 +1,7 @@
 """What a step of ours and of AdamW sends, and how long both take, for models sharded by FSDP2 over processes.
 
     python benchmarks/distributed_step.py [--ranks 1 2 4] [--rounds 15] [--vocabulary 16384] [--width 256] [--layers 4]
+        [--json FILE]
 
 Starts the processes itself (gloo, one thread each) and measures the optimizers' steps alone, clipping included: AdamW
 with clip_grad_norm_, CoupledAdam and Adams with max_grad_norm. Bytes are those of the tensors that one process hands to
@@ -9,14 +10,15 @@ take turns on them.
 """
 
 import argparse
-import statistics
+import json
 import tempfile
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -96,9 +98,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 def timed(step: Callable[[], None]) -> float:
     if dist.is_initialized():
         dist.barrier()
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+    return harness.seconds(step)
 
 
 def worker(rank: int, ranks: int, directory: str, args: argparse.Namespace) -> None:
@@ -112,17 +112,18 @@ def worker(rank: int, ranks: int, directory: str, args: argparse.Namespace) -> N
         step()  # creates the state
         with Sent() as sent[name]:
             step()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps if name != "AdamW"}
-    for _ in range(args.rounds):
-        for name, pairs in times.items():
-            first, a, b, last = (timed(steps[n]) for n in (name, "AdamW", "AdamW", name))
-            pairs += [(first, a), (last, b)]
+    times = {
+        name: harness.in_pairs(step, steps["AdamW"], args.rounds, timed)
+        for name, step in steps.items()
+        if name != "AdamW"
+    }
     if rank == 0:
+        figures = {name: pairs.figures() | {"bytes": sent[name].bytes} for name, pairs in times.items()}
+        Path(f"{directory}/{ranks}.json").write_text(json.dumps(figures))
         peer = sent["AdamW"]
         print(f"| {ranks} | AdamW | {calls(peer)} | {peer.bytes:,} | {adamw_time(times):.1f} ms | |", flush=True)
         for name, pairs in times.items():
-            ratio = statistics.median(ours / theirs for ours, theirs in pairs)
-            ours = 1e3 * statistics.median(ours for ours, _ in pairs)
+            ratio, ours = pairs.ratio, 1e3 * pairs.ours
             print(
                 f"| {ranks} | {name} | {calls(sent[name])} | {sent[name].bytes:,} | {ours:.1f} ms | {ratio:.2f} |",
                 flush=True,
@@ -135,23 +136,23 @@ def calls(sent: Sent) -> str:
     return ", ".join(f"{n} {name}" for name, n in sent.calls.items()) or "nothing"
 
 
-def adamw_time(times: dict[str, list[tuple[float, float]]]) -> float:
-    return 1e3 * statistics.median(theirs for pairs in times.values() for _, theirs in pairs)
+def adamw_time(times: dict[str, harness.Pairs]) -> float:
+    return 1e3 * harness.Pairs([pair for pairs in times.values() for pair in pairs.pairs]).theirs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, rounds=15)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rounds", type=int, default=15, help="of four steps each and optimizer (default: 15)")
     parser.add_argument("--vocabulary", type=int, default=16_384)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
     print("| processes | optimizer | collectives a step | bytes a process sends | step | ÷ AdamW |")
     print("| ---: | --- | --- | ---: | ---: | ---: |", flush=True)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, harness.results(args) as results:
         for ranks in args.ranks:
             mp.spawn(worker, (ranks, directory, args), nprocs=ranks)
+            results.add(f"{ranks} processes", json.loads(Path(f"{directory}/{ranks}.json").read_text()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a step on a GPU launches, moves and allocates, counted on a machine without one.
 
-    python benchmarks/gpu_counts.py
+    python benchmarks/gpu_counts.py [--json FILE]
 
 Parameters are fake tensors that say they are on a GPU and hold nothing: a step that read a number from one would raise.
 A torch operation counts as one launch; those of lists (`_foreach_…`, `_fused_…`, concatenation) as many as torch's
@@ -8,15 +8,18 @@ source packs them into. Views and allocations are none. Bytes are those of the a
 those that it writes; temporaries the most that was alive at once beside parameters, gradients and state.
 """
 
+import argparse
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import harness
 import torch
+from harness import Step
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
@@ -26,10 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from coupled_adam import Adams, CoupledAdam
-from coupled_adam.optim import triton_launch
+from coupled_adam.optim.backends import gpu
 
 Shapes = list[tuple[int, ...]]
-Step = Callable[[], object]
 
 MATRIX: Shapes = [(50_304, 768)]
 SETTINGS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8}
@@ -189,32 +191,32 @@ def counting(largest: int = 0, *, triton: bool = True) -> Iterator[Counts]:
     """Count what is done to fake tensors here. Without ``triton`` as where it is not installed."""
     counts = Counts()
     counter = Counter(counts, largest // 1000)
-    before = triton_launch.launch, triton_launch._address, triton_launch.HAS_TRITON
+    before = gpu.launch, gpu._address, gpu.DEVICES
 
     def launch(name: str, grid: Any, *arguments: Any, **constants: Any) -> None:
         read, written = kernel_bytes(name, arguments)
         counter.launch(name, 1, read, written)
 
-    triton_launch.launch, triton_launch._address = launch, lambda x: x.storage_offset() * x.element_size()
-    triton_launch.HAS_TRITON = before[2] and triton
-    triton_launch.PLAIN.append(FakeTensor)
+    gpu.launch, gpu._address = launch, lambda x: x.storage_offset() * x.element_size()
+    gpu.DEVICES = before[2] if triton else []
+    gpu.PLAIN.append(FakeTensor)
     _foreach_supported_types.append(FakeTensor)
     try:
         with counter, WithoutGuard():
             yield counts
     finally:
-        triton_launch.launch, triton_launch._address, triton_launch.HAS_TRITON = before
-        triton_launch.PLAIN.remove(FakeTensor)
+        gpu.launch, gpu._address, gpu.DEVICES = before
+        gpu.PLAIN.remove(FakeTensor)
         _foreach_supported_types.remove(FakeTensor)
 
 
 def kernel_bytes(name: str, arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors that a kernel of ours reads and writes."""
-    function = getattr(triton_launch.kernels(), name)
+    function = getattr(gpu.kernels(), name)
     given = dict(zip(function.arg_names, arguments, strict=False))
     if name == "move_many":
         real = [size > 1 << 32 for size in given["sizes"]]  # the others fill up
-        for key in ("parameters", "exp_avgs", "exp_avg_sqs", "grads"):
+        for key in ("parameters", "grads", "exp_avgs", "exp_avg_sqs"):
             given[key] = [x for x, there in zip(given[key], real, strict=True) if there]
     writes = {
         "sum_rows": ["total"],
@@ -281,7 +283,7 @@ def counted(shapes: Shapes, make: Callable[..., Step], clip: bool, *, triton: bo
     return counts
 
 
-def rows() -> Iterator[str]:
+def rows(results: harness.Results | None = None) -> Iterator[str]:
     """Yield the lines of the table."""
     yield "| step | launches | of them large | bytes an element | temporaries |"
     yield "| --- | ---: | ---: | ---: | ---: |"
@@ -295,6 +297,8 @@ def rows() -> Iterator[str]:
         for clip in (False, True):
             for name, make, settings in kinds:
                 counts = counted(shapes, make, clip, **settings)
+                if results is not None:
+                    results.add(f"{label}{', clipped' if clip else ''}: {name}", asdict(counts))
                 elements = sum(torch.Size(shape).numel() for shape in shapes)
                 each, extra = counts.moved / elements, counts.peak / elements / 4
                 yield (
@@ -303,13 +307,19 @@ def rows() -> Iterator[str]:
                 )
 
 
-def main() -> None:
+def report(arguments: argparse.Namespace) -> None:
+    """Print the table."""
     if not USABLE:
         print(f"nothing was counted: torch {torch.__version__} asks for the driver of a card; use a torch for CPUs")
         return
     print(f"torch {torch.__version__}; float32\n")
-    for line in rows():
-        print(line, flush=True)
+    with harness.results(arguments) as results:
+        for line in rows(results):
+            print(line, flush=True)
+
+
+def main() -> None:
+    report(harness.parser(__doc__).parse_args())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time and memory of an optimizer step on a GPU, ours against its peers, alternately in one process.
 
-    python benchmarks/gpu_step.py [--rounds 20]
+    python benchmarks/gpu_step.py [--rounds 20] [--json FILE]
 
 Peers are torch's fused and foreach AdamW, after clip_grad_norm_ where the step clips, and Coupled Adam as its authors
 publish it: a second moment of the whole matrix, averaged over the vocabulary in every step, with foreach operations.
@@ -9,7 +9,6 @@ pairs. Beside them stands what the memory allows: bytes ÷ bandwidth. Without a 
 launches, moves and allocates, and nothing is timed.
 """
 
-import argparse
 import gc
 import statistics
 import sys
@@ -18,12 +17,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import gpu_counts
+import harness
 import torch
 from gpu_counts import SETTINGS, Shapes, Step
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from coupled_adam.optim import triton_launch
+from coupled_adam.optim.backends import gpu
 
 #: The work: a tied embedding with the rest of its model, and ever larger heads.
 WORK: dict[str, Callable[[], Shapes]] = {
@@ -66,7 +66,7 @@ class Published:
 
 STEPS: dict[str, Callable[[list[nn.Parameter], bool], Step]] = {
     "ours": gpu_counts.ours,
-    "ours, bfloat16 moment": lambda params, clip: gpu_counts.ours(params, clip, state_dtype=torch.bfloat16),
+    "ours, bfloat16 moment": lambda params, clip: gpu_counts.ours(params, clip, exp_avg_dtype=torch.bfloat16),
     "fused AdamW": lambda params, clip: gpu_counts.theirs(params, clip, fused=True),
     "foreach AdamW": lambda params, clip: gpu_counts.theirs(params, clip, foreach=True),
     "published Coupled Adam": Published,
@@ -109,9 +109,8 @@ def measure(shapes: Shapes, dtype: torch.dtype, clip: bool, rounds: int, peer: s
             steps[name]()
             torch.cuda.synchronize()
             found[name].peak = torch.cuda.max_memory_allocated() - before
-        for i in range(rounds):
-            for name in list(found)[:: -1 if i % 2 else 1]:
-                found[name].milliseconds.append(timed(steps[name]))
+        for name, times in harness.in_turn(steps, rounds, timed).items():
+            found[name].milliseconds = times
     except torch.cuda.OutOfMemoryError:
         return None
     return found
@@ -142,7 +141,7 @@ def least_bytes(shapes: Shapes, width: int) -> float:
     return first * (4 * width + 8) + sum(rest) * (3 * width + 16)
 
 
-def rows(rounds: int) -> Iterator[str]:
+def rows(rounds: int, results: harness.Results) -> Iterator[str]:
     """Yield the lines of the table."""
     speed = bandwidth()
     yield f"a copy within the card moves {speed / 1e9:,.0f} GB/s\n"
@@ -158,8 +157,11 @@ def rows(rounds: int) -> Iterator[str]:
                     if found is None:
                         yield f"| {case}: {peer} | does not fit beside ours | | | |"
                         continue
-                    pairs = zip(*(measured.milliseconds for measured in found.values()), strict=True)
-                    ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+                    times = (measured.milliseconds for measured in found.values())
+                    pairs = harness.Pairs(list(zip(*times, strict=True)))
+                    ratio = pairs.ratio
+                    peaks = {name: measured.peak for name, measured in found.items()}
+                    results.add(f"{case}: {peer}", pairs.figures() | {"peak_bytes": peaks, "roof": roof})
                     for name, measured in found.items():
                         time, peak = statistics.median(measured.milliseconds), measured.peak / 2**20
                         line = f"{roof:.3f} ms" if name == "ours" else ""
@@ -169,18 +171,17 @@ def rows(rounds: int) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="of one step each (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = harness.parser(__doc__, rounds=20).parse_args()
     warnings.simplefilter("ignore")
     if not torch.cuda.is_available():
         print("No GPU here: nothing was timed. What a step launches, moves and allocates:\n")
-        gpu_counts.main()
+        gpu_counts.report(arguments)
         return
-    kernels = "with the kernels of ours" if triton_launch.HAS_TRITON else "without Triton, so without kernels of ours"
+    kernels = "with the kernels of ours" if gpu.INSTALLED else "without Triton, so without kernels of ours"
     print(f"{torch.cuda.get_device_name()}; torch {torch.__version__}, {kernels}")
-    for line in rows(arguments.rounds):
-        print(line, flush=True)
+    with harness.results(arguments) as results:
+        for line in rows(arguments.rounds, results):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,20 @@
 """Time and memory of an optimizer step, ours against its peer, alternately in one process.
 
-    python benchmarks/optimizer_step.py [--rounds 15] [--threads 2] [--only TEXT]
+    python benchmarks/optimizer_step.py [--rounds 15] [--threads 2] [--only TEXT] [--json FILE]
 
 Every round runs ours, theirs, theirs, ours; the figures are medians of the paired ratios, so a slow spell of the
 machine hits both sides. Needs the extra `fast`; `adams-torch` for the comparison of Adams.
 """
 
-import argparse
 import gc
-import os
-import platform
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
+import harness
 import torch
+from harness import Step
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -32,8 +28,6 @@ EMBEDDINGS = ((50_304, 768), (49_152, 576), (128_256, 1_024))
 #: The settings of the paper; the learning rate is so small that the parameters hardly move over the rounds.
 SETTINGS = {"lr": 1e-6, "betas": (0.9, 0.95), "eps": 1e-8}
 MAX_NORM = 1.0
-
-Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -67,9 +61,9 @@ def one_matrix(shape: tuple[int, int], clip: bool = False, **flags: object) -> t
     return optimizer.step, clipped([theirs], peer) if clip else peer.step
 
 
-def narrow(shape: tuple[int, int], state_dtype: object) -> tuple[Step, Step]:
+def narrow(shape: tuple[int, int], exp_avg_dtype: object) -> tuple[Step, Step]:
     """A clipped step with a narrower first moment, and one with float32."""
-    ours, theirs = (coupled(embedding(shape), max_grad_norm=MAX_NORM, state_dtype=d) for d in (state_dtype, None))
+    ours, theirs = (coupled(embedding(shape), max_grad_norm=MAX_NORM, exp_avg_dtype=d) for d in (exp_avg_dtype, None))
     return ours.step, theirs.step
 
 
@@ -140,27 +134,14 @@ def comparisons() -> Iterator[Comparison]:
     yield Comparison("GPT-2 124M: Adams ÷ adams-torch", adams_gpt2, 0.5)
 
 
-def seconds(step: Step) -> float:
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
+def measure(comparison: Comparison, rounds: int) -> harness.Pairs:
+    return harness.in_pairs(*comparison.make(), rounds)
 
 
-def measure(comparison: Comparison, rounds: int) -> str:
-    ours, theirs = comparison.make()
-    for step in (ours, theirs, ours, theirs):  # compiles, makes the state, touches the memory
-        step()
-    gc.disable()
-    pairs = []
-    for _ in range(rounds):
-        a, b, c, d = seconds(ours), seconds(theirs), seconds(theirs), seconds(ours)
-        pairs += [(a, b), (d, c)]
-    gc.enable()
-    ratios = sorted(a / b for a, b in pairs)
-    ratio, quarter = statistics.median(ratios), len(ratios) // 4
-    spread = f"{ratios[quarter]:.2f}–{ratios[-quarter - 1]:.2f}"
-    milliseconds = [1e3 * statistics.median(side) for side in zip(*pairs, strict=True)]
-    return row(comparison.name, *(f"{t:.1f} ms" for t in milliseconds), f"{ratio:.2f}", spread, comparison.target)
+def line_of(comparison: Comparison, found: harness.Pairs) -> str:
+    times = (f"{1e3 * t:.1f} ms" for t in (found.ours, found.theirs))
+    low, high = found.middle_half
+    return row(comparison.name, *times, f"{found.ratio:.2f}", f"{low:.2f}–{high:.2f}", comparison.target)
 
 
 def row(name: str, ours: str, theirs: str, ratio: str, spread: str, target: float | None) -> str:
@@ -172,21 +153,20 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(x.numel() * x.element_size() for state in optimizer.state.values() for x in state.values())
 
 
-def memory_rows() -> Iterator[str]:
+def memory() -> Iterator[tuple[str, int, int, float]]:
+    """Yield names, bytes of ours and of what they are compared with, and targets."""
     shape = EMBEDDINGS[0]
     theirs = state_bytes(torch.optim.AdamW([embedding(shape)], fused=True))
     forms = (("", None, 0.51), (", bf16 first moment", torch.bfloat16, 0.26), (", 8-bit first moment", "8bit", 0.13))
     for label, dtype, target in forms:
-        ours = state_bytes(coupled(embedding(shape), state_dtype=dtype))
-        sizes = f"{ours / 2**20:.1f} MiB", f"{theirs / 2**20:.1f} MiB"
-        yield row(f"state of a coupled matrix{label} ÷ AdamW", *sizes, f"{ours / theirs:.3f}", "", target)
+        ours = state_bytes(coupled(embedding(shape), exp_avg_dtype=dtype))
+        yield f"state of a coupled matrix{label} ÷ AdamW", ours, theirs, target
     for clip in (False, True):
         parameter = embedding(shape)
         optimizer = coupled(parameter, max_grad_norm=MAX_NORM if clip else None)
         optimizer.step()
         extra, whole = peak_extra_bytes(optimizer.step), parameter.numel() * parameter.element_size()
-        label = f"peak extra memory of a {'clipped ' if clip else ''}coupled step ÷ the matrix"
-        yield row(label, f"{extra / 2**20:.2f} MiB", f"{whole / 2**20:.1f} MiB", f"{extra / whole:.4f}", "", 0.01)
+        yield f"peak extra memory of a {'clipped ' if clip else ''}coupled step ÷ the matrix", extra, whole, 0.01
 
 
 def peak_extra_bytes(step: Step) -> int:
@@ -203,29 +183,29 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="of four steps each (default: %(default)s)")
+    parser = harness.parser(__doc__, rounds=15)
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--only", default="", help="comparisons whose name contains this text")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numba", "numpy"))
-    machine = f"{processor()}, {os.cpu_count()} CPUs, {arguments.threads} threads"
-    print(f"{machine}; Python {platform.python_version()}, {versions}\n")
-    print("| work | ours | theirs | ratio | middle half | target |\n| --- | ---: | ---: | ---: | ---: | ---: |")
-    for comparison in comparisons():
-        if arguments.only in comparison.name:
-            print(measure(comparison, arguments.rounds), flush=True)
-            gc.collect()
-    if not arguments.only:
-        for line in memory_rows():
-            print(line, flush=True)
+    with harness.results(arguments) as results:
+        about = harness.machine()
+        versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "numba", "numpy"))
+        machine = f"{about['processor']}, {about['cpus']} CPUs, {arguments.threads} threads"
+        print(f"{machine}; Python {about['python']}, {versions}\n")
+        print("| work | ours | theirs | ratio | middle half | target |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+        for comparison in comparisons():
+            if arguments.only in comparison.name:
+                found = measure(comparison, arguments.rounds)
+                results.add(comparison.name, found.figures() | {"target": comparison.target})
+                print(line_of(comparison, found), flush=True)
+                gc.collect()
+        if not arguments.only:
+            for name, ours, theirs, target in memory():
+                results.add(name, {"ours": ours, "theirs": theirs, "ratio": ours / theirs, "target": target})
+                sizes = (f"{x / 2**20:.2f} MiB" for x in (ours, theirs))
+                print(row(name, *sizes, f"{ours / theirs:.4f}", "", target), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Training speed: our loop against transformers' GPT-2 and against a textbook loop, alternately in one process.
 
     python benchmarks/train_throughput.py [--rounds 10] [--threads 2] [--only mini|small] [--no-memory]
+        [--json FILE]
 
 All three train the same shape on the same tokens with clipping at 1.0. Ours is the model, loss and optimizers of
 `coupled-adam train` with Coupled Adam on the embedding; the others take AdamW(fused=True) and clip_grad_norm_.
@@ -12,19 +13,16 @@ five, as the allocator's gaps differ from run to run.
 
 import argparse
 import importlib
-import os
-import platform
-import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
+import harness
 import torch
+from harness import Step
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -35,7 +33,6 @@ from coupled_adam.lm.optimizers import build_optimizers
 from coupled_adam.lm.parallel import World
 from coupled_adam.lm.train import backward
 
-Step = Callable[[], None]
 LR = 1e-4
 
 
@@ -131,23 +128,12 @@ def transformers_gpt2(shape: Shape) -> Step:
 SIDES: dict[str, Callable[[Shape], Step]] = {"ours": ours, "transformers": transformers_gpt2, "textbook": textbook}
 
 
-def timed(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def speed(name: str, shape: Shape, rounds: int) -> None:
+def speed(name: str, shape: Shape, rounds: int, results: harness.Results) -> None:
     steps = {side: make(shape) for side, make in SIDES.items()}
-    for step in steps.values():
-        step(), step()
     for peer in ("transformers", "textbook"):
-        pairs = []
-        for _ in range(rounds):
-            a, b, c, d = (timed(steps[side]) for side in ("ours", peer, peer, "ours"))
-            pairs += [(a, b), (d, c)]
-        mine, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
-        ratio = statistics.median(other / own for own, other in pairs)
+        found = harness.in_pairs(steps["ours"], steps[peer], rounds)
+        results.add(f"{name}: {peer}", found.figures())
+        mine, theirs, ratio = found.ours, found.theirs, 1 / found.ratio
         size = shape.batch * shape.length
         target = TARGETS[name, peer]
         print(
@@ -169,8 +155,7 @@ def peak(side: str, name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser = harness.parser(__doc__, rounds=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=SHAPES)
     parser.add_argument("--no-memory", action="store_true")
@@ -181,25 +166,28 @@ def main() -> None:
     torch.set_flush_denormal(True)
     if args.peak:
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of the parent process
-        importlib.import_module("coupled_adam.optim.kernels")
+        importlib.import_module("coupled_adam.optim.backends.cpu_kernels")
         before = resident_peak()
         step = SIDES[args.peak](SHAPES[args.only])
         for _ in range(3):
             step()
         print(resident_peak() - before)
         return
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {args.threads} threads; "
-        f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}\n"
-    )
-    print("| work | ours | theirs | ratio | target |\n| --- | ---: | ---: | ---: | ---: |", flush=True)
-    for name, shape in SHAPES.items():
-        if args.only in (None, name):
-            speed(name, shape, args.rounds)
-    if not args.no_memory and args.only in (None, "small"):
-        peaks = [(peak("ours", "small"), peak("textbook", "small")) for _ in range(5)]
-        mine, theirs = (statistics.median(side) for side in zip(*peaks, strict=True))
-        print(f"| small: peak memory ÷ textbook | {mine:,.0f} MiB | {theirs:,.0f} MiB | {mine / theirs:.2f} | ≤ 0.85 |")
+    with harness.results(args) as results:
+        about = harness.machine("transformers")
+        print(
+            f"{about['processor']}, {about['cpus']} CPUs, {args.threads} threads; Python {about['python']}, "
+            f"torch {about['torch']}, transformers {about['transformers']}\n"
+        )
+        print("| work | ours | theirs | ratio | target |\n| --- | ---: | ---: | ---: | ---: |", flush=True)
+        for name, shape in SHAPES.items():
+            if args.only in (None, name):
+                speed(name, shape, args.rounds, results)
+        if not args.no_memory and args.only in (None, "small"):
+            found = harness.Pairs([(peak("ours", "small"), peak("textbook", "small")) for _ in range(5)])
+            results.add("small: peak memory, MiB", found.figures())
+            sizes = f"{found.ours:,.0f} MiB | {found.theirs:,.0f} MiB"
+            print(f"| small: peak memory ÷ textbook | {sizes} | {found.ours / found.theirs:.2f} | ≤ 0.85 |")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("browser")
 
 
+@pytest.fixture(params=[None, False], ids=["fast", "plain"])
+def fused(request: pytest.FixtureRequest) -> bool | None:
+    """Asks a property of every backend that is there: what to build an optimizer with.
+
+    None takes the fastest backend for each parameter, False the plain one alone.
+    """
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Callable[[int], Processes]]:
     """So many processes that run functions together; started when first asked for, and kept for other tests."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import coupled_adam
-from coupled_adam import geometry
+from coupled_adam import geometry, monitor
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -113,7 +113,7 @@ def documented() -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("package", [coupled_adam, geometry], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("package", [coupled_adam, geometry, monitor], ids=lambda package: package.__name__)
 def test_every_public_name_stands_in_the_api_pages(package: Any) -> None:
     """``tools/check_docs.py`` looks for them in the pages that are built."""
     asked_for, missing = documented(), []
@@ -127,7 +127,7 @@ def test_every_public_name_stands_in_the_api_pages(package: Any) -> None:
     assert missing == []
 
 
-PUBLIC = {name.split(".")[-1] for name in documented()} | set(geometry.__all__)
+PUBLIC = {name.split(".")[-1] for name in documented()} | {*geometry.__all__, *monitor.__all__}
 
 
 def arguments_without_a_parameter(path: Path) -> list[str]:

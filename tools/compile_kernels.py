@@ -21,13 +21,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from coupled_adam.optim import triton_kernels, triton_launch
+from coupled_adam.optim.backends import gpu, gpu_kernels
 from coupled_adam.optim.directions import DIRECTION
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 WIDTHS = (768, 1024, 4096)
-MATRICES = ("param", "exp_avg", "exp_avg_sq", "grad")
-MANY = ("parameters", "exp_avgs", "exp_avg_sqs", "grads")
+MATRICES = ("param", "grad", "exp_avg", "exp_avg_sq")
+MANY = ("parameters", "grads", "exp_avgs", "exp_avg_sqs")
 ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -77,17 +77,17 @@ def variants() -> Iterator[Variant]:
 def elements(variant: Variant) -> int:
     """Return how many elements a program takes at once."""
     simple = variant.kernel == "sum_rows" and "exp_avg" not in variant.types
-    return triton_launch.SUMMED if simple else triton_launch.MOVED
+    return gpu.SUMMED if simple else gpu.MOVED
 
 
 def source(variant: Variant, columns: int) -> ASTSource:
     """Describe a kernel as a launch for rows of this length does, every tensor at a multiple of 16 bytes."""
-    function = getattr(triton_kernels, variant.kernel)
-    width, tile = triton_launch.tile_of(columns, elements(variant))
-    constants = {"ROWS": max(triton_launch.ROWS, tile), "TILE": tile, "WIDTH": width, "BLOCK": triton_launch.MOVED}
-    constants |= {"MANY": triton_kernels.MANY, "EVEN": True, **variant.constants}
+    function = getattr(gpu_kernels, variant.kernel)
+    width, tile = gpu.tile_of(columns, elements(variant))
+    constants = {"ROWS": max(gpu.ROWS, tile), "TILE": tile, "WIDTH": width, "BLOCK": gpu.MOVED}
+    constants |= {"MANY": gpu_kernels.MANY, "EVEN": True, **variant.constants}
     if "toward" in constants:
-        constants["toward"] = triton_launch.form(DIRECTION[constants["toward"]].numbers)
+        constants["toward"] = gpu.form(DIRECTION[constants["toward"]].numbers)
     divisible = [["tt.divisibility", 16]]
     signature: dict[str, Any] = {}
     fixed: dict[tuple[int, ...], Any] = {}
@@ -97,8 +97,8 @@ def source(variant: Variant, columns: int) -> ASTSource:
         if kind is None:
             signature[name], fixed[(i,)] = "constexpr", constants.get(name)
         elif variant.kernel == "move_many" and name in (*MANY, "sizes"):
-            signature[name] = (kind,) * triton_kernels.MANY
-            attributes |= {(i, k): divisible for k in range(triton_kernels.MANY)}
+            signature[name] = (kind,) * gpu_kernels.MANY
+            attributes |= {(i, k): divisible for k in range(gpu_kernels.MANY)}
         else:
             signature[name] = kind
             if kind.startswith("*") or (name == "columns" and columns % 16 == 0):
@@ -135,7 +135,7 @@ def compiled(variant: Variant, columns: int, target: str) -> Figures:
 def _bits(variant: Variant, accesses: list[int], threads: int) -> int:
     """Return the width such that accesses of it or of more cover all that a thread reads and writes of the matrices."""
     size = {"*fp32": 32, "*bf16": 16}
-    param, exp_avg, exp_avg_sq, grad = (
+    param, grad, exp_avg, exp_avg_sq = (
         size.get(variant.types.get(one) or variant.types.get(many, ""), 0)
         for one, many in zip(MATRICES, MANY, strict=True)
     )

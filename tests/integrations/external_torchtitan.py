@@ -139,7 +139,7 @@ def test_what_would_go_wrong_is_told() -> None:
         coupled_adamw(head="output").build(model_parts=[llama()])
     config = coupled_adamw()
     config.implementation = "fused_opt_states_bf16"
-    with pytest.raises(ValueError, match="state_dtype"):
+    with pytest.raises(ValueError, match="exp_avg_dtype"):
         config.build(model_parts=[llama()])
     config = coupled_adamw()
     config.param_groups[1].optimizer_name = "Adan"

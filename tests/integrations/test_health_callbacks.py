@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from coupled_adam import geometry
+from coupled_adam import monitor
 from coupled_adam.integrations.health_callbacks import HealthReport
 from coupled_adam.integrations.health_in_transformers import EmbeddingHealth
 
@@ -70,7 +70,7 @@ def test_the_trainers_log_has_health_and_drift(tmp_path: Path) -> None:
     assert [set(figures) for figures in found.values()] == [
         CHEAP | DRIFT | extra for extra in ({"isotropy"}, set(), {"isotropy"}, set())
     ]
-    assert {k: found[8][k] for k in CHEAP} == pytest.approx(geometry.health(made.model), rel=1e-6)
+    assert {k: found[8][k] for k in CHEAP} == pytest.approx(monitor.health(made.model), rel=1e-6)
     # The Trainer decays the embedding, and its scheduler changes the learning rate after every step.
     start = tiny_llama().lm_head.weight.detach().double().mean(0)
     end = made.model.lm_head.weight.detach().double().mean(0)
@@ -155,7 +155,7 @@ def test_lightning_logs_the_same_and_resumes(tmp_path: Path) -> None:
     _, log, module = fit(6)
     lines = [line for line in log.lines if "embedding/norm_of_mean" in line]
     assert len(lines) == 3, "after 2, 4 and 6 steps"
-    assert lines[-1]["embedding/norm_of_mean"] == pytest.approx(geometry.health(module)["norm_of_mean"], rel=1e-6)
+    assert lines[-1]["embedding/norm_of_mean"] == pytest.approx(monitor.health(module)["norm_of_mean"], rel=1e-6)
     start, end = (m.net.lm_head.weight.detach().double().mean(0) for m in (Module(), module))
     moved = ((end - start) @ end / end.norm()).item()
     assert sum(lines[-1][f"embedding/{cause}"] for cause in DRIFT) == pytest.approx(moved, abs=1e-6)

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import jobs
+import one_step
 import pytest
 import torch
 from torch import Tensor, nn
 
 from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, center_, describe, param_groups
-from coupled_adam.geometry import drift
-from coupled_adam.optim import center, dispatch, triton_launch
-from coupled_adam.optim.equations import Coefficients
+from coupled_adam.monitor import drift
+from coupled_adam.optim.backends import cpu, gpu, plain
+from coupled_adam.optim.state import job_of
 
 STEPS = 8
 SETTINGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
@@ -76,18 +77,16 @@ def exact(shape: tuple[int, int], kind: str, start: Tensor | None = None, **grou
 
 
 @pytest.mark.parametrize("shape", [(300, 24), (1, 5), (70, 1), (5, 2100)], ids=str)
-@pytest.mark.parametrize("numba", [True, False])
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_step_is_the_plain_one_with_the_mean_taken_off(
-    kind: str, numba: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    kind: str, fused: bool | None, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
-    monkeypatch.setattr(dispatch, "BLOCK_ELEMENTS", 1000)  # several blocks of rows
+    monkeypatch.setattr(plain, "BLOCK_ELEMENTS", 1000)  # several blocks of rows
     for coupled in (True, False):
         expected = exact(shape, kind, coupled=coupled)
         for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-12)):
             param = made(shape, dtype)
-            optimizer = built(param, kind, centers=True, coupled=coupled)
+            optimizer = built(param, kind, centers=True, coupled=coupled, fused=fused)
             if kind == "zero":
                 optimizer.master_dtype = dtype
             found = trained(param, optimizer)
@@ -101,16 +100,14 @@ def test_spectral_decay_and_a_bounded_direction_are_centered_too() -> None:
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("numba", [True, False])
 @pytest.mark.parametrize("moment", [None, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["coupled", "clipped", "adams"])
 def test_the_mean_is_zero_to_rounding_after_every_step(
-    kind: str, moment: torch.dtype | None, numba: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, moment: torch.dtype | None, fused: bool | None
 ) -> None:
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
     for offset in (0.5, 100.0):
         param = made((700, 48), offset=offset)
-        optimizer = built(param, kind, centers=True, state_dtype=moment)
+        optimizer = built(param, kind, centers=True, exp_avg_dtype=moment, fused=fused)
         largest = param.detach().abs().max(0).values
         for step in range(50):
             trained(param, optimizer, step, 1)
@@ -124,11 +121,12 @@ def test_the_mean_is_zero_to_rounding_after_every_step(
 def test_sums_that_a_step_keeps_are_those_of_what_it_has_written(moment: torch.dtype | None) -> None:
     for shape in ((1500, 24), (40, 2100), (1100, 1)):
         param = made(shape)
-        optimizer = built(param, "clipped", centers=True, state_dtype=moment)
+        optimizer = built(param, "clipped", centers=True, exp_avg_dtype=moment)
         trained(param, optimizer, steps=3)
         exp_avg = optimizer.state[param]["exp_avg"]
-        kept = center._kept[exp_avg][1]
-        assert torch.equal(kept, center.measure(param, exp_avg)), "to the bit, or a resumed run is another"
+        kept = plain._kept[exp_avg][1]
+        measured = cpu.measure(job_of(param, None, optimizer.state[param], optimizer.param_groups[0]))
+        assert torch.equal(kept, measured), "to the bit, or a resumed run is another"
         exact_sums = torch.stack([x.detach().double().sum(0) for x in (param, exp_avg)])
         torch.testing.assert_close(kept, exact_sums, rtol=1e-5, atol=1e-4)
 
@@ -136,8 +134,8 @@ def test_sums_that_a_step_keeps_are_those_of_what_it_has_written(moment: torch.d
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Notes every pass that only measures."""
     passes: list[int] = []
-    real = center.measure
-    monkeypatch.setattr(center, "measure", lambda *x: (passes.append(1), real(*x))[1])
+    real = cpu.measure
+    monkeypatch.setattr(cpu, "measure", lambda *x: (passes.append(1), real(*x))[1])
     return passes
 
 
@@ -190,12 +188,12 @@ def test_what_is_changed_past_the_version_counter_heals_in_the_second_step() -> 
 @pytest.mark.parametrize("kind", ["coupled", "clipped", "clipped factor", "adams"])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(kind: str, moment: torch.dtype | None) -> None:
     whole = made((700, 8))
-    trained(whole, built(whole, kind, centers=True, state_dtype=moment), steps=6)
+    trained(whole, built(whole, kind, centers=True, exp_avg_dtype=moment), steps=6)
     param = made((700, 8))
-    optimizer = built(param, kind, centers=True, state_dtype=moment)
+    optimizer = built(param, kind, centers=True, exp_avg_dtype=moment)
     trained(param, optimizer, steps=3)
     resumed = nn.Parameter(param.detach().clone())
-    other = built(resumed, kind, centers=True, state_dtype=moment)
+    other = built(resumed, kind, centers=True, exp_avg_dtype=moment)
     saved = optimizer.state_dict()
     saved["param_groups"][0]["center"] = False  # what is computed is the new optimizer's own, as coupling is
     other.load_state_dict(saved)
@@ -279,26 +277,28 @@ def test_what_has_no_rows_to_center_is_refused() -> None:
         optimizer.step()
 
 
-def test_a_kernel_checks_the_mean_row_where_it_touches_memory() -> None:
-    param, exp_avg, grad = (torch.zeros(6, 4) for _ in range(3))
-    c = Coefficients.of(step=1, lr=0.1, beta1=0.9, beta2=0.9, eps=0.0, weight_decay=0.0)
-    for wrong in (torch.zeros(1, 5), torch.zeros(2, 4), torch.zeros(4)):
+@pytest.mark.parametrize("backend", [cpu, gpu, plain], ids=lambda m: m.__name__.split(".")[-1])
+def test_a_kernel_checks_what_is_known_of_the_rows_where_it_touches_memory(backend, monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "DEVICES", ["cpu"])
+    zero = torch.zeros(6, 4)
+    for wrong in (torch.zeros(4, 5), torch.zeros(1, 4), torch.zeros(4)):
+        made = one_step.job((zero, zero, zero, torch.ones(1, 4)), center=True)
+        made.means = wrong
         with pytest.raises(RuntimeError, match="do not fit together"):
-            center.move_centered_(param, exp_avg, grad, torch.ones(1, 4), c, "ratio", 1, mean=wrong)
-        with pytest.raises(RuntimeError, match="the mean row is"):
-            triton_launch.move_rows_(param, exp_avg, grad, torch.ones(1, 4), c, "ratio", 1, None, None, wrong)
-    with pytest.raises(RuntimeError, match="do not fit together"):
-        center.measure(param, torch.zeros(5, 4))
-    with pytest.raises(RuntimeError, match="do not fit together"):
-        center.sums_of_gradient(grad, torch.zeros(5, 4), c)
-    taken = []
-    for mean in (torch.ones(1, 4), torch.ones(1, 8)[:, ::2], torch.ones(1, 4, dtype=torch.float64)):
-        theta = param.clone()
-        taken.append(
-            center.move_centered_(theta, exp_avg, grad, torch.ones(1, 4), c, "ratio", 1, mean=mean) is not None
-        )
-        assert (theta == -1).all(), "by the plain functions, where the kernel does not take it"
-    assert taken == [True, False, False]
+            backend.move([made])
+    short = torch.zeros(5, 4)
+    for grad, exp_avg in ((zero, short), (short, zero)):
+        made = one_step.job((zero, grad, exp_avg, torch.ones(1, 4)), center=True)
+        with pytest.raises(RuntimeError, match="do not fit together"):
+            backend.sums(made)
+
+
+@pytest.mark.parametrize("backend", [cpu, gpu], ids=lambda m: m.__name__.split(".")[-1])
+@pytest.mark.parametrize("wrong", [torch.zeros(1, 5), torch.zeros(2, 4), torch.zeros(1, 4, dtype=torch.float64)])
+def test_a_kernel_takes_no_other_mean_row(backend, wrong: Tensor) -> None:
+    zero = torch.zeros(6, 4)
+    with pytest.raises(RuntimeError, match=r"do not fit|take vectors of float32"):
+        backend.check(one_step.job((zero, zero, zero, torch.ones(1, 4)), center=True), torch.ones(1, 4), wrong)
 
 
 # -------------------------------------------------------------------------------------------------------- param_groups

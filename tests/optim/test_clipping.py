@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, param_groups
-from coupled_adam.optim import dispatch
 
 
 def model(seed: int = 0) -> nn.Sequential:
@@ -29,16 +28,12 @@ def make(kind: str, m: nn.Sequential, **settings) -> torch.optim.Optimizer:
     return CoupledAdam(groups, lr=1e-2, coupling_factor=0.1 if kind == "factor" else 0.0, **settings)
 
 
-@pytest.mark.parametrize("numba", [True, False])
 @pytest.mark.parametrize("limit", [1e-3, 0.3, 1e3])
 @pytest.mark.parametrize("kind", ["coupled", "factor", "adams"])
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
-def test_equals_clip_then_step(
-    kind: str, limit: float, numba: bool, dtype: torch.dtype, rtol: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
+def test_equals_clip_then_step(kind: str, limit: float, fused: bool | None, dtype: torch.dtype, rtol: float) -> None:
     ours, theirs = model().to(dtype), model().to(dtype)
-    inside, outside = make(kind, ours, max_grad_norm=limit), make(kind, theirs)
+    inside, outside = make(kind, ours, max_grad_norm=limit, fused=fused), make(kind, theirs, fused=fused)
     clipped = []
     for step in range(30):
         backward(ours, step)
@@ -122,19 +117,17 @@ def test_bad_bounds_are_refused(bad: float) -> None:
 # ------------------------------------------------------------------------------------------------- norms of 16 bits
 
 
-@pytest.mark.parametrize("numba", [True, False])
 @pytest.mark.parametrize("size", [1e-3, 300.0, 3e4])
 @pytest.mark.parametrize("dtypes", [[torch.float16], [torch.bfloat16], [torch.float16, torch.float32, torch.bfloat16]])
 @pytest.mark.parametrize("cls", [CoupledAdam, Adams, Adams_ZeRO])
 def test_the_norm_of_narrow_gradients_is_that_of_float64(
-    cls: type, dtypes: list[torch.dtype], size: float, numba: bool, monkeypatch: pytest.MonkeyPatch
+    cls: type, dtypes: list[torch.dtype], size: float, fused: bool | None
 ) -> None:
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
     generator = torch.Generator().manual_seed(0)
     shapes = [(50, 8), (40, 30), (30,), (), (7, 5)]
     params = [nn.Parameter(torch.zeros(s, dtype=dtypes[i % len(dtypes)])) for i, s in enumerate(shapes)]
     groups = [{"params": params[:1], "second_moment": "vocabulary"}, {"params": params[1:], "decay": "decoupled"}]
-    optimizer = cls(groups, lr=0.1, max_grad_norm=1.0)
+    optimizer = cls(groups, lr=0.1, max_grad_norm=1.0, fused=fused)
     for p in params:
         p.grad = (torch.rand(p.shape, generator=generator) * 2 * size).clamp(max=6e4).to(p.dtype)
     norm = torch.cat([p.grad.double().flatten() for p in params]).norm()

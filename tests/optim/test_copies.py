@@ -18,8 +18,8 @@ from coupled_adam.optim.optimizer import AdamFamily
 
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"state_dtype": torch.bfloat16},
-    {"state_dtype": "8bit"},
+    {"exp_avg_dtype": torch.bfloat16},
+    {"exp_avg_dtype": "8bit"},
     {"max_grad_norm": 0.1, "error_if_nonfinite": True},
     {"coupling_factor": 0.1},
     {"maximize": True, "betas": (0.8, 0.9)},
@@ -116,7 +116,7 @@ def test_groups_that_were_used_before_make_the_same_optimizer(first: type, secon
     groups = param_groups(model, coupled=[model.head], center=True)
     before = [{**group, "params": list(group["params"])} for group in groups]
     alone = second(param_groups(model, coupled=[model.head], center=True))
-    options = {} if first is torch.optim.AdamW else {"max_grad_norm": 1.0, "state_dtype": torch.bfloat16}
+    options = {} if first is torch.optim.AdamW else {"max_grad_norm": 1.0, "exp_avg_dtype": torch.bfloat16}
     one = first([dict(group) for group in groups] if first is torch.optim.AdamW else groups, lr=0.5, **options)
     other = second([dict(group) for group in groups] if second is torch.optim.AdamW else groups)
     assert settings(other) == settings(alone)

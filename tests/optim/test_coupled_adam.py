@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coupled_adam import CoupledAdam, param_groups
+from coupled_adam.optim import reference
 
 V, H, STEPS = 37, 12, 100
 
@@ -30,27 +32,11 @@ def gradients(seed: int = 0, rows: int = V) -> list[Tensor]:
     return [size * torch.randn(rows, H, dtype=torch.float64, generator=generator) for _ in range(STEPS)]
 
 
-def reference(
-    theta: Tensor,
-    grads: list[Tensor],
-    *,
-    beta1: float = 0.9,
-    beta2: float = 0.99,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    scale: float = 1.0,
-    factor: float = 0.0,
-    coupled: bool = True,
-) -> Tensor:
-    """Section 4 of the paper line by line, in float64, with the full (V, H) second moment."""
-    theta, m, v = theta.clone(), torch.zeros_like(theta), torch.zeros_like(theta)
+def expected(theta: Tensor, grads: list[Tensor], **group: Any) -> Tensor:
+    """What the steps come to in float64, each with its learning rate."""
+    state: dict[str, Any] = {}
     for t, g in enumerate(grads, start=1):
-        lr = learning_rate(t)
-        theta = theta * (1 - lr * weight_decay)
-        m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * (g**2 + factor * m**2)
-        nu = scale * v.mean(0, keepdim=True) if coupled else v
-        theta = theta - lr * (m / (1 - beta1**t)) / ((nu / (1 - beta2**t)).sqrt() + eps)
+        theta = reference.step(theta, g, state, **{"betas": (0.9, 0.99), "lr": learning_rate(t), **group})
     return theta
 
 
@@ -69,35 +55,37 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected).abs().max() / expected.abs().max()).item()
 
 
-SETTINGS = [
-    {},
-    {"weight_decay": 0.1},
-    {"scale": 2.0**-5},
-    {"scale": 2.0**5, "weight_decay": 0.1},
-    {"factor": 0.1},
-    {"factor": 1.0, "scale": 0.5, "weight_decay": 0.01},
-    {"coupled": False, "factor": 0.1},
-    {"coupled": False, "weight_decay": 0.1},
+COUPLED, PLAIN = {"second_moment": "vocabulary"}, {"second_moment": "elementwise"}
+SETTINGS: list[dict[str, Any]] = [
+    COUPLED,
+    COUPLED | {"weight_decay": 0.1},
+    COUPLED | {"coupling_scale": 2.0**-5},
+    COUPLED | {"coupling_scale": 2.0**5, "weight_decay": 0.1},
+    COUPLED | {"coupling_factor": 0.1},
+    COUPLED | {"coupling_factor": 1.0, "coupling_scale": 0.5, "weight_decay": 0.01},
+    COUPLED | {"center": True, "weight_decay": 0.1, "maximize": True},
+    COUPLED | {"direction": "atan2", "weight_decay": 0.1, "center": True},
+    PLAIN | {"coupling_factor": 0.1},
+    PLAIN | {"weight_decay": 0.1},
+    PLAIN | {"direction": "atan2", "maximize": True},
 ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
-def test_agrees_with_the_float64_reference(settings: dict, dtype: torch.dtype, bound: float) -> None:
+def test_agrees_with_the_float64_reference(
+    settings: dict[str, Any], dtype: torch.dtype, bound: float, fused: bool | None
+) -> None:
     theta = torch.randn(V, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
     grads = [g.to(dtype).double() for g in gradients()]
 
     def make(p: nn.Parameter) -> CoupledAdam:
-        moment = "vocabulary" if settings.get("coupled", True) else "elementwise"
-        return CoupledAdam(
-            [{"params": [p], "second_moment": moment}],
-            betas=(0.9, 0.99),
-            weight_decay=settings.get("weight_decay", 0.0),
-            coupling_scale=settings.get("scale", 1.0),
-            coupling_factor=settings.get("factor", 0.0),
-        )
+        return CoupledAdam([{"params": [p], "fused": fused, "betas": (0.9, 0.99), **settings}], coupling_factor=0.0)
 
-    assert relative_error(trained(theta, grads, make), reference(theta.double(), grads, **settings)) <= bound
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing is coupled
+        found = trained(theta, grads, make)
+    assert relative_error(found, expected(theta.double(), grads, **settings)) <= bound
 
 
 def test_one_step_by_hand() -> None:
@@ -303,31 +291,21 @@ def test_checkpoints_with_impossible_hyperparameters_are_refused() -> None:
 
 def test_every_group_has_hyperparameters_of_its_own() -> None:
     grads = gradients()
-    settings = [
-        {"scale": 4.0, "factor": 0.5, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.3},
-        {"scale": 0.25, "factor": 0.0, "beta1": 0.95, "beta2": 0.99, "weight_decay": 0.0},
-        {"factor": 0.2, "coupled": False, "beta1": 0.7, "weight_decay": 0.1},
-        {"coupled": False, "beta1": 0.9, "weight_decay": 0.5},
+    settings: list[dict[str, Any]] = [
+        COUPLED | {"coupling_scale": 4.0, "coupling_factor": 0.5, "betas": (0.8, 0.9), "weight_decay": 0.3},
+        COUPLED | {"coupling_scale": 0.25, "coupling_factor": 0.0, "betas": (0.95, 0.99), "weight_decay": 0.0},
+        PLAIN | {"coupling_factor": 0.2, "betas": (0.7, 0.99), "weight_decay": 0.1},
+        PLAIN | {"betas": (0.9, 0.99), "weight_decay": 0.5, "direction": "atan2"},
     ]
     theta = torch.randn(V, H, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     parameters = [nn.Parameter(theta.clone()) for _ in settings]
-    optimizer = CoupledAdam(
-        {
-            "params": [parameter],
-            "second_moment": "vocabulary" if s.get("coupled", True) else "elementwise",
-            "betas": (s["beta1"], s.get("beta2", 0.99)),
-            "weight_decay": s["weight_decay"],
-            "coupling_scale": s.get("scale", 1.0),
-            "coupling_factor": s.get("factor", 0.0),
-        }
-        for parameter, s in zip(parameters, settings, strict=True)
-    )
+    optimizer = CoupledAdam({"params": [p], **s} for p, s in zip(parameters, settings, strict=True))
     for t, g in enumerate(grads, start=1):
         for group, parameter in zip(optimizer.param_groups, parameters, strict=True):
             group["lr"], parameter.grad = learning_rate(t), g
         optimizer.step()
     for parameter, s in zip(parameters, settings, strict=True):
-        assert relative_error(parameter.detach(), reference(theta, grads, **s)) <= 1e-6
+        assert relative_error(parameter.detach(), expected(theta, grads, **s)) <= 1e-6
 
 
 def test_frozen_parameters_have_no_state() -> None:
@@ -595,4 +573,4 @@ def test_the_state_of_a_coupled_matrix_is_half_of_adamws() -> None:
     adamw = state_bytes(torch.optim.AdamW([parameter]), parameter)
     for dtype, share in ((None, 0.51), (torch.bfloat16, 0.26)):
         group = {"params": [parameter], "second_moment": "vocabulary"}
-        assert state_bytes(CoupledAdam([group], state_dtype=dtype), parameter) / adamw <= share
+        assert state_bytes(CoupledAdam([group], exp_avg_dtype=dtype), parameter) / adamw <= share

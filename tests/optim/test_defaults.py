@@ -6,13 +6,12 @@ import pytest
 import torch
 from test_harmless import OPTIMIZERS, Model, made, same, snapshot, train
 
-from coupled_adam.optim import dispatch
 from coupled_adam.optim.optimizer import AdamFamily
 
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"state_dtype": torch.bfloat16, "max_grad_norm": 0.1},
-    {"state_dtype": "8bit", "coupling_factor": 0.1},
+    {"exp_avg_dtype": torch.bfloat16, "max_grad_norm": 0.1},
+    {"exp_avg_dtype": "8bit", "coupling_factor": 0.1},
 ]
 
 
@@ -43,21 +42,20 @@ def default(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_defaults_of_torch_change_nothing(cls: type, options: dict, dtype: torch.dtype, default: Any) -> None:
-    for numba, center in ((True, True), (True, False), (False, True)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dispatch, "HAS_NUMBA", numba and dispatch.HAS_NUMBA)
-            expected = snapshot(*trained(cls, center, dtype, options, Model()))
-            model = Model()
-            try:
-                if default == "meta":
-                    torch.set_default_device("meta")
-                else:
-                    torch.set_default_dtype(default)
-                model, optimizer = trained(cls, center, dtype, options, model)
-            finally:
-                torch.set_default_device(None)
-                torch.set_default_dtype(torch.float32)
-            assert same(expected, snapshot(model, optimizer))
+    for fused, center in ((None, True), (None, False), (False, True)):
+        options = {**options, "fused": fused}
+        expected = snapshot(*trained(cls, center, dtype, options, Model()))
+        model = Model()
+        try:
+            if default == "meta":
+                torch.set_default_device("meta")
+            else:
+                torch.set_default_dtype(default)
+            model, optimizer = trained(cls, center, dtype, options, model)
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+        assert same(expected, snapshot(model, optimizer))
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)

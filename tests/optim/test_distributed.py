@@ -162,7 +162,7 @@ def test_a_checkpoint_of_moments_in_eight_bits_loads_exactly_in_any_wrapping(pro
 
 
 def test_moments_in_eight_bits_need_whole_rows(processes) -> None:
-    with pytest.raises(AssertionError, match="sharded over its columns, and state_dtype='8bit' needs whole rows"):
+    with pytest.raises(AssertionError, match="sharded over its columns, and exp_avg_dtype='8bit' needs whole rows"):
         processes(3).run(jobs.made_up, "clipped 8bit", 7, ("columns",))
 
 

@@ -2,15 +2,16 @@
 
 import copy
 
+import one_step
 import pytest
 import torch
 from torch import Tensor, nn
 
 from coupled_adam import Adams, CoupledAdam, describe, param_groups
-from coupled_adam.geometry import drift
-from coupled_adam.optim import dispatch, eight_bit, update
+from coupled_adam.monitor import drift
+from coupled_adam.optim import eight_bit
+from coupled_adam.optim.backends import cpu, plain
 from coupled_adam.optim.eight_bit import EightBit, quantized, widened
-from coupled_adam.optim.equations import Coefficients
 
 MAGNITUDES = [0.0] + [10.0 ** (i - 6) * (0.1 + 0.9 * k / 2**i) for i in range(7) for k in range(1, 2**i + 1)]
 
@@ -23,7 +24,7 @@ def matrices(shape: tuple[int, int], count: int, seed: int = 0) -> list[Tensor]:
 
 
 def coupled(parameter: nn.Parameter, **settings: object) -> CoupledAdam:
-    settings = {"state_dtype": "8bit", **settings}
+    settings = {"exp_avg_dtype": "8bit", **settings}
     return CoupledAdam([{"params": [("table", parameter)], "second_moment": "vocabulary"}], **settings)
 
 
@@ -90,26 +91,24 @@ def test_the_kernel_keeps_what_the_plain_functions_keep_to_the_bit(shape: tuple[
         grad[0] = moment[0] = 0
         if step == 3:
             grad[-1, -1], moment[-1, 0] = float("inf"), float("nan")
-        kept, root = quantized(moment, 0), noise.square().mean(0, keepdim=True).sqrt()
-        c = Coefficients.of(step=step, lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_factor=0.37)
+        given = param, grad, quantized(moment, 0), noise.square().mean(0, keepdim=True)
         outcomes = []
-        for module in (update, dispatch):
-            given = param.clone(), EightBit(*(x.clone() for x in kept))
-            module.move_rows_(*given, grad, root, c, direction, step)
-            outcomes.append(given)
-        (theta, plain), (moved, fast) = outcomes
-        assert torch.equal(plain.codes, fast.codes)
-        torch.testing.assert_close(plain.scales, fast.scales, rtol=0, atol=0, equal_nan=True)
+        for backend in (plain, cpu):
+            made = one_step.job(given, True, step, direction=direction)
+            made.clip, made.means = 0.37, grad.square().mean(0, keepdim=True).nan_to_num(posinf=1.0)
+            backend.move([made])
+            outcomes.append((made.param, made.exp_avg))
+        (theta, slow), (moved, fast) = outcomes
+        assert torch.equal(slow.codes, fast.codes)
+        torch.testing.assert_close(slow.scales, fast.scales, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(theta, moved, rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("numba", [True, False])
 def test_a_moving_average_arrives_where_rounding_to_the_nearest_sticks(
-    numba: bool, monkeypatch: pytest.MonkeyPatch
+    fused: bool | None,
 ) -> None:
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
     parameter = nn.Parameter(torch.zeros(20, 300))
-    optimizer = coupled(parameter, lr=0.0, betas=(0.999, 0.999))
+    optimizer = coupled(parameter, lr=0.0, betas=(0.999, 0.999), fused=fused)
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     parameter.grad[:, 1:] = -0.5  # the first of a row keeps the scale where it is
@@ -120,17 +119,16 @@ def test_a_moving_average_arrives_where_rounding_to_the_nearest_sticks(
     assert found.mean().item() == pytest.approx(exact, rel=0.02)
 
 
-@pytest.mark.parametrize("numba", [True, False])
 @pytest.mark.parametrize("factor", [0.0, 0.1])
 def test_steps_are_those_of_float32_within_the_rounding(
-    factor: float, numba: bool, monkeypatch: pytest.MonkeyPatch
+    factor: float, fused: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
-    monkeypatch.setattr(dispatch, "BLOCK_ELEMENTS", 3000)
+    monkeypatch.setattr(plain, "BLOCK_ELEMENTS", 3000)
     outcomes = []
     for dtype in (None, "8bit"):
         parameter = nn.Parameter(torch.zeros(30, 300))
-        optimizer = coupled(parameter, lr=0.01, state_dtype=dtype, coupling_factor=factor, max_grad_norm=1.0)
+        settings = {"coupling_factor": factor, "max_grad_norm": 1.0, "fused": fused}
+        optimizer = coupled(parameter, lr=0.01, exp_avg_dtype=dtype, **settings)
         steps(optimizer, parameter, range(8))
         outcomes.append((parameter.detach(), optimizer.first_moment(parameter), optimizer.state[parameter]))
     (theta, moment, _), (rounded, found, state) = outcomes
@@ -142,7 +140,7 @@ def test_steps_are_those_of_float32_within_the_rounding(
 def test_the_state_is_little_more_than_a_byte_a_number_and_others_keep_theirs() -> None:
     table, vector = nn.Parameter(torch.zeros(1000, 768)), nn.Parameter(torch.zeros(7))
     groups = [{"params": [table], "second_moment": "vocabulary"}, {"params": [vector]}]
-    optimizer = CoupledAdam(groups, state_dtype="8bit")
+    optimizer = CoupledAdam(groups, exp_avg_dtype="8bit")
     for p in (table, vector):
         p.grad = torch.ones_like(p)
     text = describe(optimizer)
@@ -175,7 +173,7 @@ def test_a_resumed_run_and_a_replica_agree_bit_for_bit(tmp_path) -> None:
 def test_a_checkpoint_of_any_form_of_the_moment_loads_into_any_other(param_dtype: torch.dtype) -> None:
     for before, after in [(None, "8bit"), (torch.bfloat16, "8bit"), ("8bit", None), ("8bit", torch.bfloat16)]:
         parameter = nn.Parameter(torch.zeros(30, 300, dtype=param_dtype))
-        old, new = (coupled(parameter, state_dtype=dtype) for dtype in (before, after))
+        old, new = (coupled(parameter, exp_avg_dtype=dtype) for dtype in (before, after))
         for i in range(3):
             parameter.grad = torch.randn(30, 300, generator=torch.Generator().manual_seed(i)).to(param_dtype)
             old.step()
@@ -201,7 +199,7 @@ def test_training_is_about_as_good_as_in_float32() -> None:
     for dtype in (None, "8bit"):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 40, bias=False))
-        optimizer = Adams(param_groups(model, coupled=[model[1]]), lr=1e-2, state_dtype=dtype)
+        optimizer = Adams(param_groups(model, coupled=[model[1]]), lr=1e-2, exp_avg_dtype=dtype)
         for i in range(200):
             tokens = torch.randint(40, (64,), generator=torch.Generator().manual_seed(i))
             optimizer.zero_grad()
@@ -227,8 +225,8 @@ def test_drift_reads_it() -> None:
 
 def test_what_cannot_be_is_said() -> None:
     parameter = nn.Parameter(torch.zeros(30, 8))
-    with pytest.raises(ValueError, match=r"Invalid state_dtype: '4bit'; choose torch.bfloat16, '8bit', or None"):
-        coupled(parameter, state_dtype="4bit")
+    with pytest.raises(ValueError, match=r"Invalid exp_avg_dtype: '4bit'; choose torch.bfloat16, '8bit', or None"):
+        coupled(parameter, exp_avg_dtype="4bit")
     optimizer = coupled(parameter)
     steps(optimizer, parameter, range(1))
     checkpoint = optimizer.state_dict()
@@ -239,6 +237,7 @@ def test_what_cannot_be_is_said() -> None:
     with pytest.raises(ValueError, match="has no 'exp_avg_scales'"):
         coupled(parameter).load_state_dict(checkpoint)
     with pytest.raises(RuntimeError, match="do not fit together"):
-        c = Coefficients.of(step=1, lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0)
         wrong = EightBit(torch.zeros(30, 8, dtype=torch.int8), torch.zeros(30, 2))
-        dispatch.move_rows_(parameter, wrong, torch.zeros(30, 8), torch.ones(1, 8), c, "ratio", 1)
+        made = one_step.job((parameter.detach(), torch.zeros(30, 8), wrong, torch.ones(1, 8)))
+        made.means = torch.ones(1, 8)
+        cpu.move([made])

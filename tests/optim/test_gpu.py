@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import one_step
 import pytest
 import torch
 from torch import nn
 
 from coupled_adam import Adams, CoupledAdam
-from coupled_adam.optim import dispatch
+from coupled_adam.optim.backends import gpu as gpu_backend
+from coupled_adam.optim.backends import plain
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,17 +35,15 @@ def program(path: str) -> ModuleType:
 gpu = program("benchmarks/gpu_counts.py")
 
 on_fake_device = pytest.mark.skipif(not gpu.USABLE, reason="this torch asks for the driver of a card")
-with_triton = pytest.mark.skipif(
-    not dispatch.triton_launch.HAS_TRITON, reason="the extra `triton` has no wheel for this system"
-)
+with_triton = pytest.mark.skipif(not gpu_backend.INSTALLED, reason="the extra `triton` has no wheel for this system")
 
 #: A coupled matrix, matrices and vectors.
 SHAPES = [(50, 24), (24, 24), (24, 8), (24,), (3,), ()]
 KINDS: dict[str, Callable] = {
     "coupled": gpu.ours,
     "factor": lambda params, clip, **settings: gpu.ours(params, clip, coupling_factor=0.1, **settings),
-    "narrow": lambda params, clip, **settings: gpu.ours(params, clip, state_dtype=torch.bfloat16, **settings),
-    "eight bits": lambda params, clip, **settings: gpu.ours(params, clip, state_dtype="8bit", **settings),
+    "narrow": lambda params, clip, **settings: gpu.ours(params, clip, exp_avg_dtype=torch.bfloat16, **settings),
+    "eight bits": lambda params, clip, **settings: gpu.ours(params, clip, exp_avg_dtype="8bit", **settings),
     "maximize": lambda params, clip, **settings: gpu.ours(params, clip, maximize=True, **settings),
     "adams": gpu.adams,
 }
@@ -132,17 +132,14 @@ def test_a_coupled_step_without_triton_is_few_operations_and_two_temporaries(dev
 
 
 def test_blocks_are_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", False)
     calls: list[int] = []
-    matrix = torch.zeros(4 * dispatch.BLOCK_ELEMENTS // 64, 64)
-    grad = torch.ones_like(matrix)
-    real = dispatch.update.sum_of_squares
-    monkeypatch.setattr(dispatch.update, "sum_of_squares", lambda *a: (calls.append(1), real(*a))[1])
-    c = dispatch.Coefficients.of(step=1, lr=0.1, beta1=0.9, beta2=0.9, eps=0, weight_decay=0)
+    matrix = torch.zeros(4 * plain.BLOCK_ELEMENTS // 64, 64)
+    real = plain._sum_of_squares
+    monkeypatch.setattr(plain, "_sum_of_squares", lambda *a: (calls.append(1), real(*a))[1])
     for devices, expected in ((("cpu",), 4), ((), 1)):
-        monkeypatch.setattr(dispatch, "BLOCK_DEVICES", devices)
+        monkeypatch.setattr(plain, "BLOCK_DEVICES", devices)
         calls.clear()
-        dispatch.sum_of_squares(grad, matrix, c)
+        plain.sums(one_step.job((matrix, torch.ones_like(matrix), matrix, matrix[:1])))
         assert len(calls) == expected
 
 
@@ -159,7 +156,7 @@ def test_launches_of_a_coupled_matrix() -> None:
 @on_fake_device
 @with_triton
 def test_a_moment_in_eight_bits_moves_eighteen_bytes_in_as_many_launches() -> None:
-    counts = gpu.counted(gpu.MATRIX, gpu.ours, clip=False, state_dtype="8bit")
+    counts = gpu.counted(gpu.MATRIX, gpu.ours, clip=False, exp_avg_dtype="8bit")
     assert counts.launches <= 6 and counts.moved / (50_304 * 768) == pytest.approx(18, rel=0.01)
     assert counts.peak < 0.01 * 4 * 50_304 * 768
 
@@ -175,8 +172,7 @@ def test_launches_of_a_clipped_gpt2() -> None:
     assert counts.moved < 30 * sum(torch.Size(shape).numel() for shape in shapes)
 
 
-def test_the_published_form_that_the_benchmark_times_takes_our_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_the_published_form_that_the_benchmark_times_takes_our_step() -> None:
     published = program("benchmarks/gpu_step.py").Published
     for clip in (False, True):
         outcomes = []

@@ -8,22 +8,23 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
+import one_step
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, param_groups
-from coupled_adam.optim import dispatch
-from coupled_adam.optim.equations import Coefficients
-from coupled_adam.optim.update import RankOne
+from coupled_adam.optim.backends import cpu, gpu, plain, torch_adamw
+from coupled_adam.optim.spectral import RankOne
 
 KINDS = {
     "coupled": lambda p: CoupledAdam([{"params": [("table", p)], "second_moment": "vocabulary"}]),
     "clipped": lambda p: CoupledAdam([{"params": [("table", p)], "second_moment": "vocabulary"}], max_grad_norm=1.0),
     "bfloat16 moment": lambda p: CoupledAdam(
-        [{"params": [("table", p)], "second_moment": "vocabulary"}], state_dtype=torch.bfloat16
+        [{"params": [("table", p)], "second_moment": "vocabulary"}], exp_avg_dtype=torch.bfloat16
     ),
     "moment coupling": lambda p: CoupledAdam([("table", p)], coupling_factor=0.1),
     "torch's fused AdamW": lambda p: quietly(CoupledAdam, [("table", p)]),
@@ -38,15 +39,12 @@ def quietly(cls: type, *args, **kwargs):
         return cls(*args, **kwargs)
 
 
-@pytest.mark.parametrize("numba", [True, False])
 @pytest.mark.parametrize("shape", [(4000, 64), (20, 64), (50, 80), (50, 10)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_parameter_that_was_resized_is_refused_by_name(
-    kind: str, shape: tuple[int, int], numba: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
+def test_a_parameter_that_was_resized_is_refused_by_name(kind: str, shape: tuple[int, int], fused: bool | None) -> None:
     parameter = nn.Parameter(torch.randn(50, 64))
     optimizer = KINDS[kind](parameter)
+    optimizer.param_groups[0]["fused"] = fused
     parameter.grad = torch.randn(50, 64)
     optimizer.step()
     parameter.data = torch.randn(shape)  # as resize_token_embeddings does it to a tied embedding
@@ -68,46 +66,56 @@ def test_a_gradient_from_before_the_resizing_is_refused(kind: str) -> None:
         KINDS[kind](parameter).step()
 
 
-def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
-    return [torch.zeros(shape) for shape in shapes]
+BACKENDS = pytest.mark.parametrize("backend", [cpu, gpu, plain], ids=lambda m: m.__name__.split(".")[-1])
 
 
-@pytest.mark.parametrize("numba", [True, False])
+@BACKENDS
 @pytest.mark.parametrize("wrong", range(4))
-def test_no_wrong_shape_reaches_a_kernel_whoever_calls_it(
-    wrong: int, numba: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
-    c = Coefficients.of(step=1, lr=0.1, beta1=0.9, beta2=0.9, eps=0, weight_decay=0)
+def test_no_wrong_shape_reaches_a_kernel_whoever_calls_it(wrong: int, backend: Any) -> None:
     shapes = [(50, 64)] * 4
     shapes[wrong] = (4000, 64)
-    param, exp_avg, exp_avg_sq, grad = tensors(*shapes)
-    group = {"betas": (0.9, 0.9), "lr": 0.1, "weight_decay": 0, "eps": 0, "maximize": False}
-    with pytest.raises(RuntimeError, match=r"do not fit together.*\(4000, 64\)"):
-        dispatch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, "ratio", 1)
-    with pytest.raises(RuntimeError, match=r"do not fit together.*\(4000, 64\)"):
-        dispatch.adamw_([param], [grad], [exp_avg], [exp_avg_sq], [torch.tensor(0.0)], group, 1.0)
-    root = torch.zeros(1, 65 if wrong == 2 else 64)
-    with pytest.raises(RuntimeError, match="do not fit together"):
-        dispatch.move_rows_(param, exp_avg, grad, root, c, "ratio", 1)
-    if wrong in (1, 3):
-        with pytest.raises(RuntimeError, match="do not fit together"):
-            dispatch.sum_of_squares(grad, exp_avg, c)
+    for shared in (False, True):
+        if shared and wrong == 3:
+            shapes[3] = (1, 65)
+        elif shared:
+            shapes[3] = (1, 64)
+        made = one_step.job([torch.zeros(shape) for shape in shapes], shared=shared)
+        made.means = torch.zeros(1, 64) if shared else None
+        with pytest.raises(RuntimeError, match=r"do not fit together"):
+            backend.move([made])
+        if shared:
+            with pytest.raises(RuntimeError, match=r"do not fit together"):
+                backend.sums(made)
+        else:
+            with pytest.raises(RuntimeError, match=r"do not fit together.*\(4000, 64\)"):
+                torch_adamw.move([made])
 
 
-@pytest.mark.parametrize("numba", [True, False])
+@BACKENDS
 @pytest.mark.parametrize(("column", "row"), [((5,), (64,)), ((50,), (8,)), ((50, 1), (64,))])
+@pytest.mark.parametrize("shared", [False, True])
 def test_no_vector_of_spectral_decay_is_read_beyond_its_end(
-    column: tuple[int, ...], row: tuple[int, ...], numba: bool, monkeypatch: pytest.MonkeyPatch
+    column: tuple[int, ...], row: tuple[int, ...], shared: bool, backend: Any
 ) -> None:
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
-    c = Coefficients.of(step=1, lr=0.1, beta1=0.9, beta2=0.9, eps=0, weight_decay=0.1)
-    param, exp_avg, exp_avg_sq, grad = tensors(*[(50, 64)] * 4)
+    shapes = [(50, 64)] * 3 + [(1, 64) if shared else (50, 64)]
     short = RankOne(column=torch.zeros(column), row=torch.zeros(row))
+    made = one_step.job([torch.zeros(shape) for shape in shapes], triple=short)
+    made.means = torch.zeros(1, 64) if shared else None
     with pytest.raises(RuntimeError, match="do not fit together"):
-        dispatch.move_elements_(param, exp_avg, exp_avg_sq, grad, c, "ratio", 1, short)
-    with pytest.raises(RuntimeError, match="do not fit together"):
-        dispatch.move_rows_(param, exp_avg, grad, torch.zeros(1, 64), c, "ratio", 1, short)
+        backend.move([made])
+
+
+@pytest.mark.parametrize("backend", [cpu, gpu], ids=lambda m: m.__name__.split(".")[-1])
+@pytest.mark.parametrize("which", range(4))
+def test_no_wrong_layout_or_dtype_reaches_a_kernel_whoever_calls_it(which: int, backend: Any) -> None:
+    for bad in (torch.zeros(4, 6).t(), torch.zeros(6, 4).double(), torch.zeros(6, 8)[:, ::2]):
+        tensors = [torch.zeros(6, 4) for _ in range(4)]
+        tensors[which] = bad
+        made = one_step.job(tensors)
+        made.param, made.grad, made.exp_avg, made.exp_avg_sq = tensors  # copies are contiguous
+        assert backend.refuses(made)
+        with pytest.raises(RuntimeError, match="take"):
+            backend.move([made])
 
 
 def test_a_singular_vector_of_another_matrix_is_refused_by_name() -> None:

@@ -99,7 +99,7 @@ def unmoved(a: list[Any], b: list[Any]) -> bool:
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"state_dtype": "8bit"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"exp_avg_dtype": "8bit"}], ids=str)
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_what_cannot_be_used_is_refused_by_name_before_anything_moves(cls: type, options: dict, name: str) -> None:
     model, optimizer = made(cls, **options)
@@ -138,7 +138,7 @@ def test_a_coupled_state_that_cannot_be_used_is_refused_too(cls: type, name: str
         {"params": [("embedding", model.embedding.weight), ("inner", model.inner.weight)]},
         {"params": [("head", model.head.weight)], "second_moment": "vocabulary"},
     ]
-    optimizer = cls(groups, lr=1e-2, state_dtype="8bit")
+    optimizer = cls(groups, lr=1e-2, exp_avg_dtype="8bit")
     train(model, optimizer)
     backward(model, 3)
     param = model.head.weight
@@ -209,7 +209,7 @@ def test_the_remedy_of_the_message_helps(name: str) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}, {"state_dtype": "8bit"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"exp_avg_dtype": torch.bfloat16}, {"exp_avg_dtype": "8bit"}], ids=str)
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_moments_follow_a_converted_parameter(
     cls: type, options: dict, before: torch.dtype, after: torch.dtype, which: str
@@ -248,7 +248,7 @@ def test_a_gradient_of_another_dtype_is_converted(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"state_dtype": "8bit"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"exp_avg_dtype": "8bit"}], ids=str)
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_a_gradient_that_is_a_view_of_negated_numbers_counts_as_any_other(

@@ -25,12 +25,12 @@ def test_all_processes_raise_where_one_has_an_infinite_gradient(processes, which
     assert "the norm of the gradients is inf (all are finite in this process" in second
 
 
-@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, "8bit"])
-def test_adamw_goes_on_from_a_spread_state(processes, state_dtype) -> None:
-    alone, spread = (processes(n).run(safety_jobs.back_to_adamw, state_dtype)[0] for n in (1, 2))
+@pytest.mark.parametrize("exp_avg_dtype", [None, torch.bfloat16, "8bit"])
+def test_adamw_goes_on_from_a_spread_state(processes, exp_avg_dtype) -> None:
+    alone, spread = (processes(n).run(safety_jobs.back_to_adamw, exp_avg_dtype)[0] for n in (1, 2))
     for a, b in zip(alone, spread, strict=True):
         # The dice of rounding fall on the elements of each shard.
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if state_dtype is None else 2e-3)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if exp_avg_dtype is None else 2e-3)
 
 
 @pytest.mark.parametrize("rows", [5, 9])

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from coupled_adam import Adams, CoupledAdam, param_groups
-from coupled_adam.optim import dispatch
 from coupled_adam.optim.rounding import stochastically_rounded
 
 
@@ -36,15 +35,14 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
     assert not torch.isfinite(stochastically_rounded(torch.full((100,), value), step=3)).any()
 
 
-@pytest.mark.parametrize("numba", [True, False])
-def test_a_moving_average_arrives_where_plain_rounding_sticks(numba: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", numba)
+def test_a_moving_average_arrives_where_plain_rounding_sticks(fused: bool | None) -> None:
     parameter = nn.Parameter(torch.zeros(50, 40))
     optimizer = CoupledAdam(
         [{"params": [parameter], "second_moment": "vocabulary"}],
         lr=0.0,
         betas=(0.999, 0.999),
-        state_dtype=torch.bfloat16,
+        exp_avg_dtype=torch.bfloat16,
+        fused=fused,
     )
     parameter.grad = torch.ones_like(parameter)
     for _ in range(2000):
@@ -65,7 +63,7 @@ def test_training_is_about_as_good_as_in_float32(cls: type) -> None:
     for dtype in (None, torch.bfloat16):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 40, bias=False))
-        optimizer = cls(param_groups(model, coupled=[model[1]]), lr=1e-2, state_dtype=dtype)
+        optimizer = cls(param_groups(model, coupled=[model[1]]), lr=1e-2, exp_avg_dtype=dtype)
         for i in range(200):
             tokens = torch.randint(40, (64,), generator=torch.Generator().manual_seed(i))
             optimizer.zero_grad()
@@ -86,7 +84,7 @@ def test_a_resumed_run_and_a_replica_agree_bit_for_bit(tmp_path) -> None:
     def make() -> tuple[CoupledAdam, nn.Parameter]:
         parameter = nn.Parameter(torch.zeros(30, 8))
         group = {"params": [parameter], "second_moment": "vocabulary"}
-        return CoupledAdam([group], state_dtype=torch.bfloat16), parameter
+        return CoupledAdam([group], exp_avg_dtype=torch.bfloat16), parameter
 
     whole, replica = make(), make()
     torch.manual_seed(1)

@@ -9,10 +9,13 @@ import pytest
 import torch
 from test_harmless import OPTIMIZERS, H, Model, V, backward, made, same, snapshot, train
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, adamw_state_dict, param_groups
+from coupled_adam.optim import reference
 
-OPTIONS: list[dict[str, Any]] = [{}, {"state_dtype": torch.bfloat16}, {"state_dtype": "8bit"}]
+OPTIONS: list[dict[str, Any]] = [{}, {"exp_avg_dtype": torch.bfloat16}, {"exp_avg_dtype": "8bit"}]
 
 
 def adamw_of(model: Model, which: str, **options: Any) -> torch.optim.AdamW:
@@ -26,10 +29,9 @@ def adamw_of(model: Model, which: str, **options: Any) -> torch.optim.AdamW:
 
 def continued(theta: Tensor, m: Tensor, v: Tensor, grads: list[Tensor], step: int, lr: float, decay: float) -> Tensor:
     """AdamW in float64 from given moments."""
-    theta, m, v = theta.double(), m.double(), v.double()
-    for t, g in enumerate((x.double() for x in grads), start=step + 1):
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        theta = theta * (1 - lr * decay) - lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    state = {"t": step, "m": m.double(), "v": v.double()}
+    for g in grads:
+        theta = reference.step(theta, g, state, lr=lr, weight_decay=decay)
     return theta
 
 
@@ -60,8 +62,8 @@ def test_adamw_goes_on_where_coupled_adam_stood(options: dict, which: str, path:
         for name, p in model.named_parameters():
             p.grad = grads[name][i]
         adamw.step()
-    for p, reference in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.detach().double(), reference, rtol=1e-5, atol=1e-6)
+    for p, exact in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.detach().double(), exact, rtol=1e-5, atol=1e-6)
     moments = [x for p in model.parameters() for x in optimizer.state[p].values()]
     kept = [x for x in before if any(x.shape == y.shape and torch.equal(x, y) for y in moments)]
     assert len(kept) >= len(moments), "the coupled optimizer's state is left as it was"
@@ -283,6 +285,45 @@ def test_only_near_misses_in_a_group_are_taken_for_mistakes() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ arguments of AdamW
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_checkpoint_with_the_former_name_of_a_key_goes_on_as_if_it_had_the_new_one(cls: type, options: dict) -> None:
+    model, optimizer = made(cls, True, **options)
+    train(model, optimizer)
+    saved = optimizer.state_dict()
+    assert {"exp_avg_dtype", "fused"} <= saved["param_groups"][0].keys()
+    former = copy.deepcopy(saved)
+    for group in former["param_groups"]:
+        group["state_dtype"] = group.pop("exp_avg_dtype")
+        del group["fused"]
+    outcomes = []
+    for state in (saved, former):
+        other, loaded = made(cls, True, copy.deepcopy(model), **options)
+        loaded.load_state_dict(state)
+        assert all("state_dtype" not in group and group["fused"] is None for group in loaded.param_groups)
+        train(other, loaded, range(3, 6))
+        outcomes.append(snapshot(other, loaded))
+    assert same(*outcomes)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_distributed_checkpoint_without_newer_settings_loads_in_part(cls: type, options: dict, tmp_path) -> None:
+    model, optimizer = made(cls, **options)
+    train(model, optimizer)
+    content = get_optimizer_state_dict(model, optimizer)
+    for group in content["param_groups"]:
+        group["state_dtype"] = group.pop("exp_avg_dtype")
+        del group["fused"]
+    checkpoint.save({"optimizer": content}, checkpoint_id=tmp_path, no_dist=True)
+    other, loaded = made(cls, True, copy.deepcopy(model), **options)
+    content = get_optimizer_state_dict(other, loaded)
+    planner = checkpoint.DefaultLoadPlanner(allow_partial_load=True)
+    checkpoint.load({"optimizer": content}, checkpoint_id=tmp_path, planner=planner, no_dist=True)
+    set_optimizer_state_dict(other, loaded, content)
+    assert same(snapshot(model, optimizer), snapshot(other, loaded))
 
 
 @pytest.mark.parametrize("cls", [CoupledAdam, Adams])

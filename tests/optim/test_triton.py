@@ -17,8 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 
-from coupled_adam.optim import directions, equations, rounding, triton_forms, triton_launch
-from coupled_adam.optim.triton_forms import NoForm, triton_form
+from coupled_adam.optim import directions, equations, rounding
+from coupled_adam.optim.backends import gpu, gpu_forms
+from coupled_adam.optim.backends.gpu_forms import NoForm, triton_form
 
 compiler = program("tools/compile_kernels.py")
 VARIANTS = {variant.label: variant for variant in compiler.variants()}
@@ -61,12 +62,12 @@ class Card:
 def test_what_is_launched_compiles_for_a_card_once_and_not_again_in_later_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gpu = program("benchmarks/gpu_counts.py")
+    counts = program("benchmarks/gpu_counts.py")
     compiled: set[tuple[str, str]] = set()
 
     def launch(name: str, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
         """All of Triton's launch but the last stage."""
-        kernel = getattr(triton_launch.kernels(), name)
+        kernel = getattr(gpu.kernels(), name)
         given = tree_map_only(torch.Tensor, lambda x: MockTensor(x.dtype), arguments)
         options = {"num_warps": 4, "enable_fp_fusion": False}
         compiled.add((name, kernel.warmup(*given, grid=grid, **constants, **options).hash))
@@ -74,10 +75,10 @@ def test_what_is_launched_compiles_for_a_card_once_and_not_again_in_later_steps(
     for name, value in vars(driver).items():  # no name of them is the same in all of Triton's versions
         monkeypatch.setattr(driver, name, value)
     driver.set_active(Card())
-    for make, settings in ((gpu.ours, {"state_dtype": torch.bfloat16}), (gpu.adams, {"capturable": True})):
-        with gpu.Device(), gpu.counting():
-            triton_launch.launch = launch  # until the counting ends
-            step = make(gpu.parameters([(50, 24), (24, 8), (24,), (3,), ()]), True, **settings)
+    for make, settings in ((counts.ours, {"exp_avg_dtype": torch.bfloat16}), (counts.adams, {"capturable": True})):
+        with counts.Device(), counts.counting():
+            gpu.launch = launch  # until the counting ends
+            step = make(counts.parameters([(50, 24), (24, 8), (24,), (3,), ()]), True, **settings)
             step()
             first = len(compiled)
             for _ in range(16):
@@ -107,7 +108,7 @@ def loops(x: float) -> float:
 
 
 def calls(x: float) -> float:
-    return triton_forms.inspect.getsource(x)
+    return gpu_forms.inspect.getsource(x)
 
 
 def reads_a_tensor(x: float) -> float:

@@ -19,8 +19,8 @@ from coupled_adam.optim.reductions import local
 SHAPES = [(37, 16), (16, 16), (16,), (3,), ()]
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"state_dtype": torch.bfloat16},
-    {"state_dtype": "8bit"},
+    {"exp_avg_dtype": torch.bfloat16},
+    {"exp_avg_dtype": "8bit"},
     {"max_grad_norm": 0.1},
     {"coupling_factor": 0.1},
     {"max_grad_norm": 0.1, "coupling_factor": 0.1, "maximize": True},

@@ -6,7 +6,7 @@ import math
 import torch
 from torch.distributed.tensor import DTensor
 
-from coupled_adam import geometry
+from coupled_adam import geometry, monitor
 from coupled_adam.errors import DivergedError
 from coupled_adam.evaluation.embedding_figures import defined, figures_while_training
 from coupled_adam.evaluation.validation import held_out, validate
@@ -34,7 +34,7 @@ def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None
         if not all(value is not None and math.isfinite(value) for value in figures.values()):
             loss = figures["validation_loss"]
             raise DivergedError(f"validation loss {loss}, or infinite logits. Lower schedule.lr, and start a new run")
-        figures |= defined(dict(geometry.health(model, isotropy=True)))
+        figures |= defined(dict(monitor.health(model, isotropy=True)))
         embedding = output_embedding(model)
         if world.is_main_process:
             figures |= figures_while_training(embedding, corpus.unigram_counts, token_of, benchmarks)

@@ -1,4 +1,4 @@
-"""What an embedding matrix looks like, and why its mean moves. Works on any (V, H) array, knows nothing of models."""
+"""What an embedding matrix looks like. Works on any (V, H) array, knows nothing of models."""
 
 from coupled_adam.errors import require
 
@@ -9,14 +9,12 @@ except ImportError:
     require("geometry", "numpy", "scipy")
     raise
 
-from coupled_adam.geometry.drift import Drift, DriftMonitor, drift
 from coupled_adam.geometry.frequency import (
     Correlation,
     norm_frequency_correlation,
     projection_frequency_correlation,
     second_moment_frequency_fit,
 )
-from coupled_adam.geometry.health import health
 from coupled_adam.geometry.measurements import Measurements, measure
 from coupled_adam.geometry.metrics import (
     inverse_condition,
@@ -41,12 +39,8 @@ from coupled_adam.geometry.word_similarity import (
 __all__ = [
     "Benchmark",
     "Correlation",
-    "Drift",
-    "DriftMonitor",
     "Measurements",
     "WordSimilarity",
-    "drift",
-    "health",
     "inverse_condition",
     "isotropy",
     "logit_bound_ratio",

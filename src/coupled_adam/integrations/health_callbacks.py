@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from coupled_adam.geometry import DriftMonitor, health
-from coupled_adam.geometry.health import embedding_weight
+from coupled_adam.models.output_heads import embedding_of
+from coupled_adam.monitor import DriftMonitor, health
 from coupled_adam.progress import warn
 
 #: What stands before the name of every figure.
@@ -79,7 +79,7 @@ class HealthReport:
 
 
 def _output_embedding(model: nn.Module) -> Tensor:
-    weight = embedding_weight(model, "get_output_embeddings")
+    weight = embedding_of(model)
     if weight is None:
         raise ValueError(
             f"{type(model).__name__} does not say what its output embedding is (get_output_embeddings() is missing or "

@@ -15,8 +15,8 @@ class EmbeddingHealth(Callback):  # type: ignore[misc]
 
         lightning.Trainer(callbacks=[EmbeddingHealth()])
 
-    The figures of ``geometry.health`` and, as ``drift_…``, how far each cause has moved the mean of
-    the output embedding (``geometry.Drift.along_mean``), go through ``pl_module.log_dict``, so to the
+    The figures of ``monitor.health`` and, as ``drift_…``, how far each cause has moved the mean of
+    the output embedding (``monitor.Drift.along_mean``), go through ``pl_module.log_dict``, so to the
     loggers at steps that are multiples of ``log_every_n_steps`` too, and to ``trainer.callback_metrics``. The model is
     the LightningModule, or the outermost module in it that has ``get_output_embeddings()``. A resumed run goes on from
     the sums in its checkpoint.

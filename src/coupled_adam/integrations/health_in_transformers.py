@@ -18,8 +18,8 @@ class EmbeddingHealth(TrainerCallback):
 
         trainer.add_callback(EmbeddingHealth(trainer))
 
-    The figures of ``geometry.health`` and, as ``drift_…``, how far each cause has moved the mean of
-    the output embedding (``geometry.Drift.along_mean``), go through ``trainer.log`` to wherever the
+    The figures of ``monitor.health`` and, as ``drift_…``, how far each cause has moved the mean of
+    the output embedding (``monitor.Drift.along_mean``), go through ``trainer.log`` to wherever the
     Trainer reports: before the first step, every ``every`` steps, and after the last. A resumed run goes on from the
     sums in its checkpoint; where there are none, they begin with the first step that is seen.
 

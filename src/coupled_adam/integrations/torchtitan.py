@@ -39,7 +39,7 @@ class CoupledOptimizers(OptimizersContainer):  # type: ignore[misc]
         if config.implementation == "fused_opt_states_bf16":
             raise ValueError(
                 'implementation="fused_opt_states_bf16" is for Adam and AdamW alone; put '
-                '"state_dtype": torch.bfloat16 into optimizer_kwargs, with implementation="fused"'
+                '"exp_avg_dtype": torch.bfloat16 into optimizer_kwargs, with implementation="fused"'
             )
         super().__init__(config, model_parts=model_parts)
         for optimizer in self.optimizers:

@@ -13,9 +13,10 @@ from torch.optim.optimizer import Optimizer
 
 from coupled_adam.errors import require
 from coupled_adam.integrations.announce import announce
-from coupled_adam.optim import CoupledAdam, name_checkpoint, param_groups
+from coupled_adam.models import name_checkpoint, param_groups
+from coupled_adam.models.groups import Coupled
+from coupled_adam.optim import CoupledAdam
 from coupled_adam.optim.checks import DEFAULT_LR, check_factor
-from coupled_adam.optim.groups import Coupled
 
 require("demo", "transformers")
 

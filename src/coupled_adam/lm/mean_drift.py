@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from coupled_adam.figures import Figures
-from coupled_adam.geometry import DriftMonitor
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.optimizers import Optimizers
+from coupled_adam.monitor import DriftMonitor
 
 #: Values of optimizer.embedding.name whose steps split by cause.
 SPLIT = ("adamw", "coupled_adam")

@@ -14,7 +14,8 @@ from coupled_adam.errors import InputError
 from coupled_adam.lm.adam_variant import AdamVariant
 from coupled_adam.lm.config import CoreOptimizer, EmbeddingOptimizer, Experiment
 from coupled_adam.lm.model import LanguageModel
-from coupled_adam.optim import Adams, CoupledAdam, center_, param_groups
+from coupled_adam.models import param_groups
+from coupled_adam.optim import Adams, CoupledAdam, center_
 
 
 class Optimizers:

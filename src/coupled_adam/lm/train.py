@@ -23,7 +23,6 @@ from coupled_adam import __version__
 from coupled_adam.errors import DivergedError, InputError, Interrupted
 from coupled_adam.figures import Figures
 from coupled_adam.files import lock_in, make_directory, remove_leftovers, write_text
-from coupled_adam.geometry import DriftMonitor
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.checkpoint import (
     intact_checkpoint,
@@ -50,6 +49,7 @@ from coupled_adam.lm.run import (
 )
 from coupled_adam.lm.schedule import learning_rate
 from coupled_adam.lm.tracking import Track, require_trackers, trackers
+from coupled_adam.monitor import DriftMonitor
 from coupled_adam.progress import progress_bar, say, warn
 
 Evaluate = Callable[[LanguageModel, bool], Figures]

@@ -4,8 +4,6 @@ from coupled_adam.optim.adams import Adams
 from coupled_adam.optim.center import center_
 from coupled_adam.optim.coupled_adam import CoupledAdam
 from coupled_adam.optim.describe import describe
-from coupled_adam.optim.groups import param_groups
-from coupled_adam.optim.naming import name_checkpoint
 from coupled_adam.optim.to_adamw import adamw_state_dict
 from coupled_adam.optim.zero import Adams_ZeRO
 
@@ -16,6 +14,4 @@ __all__ = [
     "adamw_state_dict",
     "center_",
     "describe",
-    "name_checkpoint",
-    "param_groups",
 ]

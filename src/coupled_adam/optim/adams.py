@@ -7,8 +7,9 @@ iteration behind spectral decay in reductions.py.
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from coupled_adam.optim.checks import DEFAULT_LR, StateDtype
+from coupled_adam.optim.checks import DEFAULT_LR
 from coupled_adam.optim.optimizer import AdamFamily
+from coupled_adam.optim.typed import MomentDtype
 
 
 class Adams(AdamFamily):
@@ -38,7 +39,7 @@ class Adams(AdamFamily):
             diverges.
         scalar_vector_weight_decay: decoupled decay of the parameters that take no spectral decay.
 
-    ``coupling_scale``, ``coupling_factor``, ``max_grad_norm``, ``error_if_nonfinite``, ``maximize``, ``state_dtype``,
+    ``coupling_scale``, ``coupling_factor``, ``max_grad_norm``, ``error_if_nonfinite``, ``maximize``, ``exp_avg_dtype``,
     ``capturable``, ``fused``, ``foreach``, ``amsgrad`` and ``differentiable`` are those of
     ``coupled_adam.CoupledAdam``.
 
@@ -73,7 +74,7 @@ class Adams(AdamFamily):
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
         maximize: bool = False,
-        state_dtype: StateDtype = None,
+        exp_avg_dtype: MomentDtype = None,
         capturable: bool = False,
         fused: bool | None = None,
         foreach: bool | None = None,
@@ -94,14 +95,14 @@ class Adams(AdamFamily):
             "coupling_factor": coupling_factor,
             "max_grad_norm": max_grad_norm,
             "maximize": maximize,
-            "state_dtype": state_dtype,
+            "exp_avg_dtype": exp_avg_dtype,
             "capturable": capturable,
+            "fused": fused,
         }
         super().__init__(
             params,
             defaults,
             error_if_nonfinite=error_if_nonfinite,
-            fused=fused,
             foreach=foreach,
             amsgrad=amsgrad,
             differentiable=differentiable,

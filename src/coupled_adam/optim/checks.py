@@ -2,39 +2,32 @@
 
 import math
 import numbers
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from coupled_adam.optim.directions import DIRECTION
-from coupled_adam.optim.eight_bit import blocks_of
 from coupled_adam.optim.equations import readable
+from coupled_adam.optim.moments import EIGHT_BIT, MOMENT_DTYPES, keys_of, shapes_of
 from coupled_adam.optim.reductions import is_dtensor, local
+from coupled_adam.optim.typed import parameter_name
 
-#: Whether each element has a second moment of its own, or the rows of a matrix share one.
-SECOND_MOMENT = ("elementwise", "vocabulary")
-
-#: What the decay takes off: θ itself, or the leading singular triple of a matrix.
-DECAY = ("decoupled", "spectral")
-
-#: What first moments are kept in; None: float32. Those of parameters that are not coupled are float32 with "8bit" too.
-StateDtype = torch.dtype | Literal["8bit"] | None
-STATE_DTYPE: tuple[StateDtype, ...] = (None, torch.bfloat16, "8bit")
-
+#: What a group may name.
+CHOICES: dict[str, Collection[str]] = {
+    "second_moment": ("elementwise", "vocabulary"),
+    "direction": DIRECTION,
+    "decay": ("decoupled", "spectral"),
+}
 #: Where the step and its count may lie together, for a graph of kernels to be captured.
 CAPTURE_DEVICES = ("cuda", "xpu")
-
-#: The keys of a state whose first moment is in eight bits: codes and scales. They are not called "exp_avg", so that
-#: nobody takes the codes for a moment.
-EIGHT_BIT = ("exp_avg_codes", "exp_avg_scales")
 
 #: The keys of torch's own optimizers and schedulers that a group may carry beside ours, without effect here.
 FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "swa_lr", "name"})
 
 #: What an optimizer that is given no learning rate has. By its identity it is told from the same number given.
 DEFAULT_LR = float("1e-3")
-
 
 #: Dtype and device of what must be in a state, by its key.
 Form = dict[str, tuple[torch.dtype, torch.device]]
@@ -47,7 +40,7 @@ CONVERTS = "optimizer.load_state_dict(optimizer.state_dict()) makes the state fi
 WORKING = (torch.float32, torch.float64)
 
 
-def check_group(group: dict[str, Any], optimizer: str) -> None:
+def check_group(group: Mapping[str, Any], optimizer: str) -> None:
     """Raise ValueError or TypeError for hyperparameters or parameters that a group of ``optimizer`` cannot have."""
     check_number("learning rate (lr)", group["lr"], tensor=True)
     check_settings(group)
@@ -88,7 +81,7 @@ def check_one_base(groups: list[dict[str, Any]], lr: float | Tensor) -> None:
             )
 
 
-def check_settings(group: dict[str, Any]) -> None:
+def check_settings(group: Mapping[str, Any]) -> None:
     """Raise ValueError or TypeError for hyperparameters, other than the learning rate, that a group cannot have."""
     check_number("eps", group["eps"])
     check_number("weight_decay", group["weight_decay"])
@@ -108,17 +101,16 @@ def check_settings(group: dict[str, Any]) -> None:
     for key in ("center", "maximize", "capturable"):
         if not isinstance(group[key], bool):
             raise TypeError(f"Invalid {key}: {group[key]!r}; it must be True or False")
-    if group["state_dtype"] not in STATE_DTYPE:
-        raise ValueError(
-            f"Invalid state_dtype: {group['state_dtype']!r}; choose torch.bfloat16, '8bit', or None for float32"
-        )
+    if group["exp_avg_dtype"] not in MOMENT_DTYPES:
+        choices = ", ".join(repr(choice) for choice in MOMENT_DTYPES if choice is not None)
+        raise ValueError(f"Invalid exp_avg_dtype: {group['exp_avg_dtype']!r}; choose {choices}, or None for float32")
     check_flags(group)
-    for key, known in (("second_moment", SECOND_MOMENT), ("direction", DIRECTION), ("decay", DECAY)):
+    for key, known in CHOICES.items():
         if group[key] not in known:
             raise ValueError(f"Invalid {key}: {group[key]!r}; choose from {sorted(known)}")
 
 
-def check_flags(flags: dict[str, Any]) -> None:
+def check_flags(flags: Mapping[str, Any]) -> None:
     """Raise ValueError or TypeError for what torch's AdamW can be told to do and these optimizers cannot."""
     for key, consequence in (
         ("amsgrad", "no maximum of the second moment is kept"),
@@ -127,14 +119,8 @@ def check_flags(flags: dict[str, Any]) -> None:
         if flags.get(key, False) is not False:
             raise ValueError(f"Invalid {key}: {flags[key]!r}; it is not supported: {consequence}. Leave it out")
     for key in ("fused", "foreach"):
-        if flags.get(key) not in (None, True, False):
-            raise TypeError(f"Invalid {key}: {flags[key]!r}; it must be True, False or None, and changes nothing")
-
-
-def parameter_name(group: dict[str, Any], i: int) -> str:
-    """Name of the group's i-th parameter if the optimizer was given names, else its index and shape."""
-    names = group.get("param_names")
-    return f"parameter {names[i]!r}" if names else f"parameter {i} of shape {tuple(group['params'][i].shape)}"
+        if not isinstance(flags.get(key), bool | None):
+            raise TypeError(f"Invalid {key}: {flags[key]!r}; it must be True, False or None")
 
 
 def check_param(param: Tensor, name: str, optimizer: str, *, coupled: bool) -> None:
@@ -158,7 +144,7 @@ def check_rows(param: Tensor, name: str, *, center: bool) -> None:
         )
 
 
-def check_state(group: dict[str, Any], i: int, state: dict[str, Any], form: Form) -> list[str]:
+def check_state(group: Mapping[str, Any], i: int, state: Mapping[str, Any], form: Form) -> list[str]:
     """Raise RuntimeError if the group's i-th parameter is not what group and state were made for.
 
     Returns:
@@ -186,12 +172,12 @@ def check_state(group: dict[str, Any], i: int, state: dict[str, Any], form: Form
             raise RuntimeError(f"the optimizer state of {parameter_name(group, i)} has {what}, not a tensor. {CHANGED}")
         if state[key].is_nested:
             _check_memory(state[key], group, i, f"{key!r} in the optimizer state of ")
-    made_for: torch.Size = state[EIGHT_BIT[0] if EIGHT_BIT[0] in state else "exp_avg"].shape
+    first = keys_of(state)
+    made_for: torch.Size = state[first[0]].shape
     row = torch.Size((1, *made_for[1:])) if coupled else made_for
     master: torch.Size = state["master"].shape if "master" in state else made_for
     fits = shape == master == made_for and state["exp_avg_sq"].shape == row
-    if EIGHT_BIT[0] in state and fits:
-        fits = state[EIGHT_BIT[1]].shape == (*shape[:-1], blocks_of(shape[-1]))
+    fits = fits and [tuple(state[key].shape) for key in first] == shapes_of(state, shape)
     if not fits or ("u" in state and state["u"].shape != made_for[:-1]):
         raise RuntimeError(
             f"{parameter_name(group, i)} has shape {tuple(shape)}, but its optimizer state is for {tuple(made_for)}: "
@@ -199,12 +185,12 @@ def check_state(group: dict[str, Any], i: int, state: dict[str, Any], form: Form
             "and keep the moments with new.load_state_dict(old.state_dict(), resize_vocabulary=True)"
         )
     _check_shards(group, i, state)
-    return [key for key, wanted in form.items() if _must_change(group, i, key, state[key], *wanted)]
+    return [key for key, wanted in form.items() if _must_change(group, i, key, (state[key], *wanted))]
 
 
-def _check_shards(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
+def _check_shards(group: Mapping[str, Any], i: int, state: Mapping[str, Any]) -> None:
     """Raise RuntimeError if this process holds other parts of the moments than of the parameter."""
-    first, square = state[EIGHT_BIT[0] if EIGHT_BIT[0] in state else "exp_avg"], state["exp_avg_sq"]
+    first, square = state[keys_of(state)[0]], state["exp_avg_sq"]
     like = state.get("master", group["params"][i])
     if not any(is_dtensor(x) for x in (like, first, square)):
         return
@@ -217,8 +203,9 @@ def _check_shards(group: dict[str, Any], i: int, state: dict[str, Any]) -> None:
         )
 
 
-def _must_change(group: dict[str, Any], i: int, key: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether a tensor of a state must be converted first; raise RuntimeError if it cannot be used."""
+def _must_change(group: Mapping[str, Any], i: int, key: str, found: tuple[Tensor, torch.dtype, torch.device]) -> bool:
+    """Return whether a tensor of a state must first take a dtype and device; RuntimeError if it cannot be used."""
+    x, dtype, device = found
     if x.dtype is dtype and x.device == device and _sound(x) and key != "step":
         return False
     what = f"{key!r} in the optimizer state of "
@@ -249,7 +236,7 @@ def _sound(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or not (x.is_inference() or x.is_neg())  # the compiler traces neither
 
 
-def _check_memory(x: Tensor, group: dict[str, Any], i: int, what: str = "") -> None:
+def _check_memory(x: Tensor, group: Mapping[str, Any], i: int, what: str = "") -> None:
     """Raise RuntimeError for a tensor that cannot be written in place: the group's i-th parameter, or of its state."""
     if _sound(x):
         return
@@ -273,21 +260,36 @@ def _check_memory(x: Tensor, group: dict[str, Any], i: int, what: str = "") -> N
         )
 
 
-def check_still_matrices(group: dict[str, Any], matrices: int) -> None:
+def check_still_matrices(group: Mapping[str, Any], matrices: int) -> None:
     """Raise RuntimeError if some of the ``matrices`` that a group had for spectral decay are flat by now."""
     flat = [i for i, param in enumerate(group["params"]) if param.ndim < 2]
     if flat and len(group["params"]) - len(flat) < matrices:
         raise RuntimeError(_flattened(group, flat[0], "no singular value to decay"))
 
 
-def _flattened(group: dict[str, Any], i: int, consequence: str) -> str:
+def _flattened(group: Mapping[str, Any], i: int, consequence: str) -> str:
     return (
         f"{parameter_name(group, i)} was flattened after the optimizer was built, as by DeepSpeed ZeRO, FSDP1 or "
         f"Megatron's distributed optimizer: it has {consequence}. Use FSDP2 (fully_shard), which keeps matrices"
     )
 
 
-def check_grad(group: dict[str, Any], i: int) -> None:
+def memory_stamp(param: Tensor, state: Mapping[str, Any]) -> object:
+    """Return what is another as soon as a parameter or its state is resized, converted, moved or replaced.
+
+    None where that cannot be told cheaply: of tensors that are more than memory, or traced.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    stamp: list[object] = [*state]
+    for x in (param, *state.values()):
+        if type(x) not in (Tensor, torch.nn.Parameter) or x.layout is not torch.strided or x.is_nested or x.is_neg():
+            return None
+        stamp += (x.data_ptr(), x.shape, x.stride(), x.dtype)
+    return stamp
+
+
+def check_grad(group: Mapping[str, Any], i: int) -> None:
     """Raise RuntimeError for a gradient of the group's i-th parameter that the update cannot use."""
     param = group["params"][i]
     grad = param.grad
@@ -320,7 +322,7 @@ def check_grad(group: dict[str, Any], i: int) -> None:
         )
 
 
-def check_keys(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+def check_keys(group: Mapping[str, Any], defaults: dict[str, Any]) -> None:
     """Raise ValueError for a key that is probably one of ours, mistyped: the default would silently be in force.
 
     Other keys are none of our business.

@@ -8,8 +8,9 @@ import warnings
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from coupled_adam.optim.checks import DEFAULT_LR, StateDtype
+from coupled_adam.optim.checks import DEFAULT_LR
 from coupled_adam.optim.optimizer import AdamFamily
+from coupled_adam.optim.typed import MomentDtype
 
 
 class CoupledAdam(AdamFamily):
@@ -57,18 +58,19 @@ class CoupledAdam(AdamFamily):
             ``max_grad_norm`` or ``center`` makes it NaN. On an accelerator every step then waits for the norm.
             A step that ``GradScaler`` skips raises nothing.
         maximize: maximize the objective.
-        state_dtype: ``torch.bfloat16`` keeps the first moment in two bytes a number, stochastically rounded; ``"8bit"``
-            that of coupled matrices in about one, with a scale for every 256 numbers of a row (eight_bit.py has the
-            code), and those of other parameters in float32; None: in float32 (float64 for float64 parameters).
+        exp_avg_dtype: ``torch.bfloat16`` keeps the first moment in two bytes a number, stochastically rounded;
+            ``"8bit"`` that of coupled matrices in about one, with a scale for every 256 numbers of a row (eight_bit.py
+            has the code), and those of other parameters in float32; None: in float32 (float64 for float64 parameters).
         capturable: keep the step count on the GPU, so that a step can be captured in a CUDA graph, as in torch. A
             learning rate that is to change between replays must be a tensor there.
-        fused: accepted where a call was written for ``torch.optim.AdamW``, without effect: which kernels take a step is
-            chosen by itself.
-        foreach: likewise.
+        fused: None takes the fastest implementation that there is for each parameter (torch's fused AdamW, kernels
+            for CPU or GPU, or plain operations of torch); False plain operations alone; True raises RuntimeError in a
+            step that needs them for some parameter, and says why.
+        foreach: accepted where a call was written for ``torch.optim.AdamW``, without effect.
         amsgrad: likewise; only False is supported.
         differentiable: likewise; only False is supported.
 
-    All from ``lr`` to ``capturable`` but ``max_grad_norm`` and ``error_if_nonfinite`` may differ per param group. The
+    All from ``lr`` to ``fused`` but ``max_grad_norm`` and ``error_if_nonfinite`` may differ per param group. The
     second moment is float32 (float64) always. Gradients are never modified. Those of a coupled matrix may be sparse
     (``nn.Embedding(sparse=True)``); the step is that of the dense gradient.
 
@@ -105,7 +107,7 @@ class CoupledAdam(AdamFamily):
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
         maximize: bool = False,
-        state_dtype: StateDtype = None,
+        exp_avg_dtype: MomentDtype = None,
         capturable: bool = False,
         fused: bool | None = None,
         foreach: bool | None = None,
@@ -125,8 +127,9 @@ class CoupledAdam(AdamFamily):
             "coupling_factor": coupling_factor,
             "max_grad_norm": max_grad_norm,
             "maximize": maximize,
-            "state_dtype": state_dtype,
+            "exp_avg_dtype": exp_avg_dtype,
             "capturable": capturable,
+            "fused": fused,
         }
         given = params if isinstance(params, list | tuple) else ()
         chosen = any(isinstance(group, dict) and "second_moment" in group for group in given)
@@ -134,7 +137,6 @@ class CoupledAdam(AdamFamily):
             params,
             defaults,
             error_if_nonfinite=error_if_nonfinite,
-            fused=fused,
             foreach=foreach,
             amsgrad=amsgrad,
             differentiable=differentiable,

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from coupled_adam.optim.optimizer import AdamFamily
+from coupled_adam.optim.equations import working_dtype
+from coupled_adam.optim.optimizer import AdamFamily, inner_optimizer
 from coupled_adam.optim.reductions import local, vocabulary_group
-from coupled_adam.optim.state import new_state, state_dtype, takes_spectral_decay
-from coupled_adam.optim.zero import Adams_ZeRO
+from coupled_adam.optim.spectral import takes_spectral_decay
+from coupled_adam.optim.state import new_state
 
 #: As many matrices without decay as a line names.
 SHOWN = 3
@@ -46,9 +47,7 @@ def describe(optimizer: Optimizer) -> str:
           state: 9.8 kB; uncoupled it would be 12.9 kB
           clipping by this optimizer: to a global norm of 1; nobody else should clip
     """
-    ours = optimizer
-    while not isinstance(ours, AdamFamily) and isinstance(getattr(ours, "optimizer", None), Optimizer):
-        ours = ours.optimizer  # type: ignore[attr-defined]
+    ours = inner_optimizer(optimizer)
     if not isinstance(ours, AdamFamily):
         raise TypeError(f"{type(optimizer).__name__} is no optimizer of coupled_adam, nor a wrapper around one")
     members = [(group, i) for group in ours.param_groups for i in range(len(group["params"]))]
@@ -108,7 +107,7 @@ def _centered(members: list[Member]) -> Iterator[str]:
 def _state(optimizer: AdamFamily, members: list[Member]) -> str:
     trained = [member for member in members if _param(member).requires_grad]
     states = [optimizer.state.get(_param(member)) for member in trained]
-    if not all(states) and isinstance(optimizer, Adams_ZeRO):
+    if not all(states) and optimizer.spread:
         return "state: spread over the processes in the first step"
     size = sum(_bytes(state or _to_be(member)) for state, member in zip(states, trained, strict=True))
     text = f"state: {_size(size)}"
@@ -163,7 +162,7 @@ def _bytes(state: dict[str, Any]) -> int:
 def _row_bytes(member: Member) -> int:
     """Return the bytes of a row of a second moment."""
     param = _param(member)
-    return int(local(param).shape[-1] * state_dtype(param).itemsize)
+    return int(local(param).shape[-1] * working_dtype(param).itemsize)
 
 
 def _size(count: int) -> str:

@@ -82,10 +82,6 @@ class EightBit(NamedTuple):
         """That of the moment."""
         return self.codes.shape
 
-    def split(self, rows: int) -> "list[EightBit]":
-        """Split as ``Tensor.split`` does."""
-        return list(map(EightBit, torch.split(self.codes, rows), torch.split(self.scales, rows)))
-
 
 #: A first moment, in whatever form.
 Moment = Tensor | EightBit

@@ -1,15 +1,16 @@
 """The equations of one element, written with operators alone: stated here and nowhere else.
 
-``update.py`` applies them to tensors, ``kernels.py`` has numba compile them for one number at a time, and any other
-compiler of Python functions can take them as they are. ``x += …`` changes a tensor in place and gives a number its new
-value, so callers use what is returned. ``Coefficients`` is the only place where bias corrections and the coupling
-scale are folded in.
+``backends/plain.py`` applies them to tensors; numba and Triton compile them for one number at a time. ``x += …``
+changes a tensor in place and gives a number its new value, so callers use what is returned. ``Coefficients`` is the
+only place where bias corrections and the coupling scale are folded in.
 
 Notation: θ parameter, g gradient, m and v first and second moment, η learning rate, λ weight decay, t step.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -25,6 +26,21 @@ def readable(x: Tensor) -> bool:
 def has_numbers(x: Tensor) -> bool:
     """Return whether there are numbers in ``x`` at all; neither in a fake tensor nor on the meta device."""
     return x.device.type != "meta" and type(x) in (Tensor, Parameter)
+
+
+def working_dtype(param: Tensor) -> torch.dtype:
+    """Return float32, or float64 for a float64 parameter. A moving average in bfloat16 stalls: its steps round to 0."""
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def beside(number: Number, x: Tensor) -> Number:
+    """Move a number to the device of ``x``."""
+    return number.to(x.device) if isinstance(number, Tensor) else number
+
+
+def times_square(total: Tensor, factor: Number) -> Tensor:
+    """Return f²·total; where f is known to be ±1, without an operation."""
+    return total if isinstance(factor, float) and abs(factor) == 1 else total * (factor * factor)
 
 
 def first_moment(m: Any, g: Any, grad_factor: Any, rate: Any) -> Any:
@@ -84,42 +100,36 @@ class Coefficients(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        *,
-        step: Number,
-        lr: Number,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        coupling_scale: float = 1.0,
-        coupling_factor: float = 0.0,
-        grad_factor: Number = 1.0,
+        cls, group: Mapping[str, Any], step: Number, grad_factor: Number = 1.0, weight_decay: float | None = None
     ) -> "Coefficients":
-        """Fold the hyperparameters at ``step``, which counts from 1."""
+        """Fold the hyperparameters of a group at ``step``, which counts from 1; ``weight_decay`` instead of its own."""
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        decay = group["weight_decay"] if weight_decay is None else weight_decay
+        beta1, beta2 = group["betas"]
+        scale = group["coupling_scale"] if group["second_moment"] == "vocabulary" else 1.0
         return cls(
             grad_factor=grad_factor,
             first_rate=1 - beta1,
             second_rate=1 - beta2,
-            coupling_factor=coupling_factor,
+            coupling_factor=group["coupling_factor"],
             first_scale=(1 - beta1**step) ** -1,  # of tensors each operator is a launch, and a quotient two
-            root_scale=((1 - beta2**step) / coupling_scale) ** -0.5,
-            eps=eps,
+            root_scale=((1 - beta2**step) / scale) ** -0.5,
+            eps=group["eps"],
             lr=lr,
             # Known to be 0 whatever device lr lies on.
-            decay=0.0 if isinstance(weight_decay, int | float) and weight_decay == 0 else lr * weight_decay,
+            decay=0.0 if isinstance(decay, int | float) and decay == 0 else lr * decay,
         )
 
-    def halted(self, halt: Tensor) -> "Coefficients":
-        """Return coefficients with which nothing changes where ``halt`` is 1, and these where it is 0.
+    def halted(self, found_inf: Tensor) -> "Coefficients":
+        """Return coefficients with which nothing changes where ``found_inf`` is 1, and these where it is 0.
 
         The gradient must be finite; ε is, so that no direction is 0/0.
         """
-        live = 1 - halt
+        live = 1 - found_inf
         return self._replace(
             first_rate=self.first_rate * live,
             second_rate=self.second_rate * live,
-            eps=self.eps + halt,
+            eps=self.eps + found_inf,
             lr=self.lr * live,
             decay=self.decay * live,
         )

@@ -1,19 +1,19 @@
 """The step that CoupledAdam and Adams share, their state and their checkpoints.
 
-The equations are in equations.py; update.py shows them at work on plain tensors.
+reference.py shows the whole step in one screenful.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from coupled_adam.optim import clipping, dispatch, reductions
+from coupled_adam.optim import backends, clipping, reductions
 from coupled_adam.optim.center import center_all_
 from coupled_adam.optim.checks import (
     DEFAULT_LR,
@@ -29,17 +29,19 @@ from coupled_adam.optim.checks import (
     check_settings,
     check_state,
     check_still_matrices,
-    parameter_name,
+    memory_stamp,
 )
-from coupled_adam.optim.equations import Number, has_numbers, readable
-from coupled_adam.optim.exchange import Known, ParamGroup, Work, clipped, exchange, halt_beside, shared_over
-from coupled_adam.optim.moves import move
+from coupled_adam.optim.equations import Number, beside, has_numbers, readable
+from coupled_adam.optim.exchange import exchange, finish, scale
+from coupled_adam.optim.job import Job, is_one
+from coupled_adam.optim.moments import numbers_of_moment
 from coupled_adam.optim.reductions import local
-from coupled_adam.optim.state import form_of_state, new_state, not_finite, numbers_of_moment, prepare, restore
+from coupled_adam.optim.state import form_of_state, job_of, new_state, not_finite, shared_over
+from coupled_adam.optim.state_dict import prepare, restore
+from coupled_adam.optim.typed import ParamGroup, State, parameter_name
 
 #: A parameter that a step may update: its group, its index there, itself, and the keys of its state that must change.
 Member = tuple[ParamGroup, int, Tensor, list[str]]
-
 
 #: Steps after which a coupled parameter should have had a gradient.
 PATIENCE = 10
@@ -54,6 +56,9 @@ class AdamFamily(Optimizer):
 
     error_if_nonfinite: bool = False
     """Whether a step raises RuntimeError where that norm is not finite."""
+
+    #: Whether the state is spread over processes that hold whole parameters.
+    spread: bool = False
 
     #: How many matrices with spectral decay each group had when it was added.
     _matrices: tuple[int, ...] = ()
@@ -77,7 +82,7 @@ class AdamFamily(Optimizer):
         elif bases := [group["lr"] / group["lr_factor"] for group in self.param_groups if "lr_factor" in group]:
             self.defaults["lr"] = bases[-1]  # which schedules read, and groups that are added take
 
-    def add_param_group(self, param_group: ParamGroup) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Its missing keys take the defaults of the constructor; it is checked like the others.
 
         With the key ``lr_factor`` and without ``lr`` its learning rate is that multiple of the default.
@@ -139,34 +144,35 @@ class AdamFamily(Optimizer):
             return loss
         bound: float | None = self.param_groups[0]["max_grad_norm"] if self.param_groups else None
         normed = bound is not None or self.error_if_nonfinite
-        rescaled = normed or not dispatch.is_one(unscale)
-        known = exchange(self._collect(halt), held=self._held() if normed else None, rescaled=rescaled)
-        factor = self._clip(known, bound, unscale)
+        rescaled = normed or not is_one(unscale)
+        jobs = self._jobs(halt if isinstance(halt, Tensor) else None)
+        backends.check_fused(jobs)
+        jobs, norm = exchange(jobs, held=self._held() if normed else None, rescaled=rescaled)
+        factor = self._clip(norm, bound, unscale)
         if self.error_if_nonfinite and not (isinstance(halt, Tensor) and halt > 0):
-            self._check_norm(known.work)
+            self._check_norm(jobs)
         if rescaled:
-            known = clipped(known, factor)
-        move(known, factor)
-        center_all_([(x.param, x.rests) for x in known.work if x.group["center"] and not x.foreseen])
-        self._publish(known.work)
+            scale(jobs, factor)
+        move(jobs)
+        center_all_([job for job in jobs if job.group["center"] and not job.foreseen])
+        self._publish(jobs)
         return loss
 
-    def _clip(self, known: Known, bound: float | None, unscale: Number) -> Number:
+    def _clip(self, norm: Tensor | None, bound: float | None, unscale: Number) -> Number:
         """Return what multiplies the gradients, GradScaler's part of it in ``unscale``; note their norm."""
-        if known.norm is None:
+        if norm is None:
             return unscale
-        one = dispatch.is_one(unscale)
-        unscale = dispatch.beside(unscale, known.norm)
-        self.grad_norm = known.norm if one else known.norm * unscale
+        one = is_one(unscale)
+        unscale = beside(unscale, norm)
+        self.grad_norm = norm if one else norm * unscale
         clip = 1.0 if bound is None else clipping.coefficient(self.grad_norm, bound)
         return clip if one else clip * unscale
 
-    def _check_norm(self, work: Sequence[Work]) -> None:
+    def _check_norm(self, jobs: Sequence[Job]) -> None:
         """Raise RuntimeError if the norm of the gradients is not finite, which every process knows alike."""
         if self.grad_norm is None or math.isfinite(norm := float(self.grad_norm)):
             return
-        bad = [item for item in work if not local(item.grad).isfinite().all()]
-        names = [parameter_name(self.param_groups[item.index[0]], item.index[1]) for item in bad]
+        names = [job.name for job in jobs if not job.grad.isfinite().all()]
         if names:
             cause = f"infinite or NaN in {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
         else:
@@ -194,7 +200,7 @@ class AdamFamily(Optimizer):
         """Return the tensor that the step updates for a parameter: itself, or its master weights."""
         return param
 
-    def _publish(self, work: Sequence[Work]) -> None:
+    def _publish(self, jobs: Sequence[Job]) -> None:
         """Hand out what was updated, where that is not the parameter itself."""
 
     def _held(self) -> list[Tensor]:
@@ -202,29 +208,31 @@ class AdamFamily(Optimizer):
         params = (param for group in self.param_groups for param in group["params"])
         return [self._target(param) for param in params if param.grad is not None or param.requires_grad]
 
-    def _collect(self, halt: Tensor | bool) -> list[Work]:
+    def _jobs(self, found_inf: Tensor | None) -> list[Job]:
         """List the parameters that have a gradient here, or may have one on a rank that waits for this one's sums."""
-        work = []
-        for number, group in enumerate(self.param_groups):
+        jobs = []
+        for number, group in enumerate(self._groups):
             for i, param in enumerate(group["params"]):
-                grad = param.grad
-                if grad is None and not param.requires_grad:
-                    continue
-                state = self.state[param]
-                shared, here = shared_over(param, state, group), halt_beside(param, halt)
+                grad, state = param.grad, cast(State, self.state.get(param))
                 if grad is not None:
                     grad = grad.coalesce().to_dense() if grad.is_sparse else reductions.placed_like(param, grad)
                     if not torch.compiler.is_compiling():  # which has no such views
                         grad = grad.resolve_neg()  # kernels and _foreach functions take no view of negated numbers
-                    work.append(Work(param, grad, state, group, (number, i), shared, halt=here))
-                elif shared:
-                    zero = torch.zeros_like(param)
-                    work.append(Work(param, zero, state, group, (number, i), shared, present=False, halt=here))
-        return work
+                elif not (param.requires_grad and shared_over(param, state, group)):
+                    continue
+                job = job_of(param, grad, state, group)
+                job.index = number, i
+                job.found_inf = None if found_inf is None else found_inf.to(job.param.device)
+                jobs.append(job)
+        return jobs
+
+    @property
+    def _groups(self) -> list[ParamGroup]:
+        return cast(list[ParamGroup], self.param_groups)
 
     def _members(self) -> Iterator[tuple[ParamGroup, int, Tensor]]:
         """Go through the parameters that a step may update; others are frozen, and get their state when they thaw."""
-        for group in self.param_groups:
+        for group in self._groups:
             for i, param in enumerate(group["params"]):
                 if param.requires_grad or param.grad is not None:
                     yield group, i, param
@@ -235,30 +243,47 @@ class AdamFamily(Optimizer):
         Returns:
             The members, and which tensors of their state must follow a converted parameter.
         """
-        for number, group in enumerate(self.param_groups):
-            check_still_matrices(group, self._matrices[number])
-            self._check_numbers(number, group)
+        changed = [self._check_numbers(number, group) for number, group in enumerate(self._groups)]
         self._warn_of_a_lost_factor()
-        members = []
+        members: list[Member] = []
+        stale = any(changed)
         for group, i, param in self._members():
-            state = self.state.get(param) or {}
-            changes = check_state(group, i, state, self._form_of_state(param, group, state) if state else {})
+            state = cast(State, self.state.get(param) or {})
+            stamp = memory_stamp(param, state)
+            if stale or stamp is None or self._checked_memory.get(param) != (id(group), stamp):
+                changes = check_state(group, i, state, self._form_of_state(param, group, state) if state else {})
+                if state and not changes and stamp is not None:
+                    self._checked_memory[param] = (id(group), stamp)
+            else:
+                changes = []
             check_grad(group, i)
             members.append((group, i, param, changes))
         return members
 
-    def _check_numbers(self, number: int, group: ParamGroup) -> None:
+    @cached_property
+    def _checked_memory(self) -> dict[Tensor, object]:
+        """Where the tensors of a parameter lay when they were last found to fit together."""
+        return {}
+
+    @cached_property
+    def _checked_numbers(self) -> dict[int, list[Any]]:
+        """The hyperparameters of groups that were last found to be good."""
+        return {}
+
+    def _check_numbers(self, number: int, group: ParamGroup) -> bool:
         """Check the hyperparameters that have changed since they were checked last: schedulers change the learning
-        rate, and anybody may change anything."""
+        rate, and anybody may change anything. Returns whether any other has."""
+        check_still_matrices(group, self._matrices[number])
         if torch.compiler.is_compiling():
-            return
+            return True
         check_rate(group["lr"])
         values = [value for key, value in group.items() if key not in ("params", "param_names", "lr")]
-        known = self.__dict__.setdefault("_checked", {})
-        before = known.get(number, ())
-        if len(before) != len(values) or any(a is not b for a, b in zip(before, values, strict=True)):
-            check_settings(group)
-            known[number] = values
+        before = self._checked_numbers.get(number, [])
+        if len(before) == len(values) and all(a is b for a, b in zip(before, values, strict=True)):
+            return False
+        check_settings(group)
+        self._checked_numbers[number] = values
+        return True
 
     def _warn_of_a_lost_factor(self) -> None:
         """Warn once if all groups have one learning rate where their factors want them apart."""
@@ -294,7 +319,7 @@ class AdamFamily(Optimizer):
             if param.grad is None and group["second_moment"] == "vocabulary" and readable(state["step"]):
                 self._warn_of_no_gradient(group, i, bool(state["step"] == 0))
 
-    def _form_of_state(self, param: Tensor, group: ParamGroup, state: dict[str, Any]) -> Form:
+    def _form_of_state(self, param: Tensor, group: ParamGroup, state: State) -> Form:
         return form_of_state(param, group, state)
 
     def _only_makes_state(self) -> bool:
@@ -440,6 +465,27 @@ class AdamFamily(Optimizer):
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Take off the wrappers that Accelerate and Lightning put around an optimizer."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def move(jobs: Sequence[Job]) -> None:
+    """Move parameters, those of a group that one backend takes in one call."""
+    waiting: dict[tuple[int, int], tuple[backends.Backend, list[Job]]] = {}
+    for job in jobs:
+        backend = backends.of(job)
+        if job.coupled or job.spectral:
+            finish(job)
+            backend.move([job])
+        else:
+            waiting.setdefault((id(backend), job.index[0]), (backend, []))[1].append(job)
+    for backend, alike in waiting.values():
+        backend.move(alike)
 
 
 def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:

@@ -5,15 +5,12 @@ that it yields is its result. ``run`` runs many of them in step, so that the sum
 travel in one all-reduce.
 """
 
-import functools
 import sys
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-
-from coupled_adam.optim.update import RankOne
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -73,7 +70,8 @@ def is_dtensor(x: Tensor) -> "TypeIs[DTensor]":
     None exists before their module is imported. Importing it here would take as long as torch itself, and torch warns
     where NumPy is not installed.
     """
-    return isinstance(x, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+    plain = type(x) in (Tensor, torch.nn.Parameter)  # nearly all are, and this is asked often
+    return not plain and isinstance(x, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
 def local(x: Tensor) -> Tensor:
@@ -99,7 +97,7 @@ def holders(x: Tensor, dim: int | None = None) -> ProcessGroups:
     mesh = x.device_mesh
     cutting = (
         mesh.get_group(i)
-        for i, cut in enumerate(_cuts(x))
+        for i, cut in enumerate(cuts(x))
         if cut is not None and mesh.size(i) > 1 and (dim is None or cut == dim % x.ndim)
     )
     return (*cutting, *marked)
@@ -121,7 +119,7 @@ def vocabulary_group(x: Tensor) -> Any:
     return group if torch.distributed.get_world_size(group) > 1 else None
 
 
-def _cuts(x: "DTensor") -> list[int | None]:
+def cuts(x: "DTensor") -> list[int | None]:
     """Return the dimension of ``x`` that each dimension of its mesh cuts; None where it replicates."""
     return [getattr(p, "dim", -1) % x.ndim if hasattr(p, "dim") else None for p in x.placements]
 
@@ -151,8 +149,8 @@ def reduced_like(param: Tensor, part: Tensor, dim: int) -> Tensor:
 
     dim %= param.ndim
     shape = torch.Size([*param.shape[:dim], *([1] if part.ndim == param.ndim else []), *param.shape[dim + 1 :]])
-    cuts = zip(_cuts(param), param.placements, strict=True)
-    placements = [Replicate() if cut is None or cut == dim else placement for cut, placement in cuts]
+    pairs = zip(cuts(param), param.placements, strict=True)
+    placements = [Replicate() if cut is None or cut == dim else placement for cut, placement in pairs]
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, param.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
@@ -185,48 +183,3 @@ def vocabulary_mean(part: Tensor, matrix: Tensor) -> Reduction[Tensor]:
 def complete(part: Tensor, over: ProcessGroups) -> Reduction[Tensor]:
     """Complete a sum of which ``part`` is this rank's."""
     yield (yield Sum(part, over))
-
-
-def power_iteration(u: Tensor, matrix: Tensor, step: float | Tensor) -> Reduction[tuple[RankOne, Tensor]]:
-    """Take one step of the power method from ``u``, towards the matrix's leading singular triple.
-
-    Args:
-        u: (…, M), in the working precision; the direction of the left singular vector, which persists between steps.
-            Its length does not count.
-        matrix: (…, M, N); leading dimensions are a batch.
-        step: seeds the vector that takes the place of a ``u`` that the matrix maps to 0, as it maps a vector of ones
-            where its columns sum to 0: the power method would never leave it.
-
-    Returns:
-        √M·σ·u and v, which Algorithm 1 of Adams subtracts, times η·λ (both 0 where the matrix maps ``u`` to 0), and the
-        next ``u``; of the rows and columns held here.
-    """
-    w, direction = local(matrix).to(u.dtype), local(u)
-    x = yield Sum(torch.einsum("...mn,...m->...n", w, direction), holders(matrix, -2))  # x = Wᵀu
-    y = torch.einsum("...mn,...n->...m", w, x)  # W·x
-    both = yield Sum(torch.cat([y, x.square().sum(-1, keepdim=True)], -1), holders(matrix, -1))
-    y, length = both[..., :-1], both[..., -1:].sqrt()  # W·x, ‖x‖
-    inverse = torch.where(length > 0, 1 / length, 0)
-    column = y * inverse  # W·v = σ·u, where v = x / ‖x‖
-    fresh = torch.cos(_positions(u).to(u.dtype).add(step).square()).expand_as(column)
-    direction = torch.where(length > 0, column, fresh)  # u ← W·v
-    yield RankOne(column=column * matrix.shape[-2] ** 0.5, row=x * inverse), direction  # √M·σ·u, v
-
-
-def _positions(u: Tensor) -> Tensor:
-    """Return where in the whole vector the elements of ``u`` that this rank holds stand."""
-    if not is_dtensor(u):
-        return torch.arange(u.shape[-1], device=u.device)
-    from torch.distributed.tensor import Replicate
-
-    placements = tuple(p if cut == u.ndim - 1 else Replicate() for cut, p in zip(_cuts(u), u.placements, strict=True))
-    return _shard_positions(u.shape[-1], u.device_mesh, placements, u.ndim)
-
-
-@functools.lru_cache(maxsize=256)
-def _shard_positions(size: int, mesh: Any, placements: Any, ndim: int) -> Tensor:
-    """Return the positions of one shard, by torch's own rule. Every rank cuts for itself, so nothing is sent."""
-    from torch.distributed.tensor import distribute_tensor
-
-    whole = torch.arange(size, device=mesh.device_type).reshape(*[1] * (ndim - 1), size)
-    return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local().reshape(-1)

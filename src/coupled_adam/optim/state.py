@@ -1,80 +1,32 @@
-"""Checkpoints of the optimizers: what fits, folding of AdamW's second moment, and moments that keep their precision."""
+"""The state of a parameter: which tensors, their dtypes and placement."""
 
 import math
-from collections.abc import Callable
-from numbers import Real
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
-from coupled_adam.optim.checks import EIGHT_BIT, Form, check_group, parameter_name
-from coupled_adam.optim.eight_bit import EightBit, Moment, blocks_of, quantized
-from coupled_adam.optim.equations import has_numbers
-from coupled_adam.optim.reductions import (
-    holders,
-    local,
-    placed_like,
-    reduced_like,
-    rows_like,
-    run_one,
-    vocabulary_group,
-    vocabulary_mean,
-    whole,
-)
-from coupled_adam.optim.update import numbers_of
-
-#: What a group of torch.optim.AdamW holds beside the hyperparameters that we share.
-ADAMW_FLAGS = frozenset({"amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"})
-
-#: The keys of a group that say what is computed and kept, not with which numbers, and for which parameters.
-OWN = ("second_moment", "direction", "decay", "center", "state_dtype", "param_names")
-
-#: What torch's wrappers add to the names of parameters, anywhere in them.
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+from coupled_adam.optim.backends.torch_adamw import is_plain_adamw
+from coupled_adam.optim.checks import Form
+from coupled_adam.optim.equations import has_numbers, working_dtype
+from coupled_adam.optim.job import Job, is_spectral
+from coupled_adam.optim.moments import dtypes_of, keys_of, local_moment, new_moment
+from coupled_adam.optim.reductions import ProcessGroups, holders, local, reduced_like, vocabulary_group
+from coupled_adam.optim.spectral import first_u, takes_spectral_decay
+from coupled_adam.optim.typed import ParamGroup, State
 
 
-def state_dtype(param: Tensor) -> torch.dtype:
-    """Return float32, or float64 for a float64 parameter. A moving average in bfloat16 stalls: its steps round to 0."""
-    return torch.promote_types(param.dtype, torch.float32)
-
-
-def is_plain_adamw(param: Tensor, group: dict[str, Any]) -> bool:
-    """Return whether the group asks for what ``torch.optim.AdamW`` does, in the precision it has."""
-    return bool(
-        group["second_moment"] == "elementwise"
-        and group["coupling_factor"] == 0
-        and group["direction"] == "ratio"
-        and group["decay"] == "decoupled"
-        and group["state_dtype"] != torch.bfloat16
-        and param.dtype == state_dtype(param)
-    )
-
-
-def form_of_state(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Form:
-    """Return dtype and device of what must be in a state, by its key. That of the step count may also be the CPU."""
-    dtype, device = state_dtype(param), param.device
-    form: Form = {"step": (torch.float32, step_device(param, group)), "exp_avg_sq": (dtype, device)}
-    if EIGHT_BIT[0] in state:
-        form |= {EIGHT_BIT[0]: (torch.int8, device), EIGHT_BIT[1]: (torch.float32, device)}
-    else:
-        form["exp_avg"] = (torch.bfloat16 if group["state_dtype"] == torch.bfloat16 else dtype, device)
-    if "u" in state:
-        form["u"] = (dtype, device)
-    return form
-
-
-def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     """Make the state before the first step."""
-    dtype = state_dtype(param)
+    dtype = working_dtype(param)
     part = local(param)
     coupled = group["second_moment"] == "vocabulary"
     row = reduced_like(param, part.new_zeros((1, *part.shape[1:]), dtype=dtype), 0) if coupled else None
     state = {
         # Not of zeros(): a fake tensor made like this remembers its number, which torch's AdamW reads.
         "step": torch.tensor(0.0, dtype=torch.float32, device=step_device(param, group)),
-        **_new_moment(param, group),
+        **new_moment(param, group),
         "exp_avg_sq": torch.zeros_like(param, dtype=dtype) if row is None else row,
     }
     if group["decay"] == "spectral" and takes_spectral_decay(param):
@@ -83,270 +35,53 @@ def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
                 f"a parameter of shape {tuple(param.shape)} is a vocabulary shard (vocabulary_group), and spectral "
                 "decay does not know its other rows; couple it, or set param.use_spectral_decay = False"
             )
-        state["u"] = _first_u(param)
+        state["u"] = first_u(param)
     return state
 
 
-def _new_moment(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """Make a first moment of 0, in the form that the group keeps it in."""
-    if group["state_dtype"] != "8bit" or group["second_moment"] != "vocabulary":
-        dtype = torch.bfloat16 if group["state_dtype"] == torch.bfloat16 else state_dtype(param)
-        return {"exp_avg": torch.zeros_like(param, dtype=dtype)}
-    if holders(param, 1):
-        raise ValueError(
-            f"a coupled parameter of shape {tuple(param.shape)} is sharded over its columns, and state_dtype='8bit' "
-            "needs whole rows: shard it over the vocabulary, or choose state_dtype=torch.bfloat16"
-        )
-    part = local(param)
-    scales = part.new_zeros((len(part), blocks_of(part.shape[1])), dtype=torch.float32)
-    return dict(zip(EIGHT_BIT, (torch.zeros_like(param, dtype=torch.int8), rows_like(param, scales)), strict=True))
+def job_of(whole: Tensor, grad: Tensor | None, state: State, group: ParamGroup) -> Job:
+    """Make the job of a parameter; without a gradient it is that of one which only other processes have."""
+    param = local(whole)
+    held = torch.zeros_like(param) if grad is None else local(grad)
+    made = Job(whole, state, group, param, held, local_moment(state), local(state["exp_avg_sq"]))
+    made.shared_over, made.present = shared_over(whole, state, group), grad is not None
+    return made
 
 
-def local_moment(state: dict[str, Any]) -> Moment:
-    """Return this process's part of a first moment."""
-    if EIGHT_BIT[0] in state:
-        return EightBit(*(local(state[key]) for key in EIGHT_BIT))
-    return local(state["exp_avg"])
+def shared_over(param: Tensor, state: State, group: ParamGroup) -> ProcessGroups:
+    """The process groups over which the reductions of a parameter communicate."""
+    if is_spectral(state, group):
+        return holders(param)
+    return holders(param, 0) if group["second_moment"] == "vocabulary" or group["center"] else ()
 
 
-def numbers_of_moment(state: dict[str, Any]) -> Tensor:
-    """Return a first moment as floating-point numbers, a DTensor if it is one."""
-    if EIGHT_BIT[0] in state:
-        return rows_like(state[EIGHT_BIT[0]], numbers_of(local_moment(state)))
-    moment: Tensor = state["exp_avg"]
-    return moment
-
-
-def _first_u(param: Tensor) -> Tensor:
-    """Ones, one a row of the matrix."""
-    part = local(param)
-    return reduced_like(param, part.new_ones(part.shape[:-1], dtype=state_dtype(param)), -1)
-
-
-def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
+def step_device(param: Tensor, group: Mapping[str, Any]) -> torch.device:
     """Return where the step count lies: on the CPU, where reading it is free, or beside the parameter.
 
-    There torch's fused kernels want it, and a captured graph. Scaled gradients take it there too (``Work.advance``).
+    There torch's fused kernels want it, and a captured graph. Scaled gradients take it there too (``job.advance``).
     """
     beside = group["capturable"] or is_plain_adamw(param, group)
     return param.device if beside and param.device.type != "meta" else torch.device("cpu")
 
 
-def takes_spectral_decay(param: Tensor) -> bool:
-    """Return whether spectral decay applies: to a matrix with no dimension of 1 that is not marked otherwise."""
-    wanted = bool(getattr(param, "use_spectral_decay", True))
-    return wanted and param.ndim >= 2 and min(param.shape[-2:]) > 1
+def form_of_state(param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Form:
+    """Return dtype and device of what must be in a state, by its key. That of the step count may also be the CPU."""
+    dtype, device = working_dtype(param), param.device
+    form: Form = {"step": (torch.float32, step_device(param, group)), "exp_avg_sq": (dtype, device)}
+    for key, kept_in in zip(keys_of(state), dtypes_of(state, param, group), strict=True):
+        form[key] = (kept_in, device)
+    if "u" in state:
+        form["u"] = (dtype, device)
+    return form
 
 
-def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]], *, resize: bool = False) -> dict[str, Any]:
-    """Copy ``state_dict`` so that it fits ``groups``: checked, second moments folded, hyperparameters filled in.
-
-    Args:
-        resize: whether the vocabulary may have another size than in the checkpoint.
-
-    Raises:
-        ValueError: the number of groups or parameters differs, a moment has another shape than its parameter needs, or
-            the checkpoint was made with ``amsgrad``.
-    """
-    saved_groups = _matched(state_dict["param_groups"], groups)
-    state, fitted_groups = dict(state_dict["state"]), []
-    sizes: dict[tuple[int, int], str] = {}
-    for group, saved in zip(groups, saved_groups, strict=True):
-        if saved.get("amsgrad"):
-            raise ValueError("The checkpoint was made with amsgrad=True, which has no counterpart here")
-        if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay", 0) != 0:
-            raise ValueError(
-                "The checkpoint is one of an Adam with L2 regularization (decoupled_weight_decay=False), as torch's "
-                "Adam, NAdam and RAdam write them; here decay is decoupled"
-            )
-        for i, key in enumerate(saved["params"]):
-            if state.get(key):
-                kept = _resized(state[key], group, i, sizes) if resize else state[key]
-                state[key] = _fit(kept, group, i)
-        fitted = {k: v for k, v in saved.items() if k not in ADAMW_FLAGS}
-        # As everywhere in torch the checkpoint's hyperparameters win. The algorithm is the optimizer's own.
-        fitted_groups.append({**group, **fitted, **{key: group[key] for key in OWN if key in group}})
-        check_group({**fitted_groups[-1], "params": group["params"]}, "this optimizer")
-    if len(sizes) > 1:
-        changes = ", ".join(f"from {old} to {new} rows ({name})" for (old, new), name in sizes.items())
-        raise ValueError(f"resize_vocabulary=True resizes one vocabulary, but parameters went {changes}")
-    return {**state_dict, "state": state, "param_groups": fitted_groups}
-
-
-def _matched(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put the saved groups into the order and sizes of ``groups``: by name where both have names, else by position.
-
-    Where the groups differ, the hyperparameters are those of ``groups``.
-    """
-    names, saved_names = names_in(groups), names_in(saved_groups)
-    sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
-    if sizes == saved_sizes and (names == saved_names or not names or not saved_names):
-        return saved_groups
-    if not names or not saved_names:
-        raise ValueError(_unnamed(sizes, saved_sizes, saved_has_names=bool(saved_names)))
-    if missing := set(names) ^ set(saved_names):
-        raise ValueError(f"Parameter {min(missing)!r} is in the checkpoint or in this optimizer, but not in both")
-    by_name = dict(zip(saved_names, (key for g in saved_groups for key in g["params"]), strict=True))
-    keys = (by_name[name] for name in names)
-    return [{**group, "params": [next(keys) for _ in group["params"]]} for group in groups]
-
-
-def names_in(groups: list[dict[str, Any]]) -> list[str]:
-    """List the names of the parameters of all groups; empty where they have none."""
-    return [bare(name) for group in groups for name in group.get("param_names", ())]
-
-
-def _unnamed(sizes: list[int], saved_sizes: list[int], *, saved_has_names: bool) -> str:
-    """Why positions do not tell which moments belong to which parameter, and what does."""
-    reason = (
-        f"The checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}, and without names a "
-        "parameter could be given the moments of another. "
-    )
-    if sum(sizes) != sum(saved_sizes):
-        return reason + "Build the optimizer for the model of the run that saved the checkpoint"
-    if saved_has_names:
-        return reason + "Build this optimizer with names: param_groups(model), or model.named_parameters()"
-    return reason + (
-        "Name them: load_state_dict(coupled_adam.name_checkpoint(model, state_dict)), and build this optimizer with "
-        "names too: param_groups(model), or model.named_parameters()"
-    )
-
-
-def bare(name: str) -> str:
-    """Strip a parameter's name of the wrappers around the model and its parts."""
-    parts = name.split(".")
-    while parts[0] == "module" and len(parts) > 1:  # DistributedDataParallel; inside a model the name may mean anything
-        parts = parts[1:]
-    return ".".join(part for part in parts if part not in WRAPPERS)
-
-
-def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]:
-    """Return the saved state of the group's i-th parameter, its second moment folded if it is coupled here."""
-    param, name = group["params"][i], parameter_name(group, i)
-    first = EIGHT_BIT if EIGHT_BIT[0] in saved else ("exp_avg",)
-    if missing := [key for key in ("step", *first, "exp_avg_sq") if key not in saved]:
-        raise ValueError(f"The checkpoint's state of {name} has no {missing[0]!r}; it is not one of an Adam optimizer")
-    fitted = {key: saved[key] for key in ("step", *first, "exp_avg_sq")}
-    if "master" in saved:
-        fitted["master"] = saved["master"]
-    if group["decay"] == "spectral" and takes_spectral_decay(param):
-        fitted["u"] = saved["u"] if "u" in saved else _first_u(param)
-        if fitted["u"].shape != param.shape[:-1]:
-            raise ValueError(_misfit(name, "u", fitted["u"], tuple(param.shape[:-1])))
-    fitted["step"] = _count(saved["step"], name)
-    shapes = [tuple(param.shape), (len(param), blocks_of(param.shape[-1]))] if len(first) > 1 else [tuple(param.shape)]
-    for key, shape in zip(first, shapes, strict=True):
-        if tuple(saved[key].shape) != shape:
-            raise ValueError(_misfit(name, key, saved[key], shape))
-    square = saved["exp_avg_sq"]
-    if group["second_moment"] == "vocabulary":
-        expected = (1, *param.shape[1:])
-        if square.shape == param.shape:
-            square = fitted["exp_avg_sq"] = _folded(square, param)
-    else:
-        expected = tuple(param.shape)
-        if param.ndim == 2 and tuple(square.shape) == (1, param.shape[1]):  # was coupled; so every row has the same
-            square = fitted["exp_avg_sq"] = whole(square).expand(param.shape)
-    if tuple(square.shape) != expected:
-        raise ValueError(_misfit(name, "exp_avg_sq", square, expected))
-    return fitted
-
-
-def _folded(square: Tensor, param: Tensor) -> Tensor:
-    """Average a full second moment over the vocabulary."""
-    part = local(square).to(state_dtype(param)).sum(0, keepdim=True)
-    if vocabulary_group(param) is not None:  # then the checkpoint has the same rows as this rank's shard
-        return reduced_like(param, run_one(vocabulary_mean(part, param)), 0)
-    return reduced_like(square, run_one(vocabulary_mean(part, square)), 0)
-
-
-def _count(step: Any, name: str) -> Tensor:
-    """Return a saved step count, as tensor or number, as a copy: torch's loading would share it with its owner."""
-    if isinstance(step, Tensor) and step.numel() == 1:
-        return step.detach().to(torch.float32).reshape(()).clone()
-    if isinstance(step, Real) and math.isfinite(step):
-        return torch.tensor(float(step), dtype=torch.float32, device="cpu")
-    raise ValueError(f"The checkpoint's step of {name} is {step!r}; it must be a number, or a tensor of one element")
-
-
-def _resized(saved: dict[str, Any], group: dict[str, Any], i: int, sizes: dict[tuple[int, int], str]) -> dict[str, Any]:
-    """Return a saved state with as many rows as the group's i-th parameter has now; note the numbers in ``sizes``.
-
-    New rows have a first moment of 0, and the mean of the others for a second one that they do not share.
-    """
-    param, name = group["params"][i], parameter_name(group, i)
-    first = saved.get(EIGHT_BIT[0], saved.get("exp_avg"))
-    if first is None or param.ndim == 0 or len(first) == len(param) or first.shape[1:] != param.shape[1:]:
-        return saved
-    if vocabulary_group(param) is not None:
-        raise ValueError(f"{name} is a vocabulary shard (vocabulary_group), which resize_vocabulary=True cannot resize")
-    sizes.setdefault((len(first), len(param)), name)
-    moments = {key: whole(saved[key]) for key in (*EIGHT_BIT, "exp_avg", "exp_avg_sq", "master") if key in saved}
-    square = moments.pop("exp_avg_sq", None)
-    if square is not None and square.shape == first.shape:
-        square = _with_rows(square, square.mean(0, keepdim=True), len(param))
-    if "master" in moments:
-        moments["master"] = torch.cat([moments["master"].to(param.device), param.detach()[len(first) :]])[: len(param)]
-    moments = {key: _with_rows(x, torch.zeros_like(x[:1]), len(param)) for key, x in moments.items()}
-    # The singular vector is that of another matrix, and grows anew.
-    return {"step": saved.get("step"), **moments, **({} if square is None else {"exp_avg_sq": square})}
-
-
-def _with_rows(x: Tensor, new: Tensor, rows: int) -> Tensor:
-    """Cut off rows, or append them."""
-    return torch.cat([x[:rows], new.expand(max(rows - len(x), 0), *x.shape[1:])])
-
-
-def _misfit(name: str, key: str, found: Tensor, expected: tuple[int, ...]) -> str:
-    shape = tuple(found.shape)
-    text = f"The checkpoint's {key} of {name} has shape {shape}, not {expected}; "
-    if len(shape) == len(expected) > 0 and shape[1:] == expected[1:]:
-        return text + (
-            "if tokens were added or removed, load_state_dict(state_dict, resize_vocabulary=True) loads it, else it "
-            "belongs to another model or to other param groups"
-        )
-    return text + "it belongs to another model or to other param groups"
-
-
-def not_finite(state: dict[str, Any]) -> list[str]:
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
     """Name the moments of a state that no step can use: infinite, NaN, or a negative second one."""
     found = []
-    for key in ("exp_avg", EIGHT_BIT[1], "exp_avg_sq"):
-        x = local(state[key]) if key in state else None
-        if x is None or not has_numbers(x):
+    for key in (keys_of(state)[-1], "exp_avg_sq"):  # of codes and scales, the scales
+        x = local(state[key])
+        if not has_numbers(x):
             continue
         fine = ((x >= 0) & (x < math.inf)).all() if key == "exp_avg_sq" else x.isfinite().all()
         found += [] if fine else [key]
     return found
-
-
-def restore(
-    optimizer: Optimizer, prepared: dict[str, Any], new_state: Callable[[Tensor, dict[str, Any]], dict[str, Any]]
-) -> None:
-    """Put the state as ``prepared`` has it, in the dtypes and placements of a new one.
-
-    torch's loading has cast the moments to the parameters' dtype.
-    """
-    for group, saved_group in zip(optimizer.param_groups, prepared["param_groups"], strict=True):
-        for param, key in zip(group["params"], saved_group["params"], strict=True):
-            if saved := prepared["state"].get(key):
-                state = new_state(param, group)
-                saved = _in_form_of(state, saved)
-                tensors = {name: x for name, x in state.items() if name != "step"}
-                for name in tensors.keys() & saved.keys():
-                    fresh = tensors[name]
-                    state[name] = placed_like(fresh, saved[name].to(fresh.device, fresh.dtype)).clone()
-                state["step"] = saved["step"].to(step_device(param, group))
-                optimizer.state[param] = state
-
-
-def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """Return a saved state whose first moment is in eight bits where that of ``fresh`` is, and in numbers elsewhere."""
-    codes = EIGHT_BIT[0]
-    if (codes in fresh) == (codes in saved):
-        return saved
-    if codes in saved:
-        return {**saved, "exp_avg": numbers_of_moment(saved)}
-    moment = placed_like(fresh[codes], saved["exp_avg"].to(fresh[codes].device))
-    new = quantized(local(moment), saved["step"].item())
-    return {**saved, **{key: rows_like(fresh[codes], part) for key, part in zip(EIGHT_BIT, new, strict=True)}}

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from coupled_adam.optim.checks import parameter_name
+from coupled_adam.optim.equations import working_dtype
+from coupled_adam.optim.moments import numbers_of_moment
 from coupled_adam.optim.optimizer import AdamFamily
 from coupled_adam.optim.reductions import placed_like, whole
-from coupled_adam.optim.state import names_in, numbers_of_moment, state_dtype
+from coupled_adam.optim.state_dict import names_in
+from coupled_adam.optim.typed import parameter_name
 
 #: What schedulers of torch put into a group of any optimizer.
 OF_SCHEDULERS = ("initial_lr", "swa_lr")
@@ -117,5 +119,5 @@ def _state(param: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
         square = placed_like(param, whole(square).expand(param.shape))
     moments = {"exp_avg": placed_like(param, numbers_of_moment(state)), "exp_avg_sq": placed_like(param, square)}
     # Expanded rows must become rows of memory, and nothing be shared with this optimizer.
-    full = {key: x.to(state_dtype(x), copy=True).contiguous() for key, x in moments.items()}
+    full = {key: x.to(working_dtype(x), copy=True).contiguous() for key, x in moments.items()}
     return {"step": state["step"].detach().to("cpu", torch.float32, copy=True), **full}

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from coupled_adam.optim.adams import Adams
-from coupled_adam.optim.checks import DEFAULT_LR, Form, StateDtype, parameter_name
+from coupled_adam.optim.checks import DEFAULT_LR, Form
 from coupled_adam.optim.equations import Number
-from coupled_adam.optim.exchange import ParamGroup, Work, shared_over
+from coupled_adam.optim.job import Job
 from coupled_adam.optim.optimizer import Member
 from coupled_adam.optim.reductions import ProcessGroups, is_dtensor, local, placed_like
-from coupled_adam.optim.state import new_state
+from coupled_adam.optim.state import job_of, new_state
+from coupled_adam.optim.typed import MomentDtype, ParamGroup, State, parameter_name
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -54,14 +55,14 @@ class Adams_ZeRO(Adams):
     Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054, stage 1 and 2; the interface is that of ``adams-torch``.
     """
 
+    spread = True
+
     #: Whether the master weights were made before the first step, and are to follow the parameters until then.
     _follows = False
 
     def __init__(
         self,
         params: ParamsT,
-        master_dtype: torch.dtype = torch.float32,
-        process_group: "dist.ProcessGroup | None" = None,
         lr: float | Tensor = DEFAULT_LR,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
@@ -72,7 +73,10 @@ class Adams_ZeRO(Adams):
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
         maximize: bool = False,
-        state_dtype: StateDtype = None,
+        exp_avg_dtype: MomentDtype = None,
+        fused: bool | None = None,
+        master_dtype: torch.dtype = torch.float32,
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         if not (isinstance(master_dtype, torch.dtype) and master_dtype.is_floating_point):
             raise ValueError(f"Invalid master_dtype: {master_dtype}; choose torch.float32 or another floating dtype")
@@ -89,7 +93,8 @@ class Adams_ZeRO(Adams):
             max_grad_norm=max_grad_norm,
             error_if_nonfinite=error_if_nonfinite,
             maximize=maximize,
-            state_dtype=state_dtype,
+            exp_avg_dtype=exp_avg_dtype,
+            fused=fused,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,7 +114,7 @@ class Adams_ZeRO(Adams):
         copied.__setstate__({**copy.deepcopy({**super().__getstate__(), "process_group": None}, memo), **shared})
         return copied
 
-    def add_param_group(self, param_group: ParamGroup) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters become those of the first process everywhere."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -195,7 +200,7 @@ class Adams_ZeRO(Adams):
             unchanged = master.to(param.dtype).to(master.dtype) == here
             master.copy_(torch.where(unchanged, master, here))
 
-    def _form_of_state(self, param: Tensor, group: ParamGroup, state: dict[str, Any]) -> Form:
+    def _form_of_state(self, param: Tensor, group: ParamGroup, state: State) -> Form:
         master = state.get("master")
         kept = master if isinstance(master, Tensor) and master.dtype is self.master_dtype else None
         form = super()._form_of_state(param if kept is None else kept, group, state)  # another is refused by name
@@ -209,20 +214,16 @@ class Adams_ZeRO(Adams):
             )
         return super()._amp_scaling()
 
-    def _collect(self, halt: Tensor | bool) -> list[Work]:
-        candidates = []
-        for number, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                if param.requires_grad or param.grad is not None:
-                    candidates.append((param, group, number, i))
-        anywhere = self._anywhere([param for param, *_ in candidates])
-        work = []
-        for (param, group, number, i), present in zip(candidates, anywhere, strict=True):
+    def _jobs(self, found_inf: Tensor | None) -> list[Job]:
+        members = list(self._members())
+        jobs = []
+        for (group, i, param), present in zip(members, self._anywhere([param for *_, param in members]), strict=True):
             if present:
                 state = self.state[param]
-                shared = shared_over(state["master"], state, group)
-                work.append(Work(state["master"], self._mean_gradient(param), state, group, (number, i), shared))
-        return work
+                job = job_of(state["master"], self._mean_gradient(param), state, group)
+                job.index = next(n for n, known in enumerate(self.param_groups) if known is group), i
+                jobs.append(job)
+        return jobs
 
     def _sharing(self, params: Sequence[Tensor]) -> ProcessGroups:
         return (self.process_group or dist.group.WORLD,) if self._processes > 1 else ()
@@ -248,8 +249,8 @@ class Adams_ZeRO(Adams):
         total = DTensor.from_local(grad.contiguous(), self._mesh, [Partial()], run_check=False)
         return total.redistribute(placements=self._placements(param)) / self._processes
 
-    def _publish(self, work: Sequence[Work]) -> None:
-        masters = {id(item.param) for item in work if item.rests is not True}
+    def _publish(self, jobs: Sequence[Job]) -> None:
+        masters = {id(job.whole) for job in jobs if job.rests is not True}
         for group in self.param_groups:
             for param in group["params"]:
                 if param in self.state and id(self.state[param]["master"]) in masters:

@@ -1,5 +1,4 @@
-"""CPU kernels: the equations compiled by numba. Import this only where numba is installed; dispatch.py decides, checks
-and prepares the arguments.
+"""CPU kernels: the equations compiled by numba. Import this only where numba is installed; cpu.py prepares arguments.
 
 Arrays are C-contiguous and float32. A first moment in bfloat16 comes as uint16, its bits, with ``seed`` set; one in
 eight bits as int8, with ``seed`` and ``scales`` set. An argument of None switches a part off: the compiler prunes it,
@@ -157,15 +156,15 @@ def column_sums_kernel(param, exp_avg, seed, sums, threads):
 
 @functools.cache
 def rows_kernel(direction):
-    """Make the kernel that does what update.move_rows_ does, for the ``numbers`` of a Direction.
+    """Make the kernel that does what plain.move does to rows, for the ``numbers`` of a Direction.
 
-    param, exp_avg, grad: (R, C); root: (C,); c: Coefficients of float32; column: (R,) and row: (C,) of spectral
+    param, grad, exp_avg: (R, C); root: (C,); c: Coefficients of float32; column: (R,) and row: (C,) of spectral
     decay, or None; seed: int64, or None where the first moment is float32.
     """
     toward, version = inlined(direction), _version(direction)
 
     @njit(parallel=True, cache=True)
-    def move_rows(param, exp_avg, grad, root, c, seed, column, row, threads):
+    def move_rows(param, grad, exp_avg, root, c, seed, column, row, threads):
         rows, columns = param.shape
         for t in prange(threads):
             first, last = rows * t // threads, rows * (t + 1) // threads
@@ -190,7 +189,7 @@ def rows_kernel(direction):
 
 @functools.cache
 def eight_bit_rows_kernel(direction):
-    """Make the kernel that does what update.move_rows_ does to a moment in eight bits.
+    """Make the kernel that does what plain.move does to rows to a moment in eight bits.
 
     exp_avg: (R, C), int8; scales: (R, ⌈C / 256⌉); seed: int64. Other arguments as of ``rows_kernel``, which is a kernel
     of its own since the compiler vectorizes its innermost loop only where that runs over whole rows.
@@ -198,7 +197,7 @@ def eight_bit_rows_kernel(direction):
     toward, version = inlined(direction), _version(direction)
 
     @njit(parallel=True, cache=True)
-    def move_rows(param, exp_avg, scales, grad, root, c, seed, column, row, threads):
+    def move_rows(param, grad, exp_avg, scales, root, c, seed, column, row, threads):
         rows, columns = param.shape
         for t in prange(threads):
             first, last = rows * t // threads, rows * (t + 1) // threads
@@ -226,7 +225,7 @@ def eight_bit_rows_kernel(direction):
 
 @functools.cache
 def centered_rows_kernel(direction):
-    """Make the kernel that does what update.move_rows_ does given ``mean`` (C,), and sums what it writes.
+    """Make the kernel that does what plain.move does to rows given ``mean`` (C,), and sums what it writes.
 
     sums: (threads, 2, C), float64, to fill with the column sums of what is in param and exp_avg afterwards. Other
     arguments as of ``rows_kernel``.
@@ -234,7 +233,7 @@ def centered_rows_kernel(direction):
     toward, version = inlined(direction), _version(direction)
 
     @njit(parallel=True, cache=True)
-    def move_centered(param, exp_avg, grad, root, c, seed, mean, sums, threads):
+    def move_centered(param, grad, exp_avg, root, c, seed, mean, sums, threads):
         rows, columns = param.shape
         for t in prange(threads):
             first, last = rows * t // threads, rows * (t + 1) // threads
@@ -271,7 +270,7 @@ def centered_rows_kernel(direction):
 
 @functools.cache
 def elements_kernel(direction):
-    """Make the kernel that does what update.move_elements_ does, for the ``numbers`` of a Direction.
+    """Make the kernel that does what plain.move does to elements, for the ``numbers`` of a Direction.
 
     All arrays are flat, taken as rows of the length of ``row`` (B, C); the last may be short. Row i belongs to matrix
     i // period of the batch. ``column`` (R,) is None without spectral decay; ``row`` is then only for its length.
@@ -279,7 +278,7 @@ def elements_kernel(direction):
     toward, version = inlined(direction), _version(direction)
 
     @njit(parallel=True, cache=True)
-    def move_elements(param, exp_avg, exp_avg_sq, grad, c, seed, column, row, period, threads):
+    def move_elements(param, grad, exp_avg, exp_avg_sq, c, seed, column, row, period, threads):
         size, columns = param.shape[0], row.shape[1]
         rows = (size + columns - 1) // columns
         for t in prange(threads):

@@ -22,7 +22,7 @@ PRELOADED = [
     "torch.distributed.tensor.parallel",
     "coupled_adam.evaluation.stages",
     "coupled_adam.lm.train",
-    "coupled_adam.optim.kernels",
+    "coupled_adam.optim.backends.cpu_kernels",
 ]
 
 

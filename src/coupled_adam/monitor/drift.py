@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-from coupled_adam.geometry.shards import precision, sum_over_rows, whole
+from coupled_adam.monitor.shards import precision, sum_over_rows
+from coupled_adam.optim.optimizer import inner_optimizer
+from coupled_adam.optim.reductions import whole
 
 #: The causes, in the order of the equation above; the names of ``Drift``'s vectors.
 CAUSES = ("second_moments", "gradients", "decay")
@@ -97,7 +99,7 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
     >>> {cause: round(length, 3) for cause, length in drift(optimizer, weight).norms().items()}
     {'second_moments': 0.033, 'gradients': 0.0, 'decay': 0.071}
     """
-    optimizer = _inner(optimizer)
+    optimizer = inner_optimizer(optimizer)
     group = _group_of(optimizer, param)
     state = optimizer.state.get(param)
     if not state or "exp_avg_sq" not in state:
@@ -146,7 +148,7 @@ class DriftMonitor:
     until a sum is asked for.
 
     Args:
-        optimizer: as ``geometry.drift`` takes it, with its state or before the first step.
+        optimizer: as ``monitor.drift`` takes it, with its state or before the first step.
         param: an embedding matrix (V, H) of one of its groups.
 
     Raises:
@@ -163,7 +165,7 @@ class DriftMonitor:
     """
 
     def __init__(self, optimizer: Optimizer, param: Tensor) -> None:
-        self.optimizer, self.param = _inner(optimizer), param
+        self.optimizer, self.param = inner_optimizer(optimizer), param
         _group_of(self.optimizer, param)
         self._sum: Drift | None = None
         self._seen: Any = self._step()
@@ -213,13 +215,6 @@ class DriftMonitor:
         last = drift(self.optimizer, self.param)
         last = Drift(moved * last.second_moments, moved * last.gradients, moved * last.decay, last.mean)
         self._sum = last if self._sum is None else self._sum + last
-
-
-def _inner(optimizer: Optimizer) -> Optimizer:
-    """Take off the wrappers that Accelerate and Lightning put around an optimizer."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
 
 
 def _group_of(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, center_, param_groups
 from coupled_adam.lm.config import Model
 from coupled_adam.lm.model import LanguageModel
-from coupled_adam.optim import center, dispatch, triton_launch
+from coupled_adam.optim.backends import cpu, gpu, plain
 from coupled_adam.optim.reductions import local
 
 STEPS = 12
@@ -37,7 +37,7 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "clipped": (CoupledAdam, {"max_grad_norm": 0.5}),
     "factor": (CoupledAdam, {"coupling_factor": 0.1}),
     "clipped factor": (CoupledAdam, {"coupling_factor": 0.1, "max_grad_norm": 0.5, "maximize": True}),
-    "clipped 8bit": (CoupledAdam, {"max_grad_norm": 0.5, "state_dtype": "8bit"}),
+    "clipped 8bit": (CoupledAdam, {"max_grad_norm": 0.5, "exp_avg_dtype": "8bit"}),
     "adams": (Adams, {}),
     "clipped adams": (Adams, {"max_grad_norm": 0.5}),
 }
@@ -360,6 +360,17 @@ def vocabulary_shards(
 # ------------------------------------------------------------------ centering
 
 
+@contextlib.contextmanager
+def measured() -> Iterator[list[int]]:
+    """Notes every pass that only measures, by any backend."""
+    passes: list[int] = []
+    with contextlib.ExitStack() as stack:
+        for backend in (cpu, plain):
+            noted = stack.enter_context(patch.object(backend, "measure", side_effect=backend.measure))
+            noted.side_effect = lambda job, real=noted.side_effect: (passes.append(1), real(job))[1]
+        yield passes
+
+
 def centered_steps(
     optimizer: str, vocabulary: int, layout: tuple[str, ...] = (), coupled: bool = True
 ) -> dict[str, Any]:
@@ -371,16 +382,15 @@ def centered_steps(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing is coupled
         opt = cls([{"params": [param], "second_moment": moment, "center": True}], lr=1e-2, weight_decay=0.1, **options)
-    sent, means, passes, measure = [], [], [], center.measure
-    center.measure = lambda *x: (passes.append(1), measure(*x))[1]
-    for step in range(STEPS):
-        param.grad = spread(values(vocabulary, step + 1)["embedding"]).clone()
-        with CommDebugMode() as mode:
-            opt.step()
-        sent.append({str(op).split(".")[-1]: n for op, n in mode.get_comm_counts().items()})
-        whole_now = param.full_tensor() if isinstance(param, DTensor) else param
-        means.append(whole_now.detach().mean(0).abs().max().item())
-    center.measure = measure
+    sent, means = [], []
+    with measured() as passes:
+        for step in range(STEPS):
+            param.grad = spread(values(vocabulary, step + 1)["embedding"]).clone()
+            with CommDebugMode() as mode:
+                opt.step()
+            sent.append({str(op).split(".")[-1]: n for op, n in mode.get_comm_counts().items()})
+            whole_now = param.full_tensor() if isinstance(param, DTensor) else param
+            means.append(whole_now.detach().mean(0).abs().max().item())
     return {
         "param": whole_now.detach(),
         "means": max(means),
@@ -394,11 +404,9 @@ def centered_training(optimizer: str, wrapping: str = "") -> dict[str, Tensor]:
     """The tied language model's parameters after training with a centered embedding, and the passes that measured."""
     model, opt, rank, ranks = trainer(optimizer, wrapping, torch.float64 if "adams" in optimizer else torch.float32)
     opt.param_groups[0]["center"] = True
-    passes, measure = [], center.measure
-    center.measure = lambda *x: (passes.append(1), measure(*x))[1]
-    for step in range(STEPS):
-        one_step(model, opt, batch(step, rank, ranks))
-    center.measure = measure
+    with measured() as passes:
+        for step in range(STEPS):
+            one_step(model, opt, batch(step, rank, ranks))
     return whole(model) | {"passes": torch.tensor(len(passes))}
 
 
@@ -467,11 +475,10 @@ def sharded(optimizer: str, ranks: int = 1) -> tuple[dict[str, Tensor], set[str]
     names, rank, model = set(), 0, Uneven()
     with contextlib.ExitStack() as stack:
         if ranks > 1:
-            launch, rank = triton_launch.launch, dist.get_rank()
+            launch, rank = gpu.launch, dist.get_rank()
             fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
-            stack.enter_context(patch.object(dispatch, "HAS_NUMBA", False))
-            stack.enter_context(patch.object(triton_launch, "DEVICES", ["cpu"]))
-            noted = stack.enter_context(patch.object(triton_launch, "launch", side_effect=launch))
+            stack.enter_context(patch.object(gpu, "DEVICES", ["cpu"]))
+            noted = stack.enter_context(patch.object(gpu, "launch", side_effect=launch))
         params = dict(model.named_parameters())
         cls, options = OPTIMIZERS[optimizer]
         coupled = [params["embedding.weight"], params["gate"]]

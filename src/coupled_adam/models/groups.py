@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from coupled_adam.models.output_heads import candidates, computed, flat, kind, name_of, output_matrices
 from coupled_adam.optim.checks import check_factor, check_number
-from coupled_adam.optim.output_heads import candidates, computed, flat, kind, name_of, output_matrices
-from coupled_adam.optim.state import bare
+from coupled_adam.optim.state_dict import bare
 
 #: A module with a 2-D ``weight``, a parameter, or the name of either in the model.
 Coupled = nn.Module | Tensor | str

@@ -26,7 +26,7 @@ def output_matrices(model: nn.Module) -> list[Tensor]:
     Raises:
         ValueError: there is no such method, or its answer is not the output embedding of a vocabulary.
     """
-    owner = _declaring(model)
+    owner = unwrapped(model)
     if owner is None:
         raise ValueError(_undeclared(model))
     says = f"get_output_embeddings() of {type(owner).__name__} returns"
@@ -123,13 +123,23 @@ def computed(item: nn.Module, model: nn.Module) -> str:
     )
 
 
-def _declaring(model: nn.Module) -> nn.Module | None:
-    """Return the model inside wrappers that has ``get_output_embeddings``; None without one."""
+def unwrapped(model: nn.Module, method: str = "get_output_embeddings") -> nn.Module | None:
+    """Return the model inside wrappers that has ``method``; None without one."""
     inner = model
     # DistributedDataParallel and its like hold the model as `module` and hide its methods.
-    while not hasattr(inner, "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
+    while not hasattr(inner, method) and isinstance(getattr(inner, "module", None), nn.Module):
         inner = inner.module  # type: ignore[assignment]
-    return inner if hasattr(inner, "get_output_embeddings") else None
+    return inner if hasattr(inner, method) else None
+
+
+def embedding_of(model: nn.Module, method: str = "get_output_embeddings") -> Tensor | None:
+    """Return the weight of the embedding that ``method`` returns; None without one.
+
+    The method is that of the model, or of the outermost part of it that has one, as in a LightningModule.
+    """
+    owner = unwrapped(model, method) or next((m for m in model.modules() if hasattr(m, method)), None)
+    weight = None if owner is None else getattr(_answer(owner, method), "weight", None)
+    return weight if isinstance(weight, Tensor) else None
 
 
 def _answer(owner: nn.Module, method: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from coupled_adam.optim.state import bare
+from coupled_adam.optim.state_dict import bare
 
 #: The names in a param group of each group.
 Layout = list[list[str]]

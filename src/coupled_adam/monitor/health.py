@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from coupled_adam.geometry.arrays import Matrix
 from coupled_adam.geometry.metrics import principal_share_of
-from coupled_adam.geometry.shards import blocks, complete, local, precision, spread_by_rows
+from coupled_adam.models.output_heads import embedding_of
+from coupled_adam.monitor.shards import blocks, complete, precision, spread_by_rows
+from coupled_adam.optim.reductions import local
 
 #: What stands before the figures of an input embedding that is not the output embedding.
 INPUT = "input_"
@@ -25,8 +27,8 @@ def health(model_or_matrix: nn.Module | Matrix, *, isotropy: bool = False) -> di
       order of magnitude is known
     * ``isotropy``, if asked for: as of ``geometry.isotropy``; it takes twice as long as all the others
 
-    The functions of this package of the same names give the same figures, of a matrix that is whole and on the CPU.
-    Everything is summed in float64 on the matrix's device, a block of rows at a time.
+    The functions of ``coupled_adam.geometry`` of the same names give the same figures, of a matrix that is whole and on
+    the CPU. Everything is summed in float64 on the matrix's device, a block of rows at a time.
 
     Args:
         model_or_matrix: a matrix (array or tensor), or a model that has ``get_output_embeddings()`` and
@@ -53,19 +55,11 @@ def health(model_or_matrix: nn.Module | Matrix, *, isotropy: bool = False) -> di
     return _figures(torch.as_tensor(model_or_matrix), isotropy)
 
 
-def embedding_weight(model: nn.Module, method: str) -> Tensor | None:
-    """Return the weight of what ``get_output_embeddings`` or ``get_input_embeddings`` returns; None without one."""
-    # Wrappers hide the methods of what they hold; the outermost module that has them is meant.
-    getter = next((g for m in model.modules() if callable(g := getattr(m, method, None))), None)
-    weight = getattr(getter() if getter else None, "weight", None)
-    return weight if isinstance(weight, Tensor) else None
-
-
 def _embeddings(model: nn.Module) -> dict[str, Tensor]:
     """Find output and input embedding, by the prefix of their figures."""
     weights: dict[str, Tensor] = {}
     for prefix, method in (("", "get_output_embeddings"), (INPUT, "get_input_embeddings")):
-        weight = embedding_weight(model, method)
+        weight = embedding_of(model, method)
         if weight is not None and all(weight is not known for known in weights.values()):
             weights[prefix] = weight
     if not weights:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from coupled_adam import CoupledAdam, param_groups
-from coupled_adam.optim.output_heads import vocabulary_sizes
+from coupled_adam.models.output_heads import vocabulary_sizes
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from coupled_adam import Adams, CoupledAdam, param_groups
-from coupled_adam.geometry import Drift, DriftMonitor, drift
+from coupled_adam.monitor import Drift, DriftMonitor, drift
 
 VOCABULARY, WIDTH = 61, 6
 
@@ -145,7 +145,7 @@ def test_moments_are_only_read() -> None:
 
 def test_bfloat16_moments_add_up_to_their_rounding() -> None:
     model = Model(True)
-    optimizer, before = coupled(state_dtype=torch.bfloat16)(model), mean(model.head.weight)
+    optimizer, before = coupled(exp_avg_dtype=torch.bfloat16)(model), mean(model.head.weight)
     model.loss().backward()
     optimizer.step()
     found = drift(optimizer, model.head.weight)

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from coupled_adam import geometry
-from coupled_adam.geometry import shards
+from coupled_adam import geometry, monitor
+from coupled_adam.monitor import shards
 
 
 def made_up(rows: int = 700, width: int = 24) -> np.ndarray:
@@ -24,10 +24,10 @@ def made_up(rows: int = 700, width: int = 24) -> np.ndarray:
 def test_the_figures_are_those_of_the_metrics(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "ELEMENTS_ON_CPU", 1000)  # several blocks, the last one shorter
     e = made_up(rows)
-    found = geometry.health(e, isotropy=True)
+    found = monitor.health(e, isotropy=True)
     assert list(found) == ["mean_shift_ratio", "norm_of_mean", "principal_share", "inverse_condition", "isotropy"]
     assert found == pytest.approx({name: getattr(geometry, name)(e) for name in found}, rel=1e-9)
-    assert geometry.health(torch.tensor(e, dtype=torch.bfloat16)) == pytest.approx(
+    assert monitor.health(torch.tensor(e, dtype=torch.bfloat16)) == pytest.approx(
         {k: v for k, v in found.items() if k != "isotropy"}, rel=0.05
     )
 
@@ -35,7 +35,7 @@ def test_the_figures_are_those_of_the_metrics(rows: int, monkeypatch: pytest.Mon
 def test_the_share_of_the_principal_direction_by_hand() -> None:
     # Around their mean, (2, 0), the rows are at ±2 along the first axis and at ±1 along the second.
     cross = [[4.0, 0.0], [0.0, 0.0], [2.0, 1.0], [2.0, -1.0]]
-    assert geometry.principal_share(cross) == geometry.health(torch.tensor(cross))["principal_share"] == 0.8
+    assert geometry.principal_share(cross) == monitor.health(torch.tensor(cross))["principal_share"] == 0.8
     line = np.outer(np.arange(5.0), [1.0, 2.0]) + 7
     assert geometry.principal_share(line) == pytest.approx(1)
     assert np.isnan(geometry.principal_share(np.full((3, 2), 0.1))), "there is no direction"
@@ -49,18 +49,18 @@ def model(tied: bool) -> LlamaForCausalLM:
 
 def test_a_model_says_what_its_embeddings_are() -> None:
     untied = model(tied=False)
-    found = geometry.health(untied)
-    output, entry = (geometry.health(e.weight) for e in (untied.lm_head, untied.model.embed_tokens))
+    found = monitor.health(untied)
+    output, entry = (monitor.health(e.weight) for e in (untied.lm_head, untied.model.embed_tokens))
     assert found == output | {f"input_{name}": figure for name, figure in entry.items()}
     tied = model(tied=True)
-    assert geometry.health(nn.Sequential(tied)) == geometry.health(tied.lm_head.weight), "one matrix, once"
+    assert monitor.health(nn.Sequential(tied)) == monitor.health(tied.lm_head.weight), "one matrix, once"
 
 
 def test_what_is_no_embedding_is_refused() -> None:
     with pytest.raises(ValueError, match="does not say what its embeddings are"):
-        geometry.health(nn.Linear(2, 2))
+        monitor.health(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"two rows or more, not of shape \(12,\): FSDP1"):
-        geometry.health(torch.zeros(12))
+        monitor.health(torch.zeros(12))
 
 
 CUTS = {"rows": [Shard(0)], "columns": [Shard(1)], "whole": [Replicate()]}
@@ -72,7 +72,7 @@ def sharded(layout: str, rows: int) -> tuple[dict[str, float], int]:
     matrix = distribute_tensor(torch.tensor(made_up(rows)), mesh, CUTS[layout], src_data_rank=None)
     assert isinstance(matrix, DTensor)
     with CommDebugMode() as sent:
-        found = geometry.health(matrix, isotropy=True)
+        found = monitor.health(matrix, isotropy=True)
     gathers = sum(count for name, count in sent.get_comm_counts().items() if "gather" in str(name))
     return found, gathers
 
@@ -81,7 +81,7 @@ def sharded(layout: str, rows: int) -> tuple[dict[str, float], int]:
 @pytest.mark.parametrize("layout", CUTS)
 @pytest.mark.parametrize("rows", [700, 2])
 def test_three_processes_find_what_one_does(layout: str, rows: int, processes: Any) -> None:
-    alone = geometry.health(made_up(rows), isotropy=True)
+    alone = monitor.health(made_up(rows), isotropy=True)
     found = processes(3).run(sharded, layout, rows)
     for figures, gathers in found:
         assert figures == pytest.approx(alone, rel=1e-9)

@@ -83,10 +83,10 @@ def one_infinity(which: str) -> str:
     return ""
 
 
-def back_to_adamw(state_dtype: Any) -> list[Tensor]:
+def back_to_adamw(exp_avg_dtype: Any) -> list[Tensor]:
     """Three steps of Coupled Adam, then three of AdamW from its state."""
     table, matrix = tables()
-    optimizer = coupled(table, matrix, state_dtype=state_dtype)
+    optimizer = coupled(table, matrix, exp_avg_dtype=exp_avg_dtype)
     for i in range(3):
         step(optimizer, i)
     adamw = torch.optim.AdamW([matrix, table], lr=1e-2)

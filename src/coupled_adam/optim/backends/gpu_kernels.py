@@ -1,5 +1,4 @@
-"""GPU kernels: the equations compiled by Triton. Import this only where triton is installed; triton_launch.py decides,
-checks and launches.
+"""GPU kernels: the equations compiled by Triton. Import this only where triton is installed; gpu.py launches them.
 
 Tensors are contiguous; parameters and gradients are float32, bfloat16 or float16, first moments float32, bfloat16 (then
 with a ``seed``) or int8 (then with ``scales`` too), the rest float32, and so is all arithmetic. An argument of None
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 
 from coupled_adam.optim import eight_bit, equations, rounding
-from coupled_adam.optim.triton_forms import triton_form
+from coupled_adam.optim.backends.gpu_forms import triton_form
 
 first_moment, second_moment = triton_form(equations.first_moment), triton_form(equations.second_moment)
 squared, moved, centered = map(triton_form, (equations.squared, equations.moved, equations.centered))
@@ -123,7 +122,7 @@ def sum_rows(
 
 @triton.jit
 def root_of_rows(exp_avg_sq, square, root, halt, columns, second_rate, root_scale, WIDTH: tl.constexpr):
-    """Do what update.root_of_rows_ does; all but the numbers are (H,)."""
+    """Do what plain.root_of_rows_ does; all but the numbers are (H,)."""
     if halt is not None:
         if tl.load(halt) != 0:
             return
@@ -137,10 +136,10 @@ def root_of_rows(exp_avg_sq, square, root, halt, columns, second_rate, root_scal
 @triton.jit(do_not_specialize=["rows", "period", "seed"])
 def move_matrix(
     param,
+    grad,
     exp_avg,
     scales,
     exp_avg_sq,
-    grad,
     root,
     column,
     row,
@@ -163,7 +162,7 @@ def move_matrix(
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Do what update.move_rows_ does if ``root`` (H,) is given, what update.move_elements_ does if ``exp_avg_sq`` is.
+    """Do what plain.move does: to rows if ``root`` (H,) is given, to elements if ``exp_avg_sq`` is.
 
     With ``column`` (R,) and ``row`` (R / period, H) the decay is spectral. With ``scales`` (R, ⌈H / WIDTH⌉) a row of a
     tile is a block of numbers in eight bits. ``mean`` (H,) is subtracted in the end.
@@ -206,9 +205,9 @@ def move_matrix(
 @triton.jit(do_not_specialize=["seed"])
 def move_many(
     parameters,
+    grads,
     exp_avgs,
     exp_avg_sqs,
-    grads,
     sizes,
     halt,
     grad_factor,
@@ -227,10 +226,10 @@ def move_many(
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Do what update.move_elements_ does, for MANY tensors at once, of which a program takes BLOCK elements of one.
+    """Do what plain.move does to elements, for MANY tensors at once, of which a program takes BLOCK elements of one.
 
     Args:
-        parameters, exp_avgs, exp_avg_sqs, grads: tuples of tensors, alike in dtype, at multiples of 16 bytes. (An
+        parameters, grads, exp_avgs, exp_avg_sqs: tuples of tensors, alike in dtype, at multiples of 16 bytes. (An
             argument that is called ``params`` breaks Triton's launcher.)
         sizes: of size + 1 the upper half of 64 bits, the lower 0: a kernel is compiled anew for other types, and for
             numbers that 16 divides or not, and these are all alike.

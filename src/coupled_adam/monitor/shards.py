@@ -1,38 +1,24 @@
 """Sums over the rows of a matrix that may be spread over processes: of what is held here, then in one all-reduce."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from coupled_adam.optim.reductions import is_dtensor, local
+
 #: Elements of which something of their size is held at a time: on a CPU they should stay in its cache.
 ELEMENTS_ON_CPU, ELEMENTS = 2**18, 2**24
 
 
-def is_dtensor(x: Tensor) -> bool:
-    """Return whether ``x`` is spread over a mesh of processes; nothing is, before that module is imported."""
-    return isinstance(x, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
-
-
-def local(x: Tensor) -> Tensor:
-    """Return what this process holds of ``x``: the shard of a DTensor, any other tensor itself."""
-    return x.to_local() if is_dtensor(x) else x  # type: ignore[attr-defined]
-
-
-def whole(x: Tensor) -> Tensor:
-    """Gather ``x``; for vectors. All ranks must call it."""
-    return x.full_tensor() if is_dtensor(x) else x  # type: ignore[attr-defined]
-
-
 def spread_by_rows(matrix: Tensor) -> Tensor:
     """Return the matrix with whole rows on every process; one that is cut by columns is sent once, all to all."""
-    if not is_dtensor(matrix) or all(getattr(p, "dim", 0) == 0 for p in matrix.placements):  # type: ignore[attr-defined]
+    if not is_dtensor(matrix) or all(getattr(p, "dim", 0) == 0 for p in matrix.placements):
         return matrix
     from torch.distributed.tensor import Shard
 
-    placements = [Shard(0) if p.is_shard() else p for p in matrix.placements]  # type: ignore[attr-defined]
-    return matrix.redistribute(placements=placements)  # type: ignore[attr-defined, no-any-return]
+    placements = [Shard(0) if p.is_shard() else p for p in matrix.placements]
+    return matrix.redistribute(placements=placements)
 
 
 def precision(x: Tensor) -> torch.dtype:
@@ -59,11 +45,11 @@ def complete(part: Tensor, matrix: Tensor, reduce: str = "sum") -> Tensor:
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     kinds = {0: Partial(reduce), 1: Shard(1), None: Replicate()}
-    placements = [kinds[getattr(p, "dim", None)] for p in matrix.placements]  # type: ignore[attr-defined]
+    placements = [kinds[getattr(p, "dim", None)] for p in matrix.placements]
     columns = matrix.shape[1] if Shard(1) in placements else part.shape[1]
     made = DTensor.from_local(
         part,
-        matrix.device_mesh,  # type: ignore[attr-defined]
+        matrix.device_mesh,
         placements,
         run_check=False,
         shape=torch.Size([len(part), columns]),
