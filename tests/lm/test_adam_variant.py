@@ -74,7 +74,7 @@ def test_the_step_is_the_equation(shape, averaged, zero_sum: bool) -> None:
 
 
 def test_factored_with_the_exponent_1_is_adafactors_second_moment() -> None:
-    """torch's Adafactor has neither a first moment nor Adam's bias correction: one step with β1 = 0 compares the two."""
+    """One step with β1 = 0 compares the two: torch's Adafactor has no first moment and no bias correction of Adam's."""
     param = nn.Parameter(torch.zeros(V, H, dtype=torch.float64))
     theirs = nn.Parameter(param.detach().clone())
     param.grad = theirs.grad = gradients()[0]
