@@ -159,8 +159,8 @@ def whole_study() -> list:
         also(f"mini-what-{tying}-{{arm}}-{{factor}}", {"adamw": "adamw-center", "coupled": "coupled-center"})
         also(f"mini-what-{tying}-{{arm}}-{{factor}}", {"token": "element-zero-sum"})
     both = {"adamw": "element", "coupled": "hidden"}
-    for cell, batch in (("b1k", 1024), ("b4k", 4096), ("beta2-0.99", 1024)):
-        also(f"mini-{cell}-{{arm}}-{{factor}}", both, batch_tokens=batch, bits_per_byte=1.5)
+    for cell, batch, beta2 in (("b1k", 1024, 0.95), ("b4k", 4096, 0.95), ("beta2-0.99", 1024, 0.99)):
+        also(f"mini-{cell}-{{arm}}-{{factor}}", both, batch_tokens=batch, beta2=beta2, bits_per_byte=1.5)
     plain = {"adamw": "adamw", "coupled": "coupled"}
     for rate in (1e-3, 1e-2):
         also(f"mini-rest-{rate:.0e}-{{arm}}-{{factor}}".replace("e-0", "e-"), plain, lr=rate)

@@ -9,20 +9,15 @@ from torch import Tensor
 from coupled_adam.optim.eight_bit import EightBit, Moment
 from coupled_adam.optim.job import Job
 from coupled_adam.optim.moments import EIGHT_BIT
+from coupled_adam.optim.reference import DEFAULTS
 from coupled_adam.optim.spectral import RankOne
 from coupled_adam.optim.state import job_of
 
-GROUP: dict[str, Any] = {
+#: What the equations need, and what a backend asks for besides.
+GROUP: dict[str, Any] = DEFAULTS | {
     "lr": 0.01,
     "betas": (0.9, 0.95),
-    "eps": 1e-8,
     "weight_decay": 0.1,
-    "direction": "ratio",
-    "decay": "decoupled",
-    "center": False,
-    "coupling_scale": 1.0,
-    "coupling_factor": 0.0,
-    "maximize": False,
     "exp_avg_dtype": None,
     "capturable": False,
     "fused": None,

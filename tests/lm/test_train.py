@@ -1,6 +1,7 @@
 """The model and the loop: what they compute, and that a run is never lost."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -123,6 +124,22 @@ def test_afterwards_python_and_numpy_compute_as_before(
         assert (sys.float_info.min / 2 == 0) is before
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_the_rms_of_the_embeddings_step_is_that_of_its_movement(
+    tiny: Experiment, corpus: Corpus, tmp_path: Path
+) -> None:
+    embeddings = []
+
+    def figures(model: LanguageModel, last: bool) -> loop.Figures:
+        embeddings.append(model.head.weight.detach().double())
+        return {}
+
+    loop.train(tiny.with_values(evaluation__every=1), corpus, tmp_path / "run", figures)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    expected = [(now - before).square().mean().sqrt().item() for before, now in itertools.pairwise(embeddings)]
+    assert len(expected) == tiny.train.steps and max(expected) > 1e-4
+    assert [line["embedding_step_rms"] for line in lines[1:]] == pytest.approx(expected, rel=1e-3)
 
 
 def test_milestones_are_kept(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:

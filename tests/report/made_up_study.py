@@ -32,6 +32,7 @@ def row(tying: str, arm: str, factor: float, seed: int, **values: str | float | 
         "vocab_size": 8192,
         "lr": 0.003,
         "lr_factor": factor,
+        "beta2": 0.95,
         "loss_selection": loss - 0.05,
         "loss_report": loss,
         "isotropy": 1 / (1 + factor / 30),

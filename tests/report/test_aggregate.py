@@ -51,6 +51,32 @@ def test_the_columns_are_those_of_the_reference_in_its_order(tmp_path: Path) -> 
     assert (found["Smin"], found["Smax"], found["Smin/Smax"]) == ("1.0", "", "12.5")
 
 
+def test_figures_by_frequency_and_the_step_in_the_middle(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "exp")
+    shares = {"below_0.1": 0.5, "0.1_to_1": 0.2, "1_to_10": 0.15, "above_10": 0.1, "unseen": 0.05, "padding": 0.0}
+    kappa = {
+        name: {"rows": s, "text": s / 2, "held_out": 0.0, "predicted": 0.0, "log_ratio": s - 0.2}
+        for name, s in shares.items()
+    }
+    found = {"loss_selection": 6.0, "loss_report": 6.5, "loss_by_decile": [float(i) for i in range(10)]}
+    content = {"inputs": {"weights": "w"}, "step": 8, **found, "kappa": kappa}
+    (run / "evaluation" / "frequency.json").write_text(json.dumps(content))
+
+    def row() -> dict[str, str]:
+        return next(csv.DictReader(io.StringIO(aggregate.as_csv(aggregate.read_runs([tmp_path])))))
+
+    assert (row()["loss_decile_1"], row()["loss_decile_10"], row()["beta2"]) == ("0.0", "9.0", "0.95")
+    assert float(row()["kappa_rows"]) == pytest.approx(0.3) and float(row()["kappa_text"]) == pytest.approx(0.15)
+    assert float(row()["log_ratio_1_to_10"]) == pytest.approx(-0.05)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for steps, told in ((("6", "8"), ""), (("2", "4", "8"), "0.004")):
+        kept = [
+            line | ({"embedding_step_rms": line["step"] / 1000} if str(line["step"]) in steps else {}) for line in lines
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        assert row()["step_rms"] == told, "that of step 4 of 8, or none"
+
+
 def test_the_columns_say_what_a_run_was(tmp_path: Path) -> None:
     values = {"loss__z_loss": 1e-4, "model__tied": False, "model__logits": "bfloat16", "schedule__lr": 3e-2}
     logits = {"logit_mean": -9.5, "logit_std": 3.0, "logit_max": 40.0, "log_z_squared": 81.0}

@@ -244,11 +244,6 @@ class Cell:
         return ", ".join(self.place.values()) or self.grid.partition("{")[0].strip("-")
 
     @property
-    def beta2(self) -> float:
-        """Of the embedding's second moment, as the experiments have it."""
-        return experiments.load(text(self.rows[0], "experiment")).optimizer.embedding_beta2
-
-    @property
     def rows(self) -> list[Row]:
         """All runs."""
         return [row for arm in self.arms.values() for runs in arm.runs.values() for row in runs.values()]

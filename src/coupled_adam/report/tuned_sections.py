@@ -167,7 +167,7 @@ def table_across(found: Sequence[Cell], documents: Mapping[str, DocumentLosses] 
                 each.cell.name,
                 text(first, "batch_tokens") or MISSING,
                 text(first, "vocab_size") or MISSING,
-                f"{each.cell.beta2:g}",
+                text(first, "beta2") or MISSING,
                 *(cell(None if value is None else 100 * value, "{:.1f}%") for value in kappa),
                 f"{cell(a.mean('loss_report'), '{:.3f}')} ({factor_text(a.choice)})",
                 f"{cell(v.mean('loss_report'), '{:.3f}')} ({factor_text(v.choice)})",
