@@ -217,31 +217,46 @@ def _print_estimate(found: "Estimate") -> None:
     name="train", epilog="Example: torchrun --nproc-per-node 2 -m coupled_adam train mini-M-300V train.steps=100"
 )
 def train_command(
-    experiment: Annotated[str, typer.Argument(help="Name of an experiment, ours or the authors', or a TOML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
-    data: Annotated[Path | None, typer.Option(help="Directory that `coupled-adam prepare` made.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the run.  [default: runs/NAME]")] = None,
+    experiment: Annotated[
+        str,
+        typer.Argument(
+            help="Name of an experiment, ours or the authors'; a TOML file; or the directory of a run, to resume it."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="section.key=value …; a finished run is trained longer with a larger train.steps."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Directory that `coupled-adam prepare` made.  [default: that of the run]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the run.  [default: runs/NAME, or the run given]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed for weight initialization and data order.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the last metrics as JSON.")] = False,
 ) -> None:
-    """Train one experiment, or resume it. Also under torchrun, on one machine or many."""
+    """Train one experiment, resume it, or train it longer. Also under torchrun, on one machine or many."""
     from coupled_adam.evaluation.during_training import evaluator
     from coupled_adam.lm.metrics_jsonl import MetricsLog
     from coupled_adam.lm.parallel import init_distributed
     from coupled_adam.lm.prepare import corpus_for, resolved
-    from coupled_adam.lm.run import check_run_directory
+    from coupled_adam.lm.run import check_run_directory, corpus_of
     from coupled_adam.lm.tracking import require_trackers
     from coupled_adam.lm.train import train
 
-    config = _experiment(experiment, seed).overridden(overrides or [])
-    run_dir = out or Path("runs") / config.run.name
+    resumed = Path(experiment) if (Path(experiment) / "experiment.toml").exists() else None
+    file = str(resumed / "experiment.toml") if resumed else experiment
+    config = _experiment(file, seed).overridden(overrides or [])
+    run_dir = out or resumed or Path("runs") / config.run.name
+    data = data or (corpus_of(resumed) if resumed else None)
     with init_distributed() as world:
         # The corpus may take long to prepare.
         world.broadcast_from_main(lambda: require_trackers(config.tracking))
         world.broadcast_from_main(lambda: check_run_directory(run_dir, config))
         corpus = world.broadcast_from_main(lambda: corpus_for(config, data))
         config = resolved(config, corpus)
-        train(config, corpus, run_dir, evaluator(config, corpus, world), world)
+        train(config, corpus, run_dir, evaluator(config, corpus, world), world, longer=True)
         if world.is_main_process:
             log = MetricsLog(run_dir / "metrics.jsonl")
             last = next(reversed(log.read()), None)
@@ -259,7 +274,14 @@ def _experiment(name: str, seed: int | None) -> "Experiment":
 
     path = Path(name)
     if path.suffix != ".toml":
-        return experiments.load(name, seed)
+        try:
+            return experiments.load(name, seed)
+        except InputError:
+            if path.is_dir():
+                raise InputError(f"{name}: holds no run: there is no experiment.toml") from None
+            if len(path.parts) > 1:
+                raise InputError(f"{name}: no such directory") from None
+            raise
     config = load_experiment(path)
     return config if seed is None else config.with_values(run__seed=seed)
 

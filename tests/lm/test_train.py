@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.nn import functional as F
 
 from coupled_adam.errors import InputError
-from coupled_adam.lm import checkpoint
+from coupled_adam.lm import checkpoint, run
 from coupled_adam.lm import train as loop
 from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.checkpoint import latest_checkpoint
@@ -27,6 +27,8 @@ from coupled_adam.lm.metrics_jsonl import MetricsLog
 from coupled_adam.lm.model import LanguageModel, build_model, parameter_count
 from coupled_adam.lm.parallel import World
 from coupled_adam.lm.prepare import prepare
+from coupled_adam.lm.run import read_environment, read_experiment
+from coupled_adam.lm.schedule import learning_rate as schedule_of
 from coupled_adam.lm.sources import TextFiles
 
 
@@ -388,11 +390,144 @@ def test_a_finished_run_is_only_loaded(tiny: Experiment, corpus: Corpus, tmp_pat
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
 
 
+def lengthened(experiment: Experiment, steps: int, **settings: object) -> Experiment:
+    return experiment.with_values(train__steps=steps, **settings)
+
+
+def straight_through(
+    experiment: Experiment, planned: list[int], corpus: Corpus, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> LanguageModel:
+    """The last length as one run, whose learning rates are those of the parts."""
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            loop,
+            "learning_rate_in_parts",
+            lambda step, schedule, _: schedule_of(step, schedule, next(n for n in planned if step < n)),
+        )
+        return loop.train(lengthened(experiment, planned[-1]), corpus, run, no_figures)
+
+
+#: A run in parts: the lengths, and settings of all of them.
+PARTS = {
+    "two": ([24, 40], {}),
+    "three": ([10, 24, 37], {}),
+    "by one": ([24, 25], {}),
+    "adamw": ([24, 40], {"optimizer__embedding__name": "adamw"}),
+    "drawn": ([24, 40], {"train__sampling": "replacement"}),
+    "in the warm-up": ([3, 24], {}),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_run_in_parts_is_one_run_with_the_learning_rates_of_the_parts(
+    parts: str, tiny: Experiment, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, settings = PARTS[parts]
+    experiment = tiny.with_values(**settings)
+    whole = straight_through(experiment, planned, corpus, tmp_path / "whole", monkeypatch)
+    for steps in planned:
+        model = loop.train(lengthened(experiment, steps), corpus, tmp_path / "run", no_figures, longer=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+    same = ("step", "loss", "lr", "tokens")
+    logs = [MetricsLog(tmp_path / run / "metrics.jsonl").read() for run in ("whole", "run")]
+    assert [[line.get(k) for k in same] for line in logs[0]] == [[line.get(k) for k in same] for line in logs[1]]
+    assert read_environment(tmp_path / "run")["planned_steps"] == planned
+    assert read_experiment(tmp_path / "run") == lengthened(experiment, planned[-1])
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert {f"step-{steps:08d}" for steps in planned} <= kept, "what a part ended with is not lost"
+
+
+@pytest.mark.parametrize("schedule", [{"lr": 1e-3, "min_lr": 1e-3}, {"warmup_steps": 30}, {}])
+def test_a_longer_run_says_whether_it_is_the_one_from_the_start(
+    schedule: dict, tiny: Experiment, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = tiny.with_values(**{f"schedule__{key}": value for key, value in schedule.items()})
+    whole = loop.train(lengthened(experiment, 40), corpus, tmp_path / "whole", no_figures)
+    loop.train(experiment, corpus, tmp_path / "run", no_figures)
+    capsys.readouterr()
+    model = loop.train(lengthened(experiment, 40), corpus, tmp_path / "run", no_figures, longer=True)
+    said = capsys.readouterr().err
+    assert "finished at step 24, and now trained to step 40" in said
+    same = all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+    assert same == bool(schedule) == ("The learning rates are those of a run of 40 steps" in said)
+    assert same != ("The result is not that of a run of 40 steps from the start" in said)
+
+
+@pytest.mark.parametrize("when", ["between the records", "step 29", "last checkpoint of the first part"])
+def test_a_longer_run_cut_anywhere_ends_as_the_undisturbed_one(
+    when: str, tiny: Experiment, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = lengthened(tiny, 40)
+    whole = straight_through(tiny, [24, 40], corpus, tmp_path / "whole", monkeypatch)
+    loop.train(tiny, corpus, tmp_path / "run", no_figures)
+    write = MetricsLog.write
+
+    def killed(*arguments: object) -> None:
+        raise Killed
+
+    def killed_at_29(log: MetricsLog, line: dict) -> None:
+        write(log, line)
+        if line["step"] == 29:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        if when == "between the records":
+            patch.setattr(run, "write_text", killed)
+        else:
+            patch.setattr(MetricsLog, "write", killed_at_29)
+        loop.train(longer, corpus, tmp_path / "run", no_figures, longer=True)
+    if when == "between the records":
+        assert read_experiment(tmp_path / "run") == tiny, "still a finished run"
+        loop.train(tiny, corpus, tmp_path / "run", no_figures)
+    if when.startswith("last"):
+        next((tmp_path / "run" / "checkpoints" / "step-00000024").rglob("*.distcp")).write_bytes(b"damaged")
+    model = loop.train(longer, corpus, tmp_path / "run", no_figures, longer=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+    assert read_environment(tmp_path / "run")["planned_steps"] == [24, 40]
+
+
+def test_what_is_no_longer_run_is_refused_and_nothing_changed(tiny: Experiment, corpus: Corpus, tmp_path: Path) -> None:
+    def interrupt(model: LanguageModel, last: bool) -> loop.Figures:
+        if (tmp_path / "cut" / "metrics.jsonl").read_text().count("\n") == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    loop.train(tiny, corpus, tmp_path / "run", no_figures)
+    with pytest.raises(loop.Interrupted):
+        loop.train(tiny, corpus, tmp_path / "cut", interrupt)
+    refused = {
+        r"run holds a run of 24 steps, 24 of them done.*cannot be made shorter": ("run", lengthened(tiny, 12), True),
+        r"cut holds a run of 24 steps, 8 of them done.*finish it with train\.steps=24": (
+            "cut",
+            lengthened(tiny, 40),
+            True,
+        ),
+        r"train\.steps: 24 there, 40 requested; train\.batch_tokens": (
+            "run",
+            lengthened(tiny, 40, train__batch_tokens=128),
+            True,
+        ),
+        r"train\.steps: 24 there, 40 requested": ("run", lengthened(tiny, 40), False),
+    }
+    for message, (name, experiment, longer) in refused.items():
+        files = {path: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        with pytest.raises(InputError, match=message):
+            loop.train(experiment, corpus, tmp_path / name, no_figures, longer=longer)
+        assert files == {path: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+    loop.train(lengthened(tiny, 40), corpus, tmp_path / "run", no_figures, longer=True)
+    with pytest.raises(InputError, match=r"holds a run of 40 steps, 40 of them done.*cannot be made shorter"):
+        loop.train(tiny, corpus, tmp_path / "run", no_figures, longer=True)
+    file = tmp_path / "run" / "experiment.toml"
+    file.write_text(file.read_text().replace("steps = 40", "steps = 60"))
+    with pytest.raises(InputError, match=r"changed since the run was started \(train\.steps: 40 recorded, 60 now\)"):
+        loop.train(lengthened(tiny, 60), corpus, tmp_path / "run", no_figures, longer=True)
+
+
 def test_another_experiment_or_text_in_the_same_folder_is_refused(
     tiny: Experiment, corpus: Corpus, text_file: Path, tmp_path: Path
 ) -> None:
     loop.train(tiny, corpus, tmp_path / "run", no_figures)
-    with pytest.raises(InputError, match=r"other settings .*train\.steps: 24, 30"):
+    with pytest.raises(InputError, match=r"other settings .*train\.steps: 24 there, 30 requested"):
         loop.train(tiny.with_values(train__steps=30), corpus, tmp_path / "run", no_figures)
     text_file.write_text(text_file.read_text().replace("king", "emperor"))
     other = prepare(TextFiles(text_file), tiny.data, tmp_path / "other")

@@ -83,6 +83,7 @@ def save_checkpoint(
     *,
     keep_last: int = 2,
     keep_every: int | None = None,
+    kept: Collection[int] = (),
 ) -> Path:
     """Write a checkpoint, whole or not at all, then delete older ones.
 
@@ -96,6 +97,7 @@ def save_checkpoint(
         world: the ranks of the run.
         keep_last: how many of the newest checkpoints stay, this one included.
         keep_every: checkpoints at multiples of this many steps stay too.
+        kept: steps whose checkpoints stay too.
 
     Raises:
         OSError: the disk is full, or cannot be written to. What was there before is intact.
@@ -123,7 +125,7 @@ def save_checkpoint(
                 if path.is_symlink():
                     path.unlink()  # what it points at is left alone
                 swap(aside, path)
-            _delete_older(directory, path, keep_last, keep_every)
+            _delete_older(directory, path, keep_last, keep_every, kept)
         world.wait()
     finally:
         if world.is_main_process:
@@ -131,11 +133,12 @@ def save_checkpoint(
     return path
 
 
-def _delete_older(directory: Path, newest: Path, keep_last: int, keep_every: int | None) -> None:
+def _delete_older(directory: Path, newest: Path, keep_last: int, keep_every: int | None, kept: Collection[int]) -> None:
     """Delete checkpoints before ``newest``. Links, and directories of other names, are somebody else's."""
     older = [path for path in _named_as_ours(directory) if step_of(path) < step_of(newest)]
     for path in older[max(keep_last - 1, 0) :]:
-        if not (path.is_symlink() or (keep_every is not None and step_of(path) % keep_every == 0)):
+        milestone = step_of(path) in kept or (keep_every is not None and step_of(path) % keep_every == 0)
+        if not (path.is_symlink() or milestone):
             shutil.rmtree(path)
 
 

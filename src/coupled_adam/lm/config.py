@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from coupled_adam.errors import InputError
+from coupled_adam.errors import InputError, of_system
 
 #: Tokens of the largest vocabulary that is supported.
 LARGEST_VOCABULARY = 2_000_000
@@ -385,18 +385,22 @@ class Experiment(Section):
             table[name] = value
         return self.from_dict(tables, "command line")
 
-    def differences(self, other: Self) -> list[str]:
-        """List the keys at which ``other`` is another run, each as ``section.key: this value, other value``."""
+    def differences(self, other: Self, this: str = "there", that: str = "requested") -> list[str]:
+        """List the keys at which ``other`` is another run, each as ``section.key: A there, B requested``."""
         mine, theirs = (_flatten(each.model_dump(exclude={"tracking"})) for each in (self, other))
-        return [f"{k}: {mine.get(k)}, {theirs.get(k)}" for k in mine | theirs if mine.get(k) != theirs.get(k)]
+        return [
+            f"{k}: {mine.get(k)} {this}, {theirs.get(k)} {that}" for k in mine | theirs if mine.get(k) != theirs.get(k)
+        ]
 
 
 def load_experiment(path: Path) -> Experiment:
     """Read an experiment file. Raises InputError if it is missing or not valid."""
     try:
         return Experiment.from_toml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise InputError(of_system(error)) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start:,}); save it as UTF-8") from None
 
 
 def _flatten(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:

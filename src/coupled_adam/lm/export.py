@@ -281,6 +281,11 @@ def write_model_card(run: Run, directory: Path, figures: Mapping[str, str]) -> N
         update_file(directory, CARD, model_card(run, figures))
 
 
+def _parts(run: Run) -> str:
+    """Say of a run that was trained longer what it was before."""
+    return "".join(f"; up to step {steps:,} as a run of {steps:,} steps" for steps in run.planned[:-1])
+
+
 def model_card(run: Run, figures: Mapping[str, str]) -> str:
     """Return the README.md of the directory: what the model is, and its figures."""
     e = run.experiment
@@ -297,7 +302,7 @@ def model_card(run: Run, figures: Mapping[str, str]) -> str:
         f"{'tied ' if e.model.tied else ''}embedding, sequences of {e.data.sequence_length:,} tokens. "
         f"Trained from seed {e.run.seed} on {run.step * e.train.batch_tokens:,} tokens of {run.corpus.meta['source']} "
         f"with {e.method} on the output embedding and {e.optimizer.core.name} on the rest "
-        f"(step {run.step:,} of {e.train.steps:,}).",
+        f"(step {run.step:,} of {e.train.steps:,}{_parts(run)}).",
         "",
     ]
     if e.model.logits == "bfloat16":

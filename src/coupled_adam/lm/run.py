@@ -6,22 +6,27 @@ from pathlib import Path
 from typing import Any, NotRequired, cast
 
 import torch
+from pydantic import ConfigDict, with_config
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from typing_extensions import TypedDict
 
 from coupled_adam.errors import InputError
-from coupled_adam.files import check_outside_made, check_writable, read_sealed, write_sealed
+from coupled_adam.files import check_outside_made, check_writable, read_sealed, write_sealed, write_text
 from coupled_adam.lm.checkpoint import latest_checkpoint, load_checkpoint, load_tensors, quiet, step_of, tensor_names
 from coupled_adam.lm.config import Experiment, load_experiment
 from coupled_adam.lm.corpus import Corpus, open_corpus
 from coupled_adam.lm.model import LanguageModel, build_model
 from coupled_adam.lm.parallel import World, parallelize
 
+#: Of environment.json. In the first there was no digest.
+FORMAT = 2
+
 #: What to do about an environment.json that is damaged.
 RESTORE = "it holds the fingerprint of the run's corpus; restore it, or start a new run in another directory"
 
 
+@with_config(ConfigDict(extra="allow"))
 class Environment(TypedDict):
     """What environment.json holds: where a run was trained, and on what."""
 
@@ -29,7 +34,9 @@ class Environment(TypedDict):
     corpus_directory: NotRequired[str]
     packages: NotRequired[dict[str, str]]
     experiment: NotRequired[dict[str, Any]]
-    """The settings as in experiment.toml, without those of the trackers."""
+    """The settings with which the run was started, without those of the trackers."""
+    planned_steps: NotRequired[list[int]]
+    """Of a run that was trained longer once it was finished: the values of ``train.steps``, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Run:
     experiment: Experiment
     corpus: Corpus
     checkpoint: Path
+    planned: tuple[int, ...]
+    """As :func:`planned_steps`."""
 
     @property
     def step(self) -> int:
@@ -70,13 +79,18 @@ def open_run(directory: Path, data: Path | None = None) -> Run:
         InputError: no run there, one that has no checkpoint yet, or a corpus that is missing or not the run's.
     """
     experiment, checkpoint = open_checkpoint(directory)
+    corpus = open_corpus(data or corpus_of(directory))
     environment = read_environment(directory)
-    found = data or Path(environment.get("corpus_directory", directory / "corpus"))
+    check_corpus(directory, environment, corpus)
+    return Run(directory, experiment, corpus, checkpoint, planned_steps(environment, experiment))
+
+
+def corpus_of(directory: Path) -> Path:
+    """Return where the corpus of the run in ``directory`` was during training. Raises InputError if it is not there."""
+    found = Path(read_environment(directory).get("corpus_directory", directory / "corpus"))
     if not (found / "meta.json").exists():
         raise InputError(f"{found}: the corpus of {directory} is not there; give its directory with --data")
-    corpus = open_corpus(found)
-    check_corpus(directory, environment, corpus)
-    return Run(directory, experiment, corpus, checkpoint)
+    return found
 
 
 def open_checkpoint(directory: Path) -> tuple[Experiment, Path]:
@@ -102,13 +116,63 @@ def read_experiment(directory: Path) -> Experiment:
     path = directory / "experiment.toml"
     experiment = load_experiment(path)
     if (directory / "environment.json").exists():
-        started = read_environment(directory).get("experiment")
-        if started and (changed := Experiment.from_dict(started, str(path)).differences(experiment)):
-            raise InputError(
-                f"{path}: changed since the run was started ({'; '.join(changed)}, the first is what it was started "
-                "with); restore it, or start a new run in another directory"
-            )
+        environment = read_environment(directory)
+        if started := environment.get("experiment"):
+            recorded = Experiment.from_dict(started, str(path))
+            planned = environment.get("planned_steps", [recorded.train.steps])
+            # A process that was killed between the two files has left the number before the last.
+            steps = experiment.train.steps if experiment.train.steps in planned[-2:] else planned[-1]
+            changed = recorded.with_values(train__steps=steps).differences(experiment, "recorded", "now")
+            if changed:
+                raise InputError(
+                    f"{path}: changed since the run was started ({'; '.join(changed)}); restore it, or start a new run "
+                    "in another directory"
+                )
     return experiment
+
+
+def planned_steps(environment: Environment, experiment: Experiment) -> tuple[int, ...]:
+    """Return the numbers of steps that a run was to have, one after the other; the last is that of ``experiment``."""
+    steps = experiment.train.steps
+    return (*(n for n in environment.get("planned_steps", []) if n < steps), steps)
+
+
+def trained_longer(directory: Path, experiment: Experiment) -> bool:
+    """Return whether ``experiment`` is the finished run in ``directory`` with more steps.
+
+    Raises:
+        InputError: it is that run with another number of steps, and the run is not finished, or has more already.
+    """
+    there, steps = read_experiment(directory), experiment.train.steps
+    if there.train.steps == steps or there.with_values(train__steps=steps).differences(experiment):
+        return False
+    newest = latest_checkpoint(directory / "checkpoints")
+    done = step_of(newest) if newest else 0
+    if steps < there.train.steps:
+        raise InputError(
+            f"{directory} holds a run of {there.train.steps:,} steps, {done:,} of them done, and a run cannot be made "
+            f"shorter (train.steps={steps}); give train.steps={there.train.steps}, or choose another directory for "
+            "another run"
+        )
+    if done < there.train.steps:
+        raise InputError(
+            f"{directory} holds a run of {there.train.steps:,} steps, {done:,} of them done, and only a finished run "
+            f"can be trained longer: finish it with train.steps={there.train.steps} first, or choose another directory"
+        )
+    return True
+
+
+def write_longer(directory: Path, experiment: Experiment) -> None:
+    """Record that the finished run in ``directory`` goes on to the steps of ``experiment``.
+
+    In environment.json first: a process that is killed in between leaves a finished run.
+    """
+    environment, there = read_environment(directory), read_experiment(directory)
+    planned = [*planned_steps(environment, there), experiment.train.steps]
+    content = {**environment, "format": FORMAT, "planned_steps": planned}
+    write_sealed(directory / "environment.json", content)
+    parts = "".join(f"# Up to step {steps} it was trained as a run of {steps} steps.\n" for steps in planned[:-1])
+    write_text(directory / "experiment.toml", f"{parts}{experiment.to_toml()}")
 
 
 def read_environment(directory: Path) -> Environment:
@@ -119,7 +183,7 @@ def read_environment(directory: Path) -> Environment:
 def write_environment(directory: Path, experiment: Experiment, corpus: Corpus, **values: Any) -> None:
     """Write environment.json of a run that begins; ``values`` say where."""
     environment = {
-        "format": 2,  # of the first there was no digest
+        "format": FORMAT,
         **values,
         "corpus": corpus.fingerprint,
         "corpus_directory": str(corpus.directory.resolve()),

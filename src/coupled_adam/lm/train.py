@@ -43,11 +43,14 @@ from coupled_adam.lm.parallel import World, no_sync, parallelize
 from coupled_adam.lm.run import (
     check_corpus,
     check_run_directory,
+    planned_steps,
     read_environment,
     read_experiment,
+    trained_longer,
     write_environment,
+    write_longer,
 )
-from coupled_adam.lm.schedule import learning_rate
+from coupled_adam.lm.schedule import learning_rate, learning_rate_in_parts
 from coupled_adam.lm.tracking import Track, require_trackers, trackers
 from coupled_adam.monitor import DriftMonitor
 from coupled_adam.progress import progress_bar, say, warn
@@ -59,7 +62,13 @@ WRITTEN = frozenset({"environment.json", "experiment.toml", "metrics.jsonl", "tr
 
 
 def train(
-    experiment: Experiment, corpus: Corpus, run_dir: Path, evaluate: Evaluate, world: World | None = None
+    experiment: Experiment,
+    corpus: Corpus,
+    run_dir: Path,
+    evaluate: Evaluate,
+    world: World | None = None,
+    *,
+    longer: bool = False,
 ) -> LanguageModel:
     """Train the run in ``run_dir``, or resume it, and return the trained model.
 
@@ -68,9 +77,14 @@ def train(
     checkpoints/. The lines of metrics.jsonl go to the experiment's trackers too. A finished run is only loaded. The
     number of ranks does not change the global batch, nor the run; all ranks call this and ``evaluate`` together.
 
+    With ``longer``, the finished run in ``run_dir`` goes on if ``experiment`` is the same with more steps. The steps
+    that are done stay as they are; the learning rate of the others is that of the longer run, so that the whole is the
+    run that was longer from the start only if its schedule gives the steps before the same rates (``min_lr`` = ``lr``).
+    environment.json records the numbers of steps, and the last checkpoint of each part is kept.
+
     Raises:
-        InputError: ``run_dir`` is in use, or holds a run with other settings or another corpus, or files that are no
-            run's under the names of a run; every checkpoint there is damaged; the batch cannot be split over the ranks;
+        InputError: ``run_dir`` is in use, or holds a run with other settings or another corpus, or one to be trained
+            longer that is not finished, or files that are no run's under the names of a run; every checkpoint there is damaged; the batch cannot be split over the ranks;
             a tracker is not installed or cannot be opened.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved, and the next call resumes from it.
         DivergedError: the loss or gradient norm is not finite; the last checkpoint is intact.
@@ -80,9 +94,9 @@ def train(
     micro = micro_batch(experiment, world)
     world.broadcast_from_main(lambda: require_trackers(experiment.tracking))
     lock = lock_in(run_dir)
-    writable = world.broadcast_from_main(lambda: _claim(run_dir, experiment, corpus, lock))
+    writable, planned = world.broadcast_from_main(lambda: _claim(run_dir, experiment, corpus, lock, longer))
     try:
-        prepared = _prepared(experiment, corpus, run_dir, world)
+        prepared = _prepared(experiment, corpus, run_dir, world, planned)
         if prepared.start == experiment.train.steps:
             return prepared.model
         if not writable:
@@ -133,9 +147,13 @@ class Prepared:
     drift: DriftMonitor | None
     start: int
     """Steps that are done."""
+    planned: tuple[int, ...]
+    """As ``coupled_adam.lm.run.planned_steps``."""
 
 
-def _prepared(experiment: Experiment, corpus: Corpus, run_dir: Path, world: World) -> Prepared:
+def _prepared(
+    experiment: Experiment, corpus: Corpus, run_dir: Path, world: World, planned: tuple[int, ...]
+) -> Prepared:
     sequence_length, seed = experiment.data.sequence_length, experiment.run.seed
     model = build_model(experiment.model, corpus.vocab_size, sequence_length, seed, experiment.loss).to(world.device)
     model.activation_checkpointing = experiment.train.activation_checkpointing
@@ -160,7 +178,7 @@ def _prepared(experiment: Experiment, corpus: Corpus, run_dir: Path, world: Worl
         drift = watch_drift(experiment, model, optimizers, state)
     except ValueError as error:
         raise InputError(f"{checkpoint}: damaged ({error}); start a new run") from None
-    return Prepared(experiment, corpus, model, wrapped, optimizers, batches, drift, start)
+    return Prepared(experiment, corpus, model, wrapped, optimizers, batches, drift, start, planned)
 
 
 def _train(prepared: Prepared, run_dir: Path, evaluate: Evaluate, world: World, micro: int) -> LanguageModel:
@@ -181,7 +199,7 @@ def _train(prepared: Prepared, run_dir: Path, evaluate: Evaluate, world: World, 
             optimizers.zero_grad()
             parts = backward(prepared.wrapped, prepared.batches.batch(step), micro, config.precision, world)
             loss, penalty = world.sum(parts).tolist()
-            lr = learning_rate(step, experiment.schedule, config.steps)
+            lr = learning_rate_in_parts(step, experiment.schedule, prepared.planned)
             done, last = step + 1, step + 1 == config.steps
             evaluated = done % every == 0 or last
             before = _output_embedding(model).clone() if evaluated else None
@@ -199,16 +217,17 @@ def _train(prepared: Prepared, run_dir: Path, evaluate: Evaluate, world: World, 
             show(done, f"loss {loss:.3f}, {rate:,.0f} tokens/s, {speed(rate * flops, peak)}")
             stopping = world.sum(torch.tensor(stop.number)).item() > 0  # whichever rank was asked
             if done % config.checkpoint_every == 0 or last or stopping:
-                kept = {} if drift is None else {"drift": drift.state_dict()}
+                sums = {} if drift is None else {"drift": drift.state_dict()}
                 save_checkpoint(
                     run_dir / "checkpoints",
                     done,
                     model,
                     optimizers.all,
-                    {"corpus": prepared.corpus.fingerprint, **kept},
+                    {"corpus": prepared.corpus.fingerprint, **sums},
                     world,
                     keep_last=config.keep_last,
                     keep_every=config.keep_every,
+                    kept=prepared.planned,
                 )
             if stopping:
                 break
@@ -296,11 +315,14 @@ def stop_requested() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def _claim(run_dir: Path, experiment: Experiment, corpus: Corpus, lock: FileLock) -> bool:
+def _claim(
+    run_dir: Path, experiment: Experiment, corpus: Corpus, lock: FileLock, longer: bool
+) -> tuple[bool, tuple[int, ...]]:
     """Record what this run is, or check that the run already there is the same; lock out other processes.
 
     Returns:
-        Whether others are locked out. Of a finished run on a disk that cannot be written to they are not.
+        Whether others are locked out: of a finished run on a disk that cannot be written to they are not; and the
+        steps that the run was to have, as ``coupled_adam.lm.run.planned_steps``.
     """
     file = run_dir / "experiment.toml"
     check_run_directory(run_dir, experiment)
@@ -315,16 +337,22 @@ def _claim(run_dir: Path, experiment: Experiment, corpus: Corpus, lock: FileLock
             raise InputError(f"{run_dir}: cannot be written ({error.strerror}); choose another place") from None
     try:
         if file.exists():
-            if differences := read_experiment(run_dir).differences(experiment):
+            there, goes_on = read_experiment(run_dir), longer and trained_longer(run_dir, experiment)
+            if not goes_on and (differences := there.differences(experiment)):
                 raise InputError(
-                    f"{run_dir} holds a run with other settings ({'; '.join(differences)}, the first is there): "
-                    "choose another directory, or the same settings to resume"
+                    f"{run_dir} already contains a run with other settings ({'; '.join(differences)}): choose another "
+                    "directory, or the same settings to resume"
                 )
             check_corpus(run_dir, read_environment(run_dir), corpus)
             if lock.is_locked:
                 remove_leftovers(run_dir, WRITTEN.__contains__)
                 remove_unfinished(run_dir / "checkpoints")
-            return lock.is_locked
+            if goes_on:
+                write_longer(run_dir, experiment)
+            planned = planned_steps(read_environment(run_dir), experiment)
+            if goes_on:
+                warn(_said_of_longer(run_dir, experiment, planned))
+            return lock.is_locked, planned
         for caveat in experiment.caveats:
             warn(f"{experiment.run.name}: {caveat}")
         remove_leftovers(run_dir, WRITTEN.__contains__)
@@ -338,10 +366,23 @@ def _claim(run_dir: Path, experiment: Experiment, corpus: Corpus, lock: FileLock
             threads=torch.get_num_threads(),
         )
         write_text(file, experiment.to_toml())
-        return True
+        return True, (experiment.train.steps,)
     except BaseException:
         lock.release()
         raise
+
+
+def _said_of_longer(run_dir: Path, experiment: Experiment, planned: tuple[int, ...]) -> str:
+    """Say what a run is that goes on after it was finished."""
+    *_, done, steps = planned
+    begins = f"{run_dir}: finished at step {done:,}, and now trained to step {steps:,}"
+    rates = [learning_rate_in_parts(step, experiment.schedule, planned) for step in range(done + 1)]
+    if all(rate == learning_rate(step, experiment.schedule, steps) for step, rate in enumerate(rates)):
+        return f"{begins}. The learning rates are those of a run of {steps:,} steps from the start"
+    return (
+        f"{begins}. From step {done + 1:,} on, the learning rate is that of a run of {steps:,} steps: {rates[-1]:.3g}, "
+        f"after {rates[-2]:.3g}. The result is not that of a run of {steps:,} steps from the start"
+    )
 
 
 def _check_finite(step: int, loss: float, norm: float) -> None:

@@ -27,7 +27,7 @@ from coupled_adam.files import read_json
 from coupled_adam.lm.config import OPTIMIZER_LABELS, Experiment
 from coupled_adam.lm.estimate import estimate
 from coupled_adam.lm.metrics_jsonl import MetricsLog
-from coupled_adam.lm.run import read_environment, read_experiment
+from coupled_adam.lm.run import planned_steps, read_environment, read_experiment
 from coupled_adam.report.paired import PairedDifference, paired_difference
 
 Value = float | None
@@ -77,6 +77,8 @@ class Evaluated:
     """Of the package that trained it."""
     diverged: str | None = None
     """How it diverged; None if it did not."""
+    planned: tuple[int, ...] = ()
+    """As ``coupled_adam.lm.run.planned_steps``."""
 
     @property
     def name(self) -> str:
@@ -103,6 +105,12 @@ class Evaluated:
         return self.experiment.train.steps * self.experiment.train.batch_tokens
 
     @property
+    def length(self) -> str:
+        """Tokens seen in training, for a table; of a run that was trained longer, after how many it went on."""
+        before = [short(steps * self.experiment.train.batch_tokens) for steps in self.planned[:-1]]
+        return " ".join([short(self.tokens), *(["(longer from", f"{', '.join(before)})"] if before else [])])
+
+    @property
     def setting(self) -> str:
         """Key shared by runs that differ only in seed and method."""
         return self.setting_without()
@@ -113,6 +121,7 @@ class Evaluated:
         content = self.experiment.model_dump(include={"model", "data", "optimizer", "schedule", "train"})
         del content["optimizer"]["embedding"]
         content["train"] = {key: value for key, value in content["train"].items() if key not in speed}
+        content["train"]["before"] = self.planned[:-1]
         content["model"]["logits"] = self.head
         for section, _, key in (key.partition(".") for key in keys):
             del content[section][key]
@@ -212,11 +221,13 @@ def _read_run(directory: Path) -> Evaluated:
     if files["downstream"].get("settings", {}).get("model_digest") not in measured:
         files["downstream"] = {}
     curve = MetricsLog(directory / "metrics.jsonl").evaluations()
-    why, version = directory / DIVERGED, None
+    why, version, planned = directory / DIVERGED, None, (experiment.train.steps,)
     if (directory / "environment.json").exists():
-        version = read_environment(directory).get("packages", {}).get("coupled-adam")
+        environment = read_environment(directory)
+        version = environment.get("packages", {}).get("coupled-adam")
+        planned = planned_steps(environment, experiment)
     diverged = read_json(why, Divergence, "delete it")["reason"] if why.exists() and not files["validation"] else None
-    return Evaluated(directory, experiment, curve, **files, version=version, diverged=diverged)
+    return Evaluated(directory, experiment, curve, **files, version=version, diverged=diverged, planned=planned)
 
 
 #: The columns of the reference's table in its order, and the figure in each.
@@ -287,6 +298,7 @@ MORE_COLUMNS: dict[str, Callable[[Evaluated], str | Value]] = {
     "diverged": lambda run: str(run.diverged is not None).lower(),
     **{name: functools.partial(lambda name, run: run.figures[name], name) for name in LOGITS},
     "version": lambda run: run.version or "",
+    "longer_from": lambda run: " ".join(map(str, run.planned[:-1])),
 }
 
 
@@ -354,7 +366,7 @@ class SeedGroup:
     @property
     def setting(self) -> str:
         """Model and data, for a heading."""
-        return f"{self.first.model} parameters, {short(self.first.tokens)} tokens"
+        return f"{self.first.model} parameters, {self.first.length} tokens"
 
     def by_seed(self, figure: str) -> dict[int, float]:
         """Return the figure of the runs that have it, by seed."""

@@ -130,7 +130,7 @@ def comparison_lines(pairs: Sequence[Comparison], columns: Sequence[Figure]) -> 
                 cells.append(Cell(spread(group.moments(figure.name), figure.form), p is not None and p < SIGNIFICANT))
             counted = group.moments("validation_loss")
             runs = str(counted.count if counted else 0)
-            lines.append(Line(group.first.model, short(group.first.tokens), group.first.method, runs, tuple(cells)))
+            lines.append(Line(group.first.model, group.first.length, group.first.method, runs, tuple(cells)))
         told = [_difference(d, next(adjusted), figure) for d, figure in zip(found, columns, strict=True)]
         count = max((each.count for each in found if each), default=0)
         last = lines[-1]

@@ -80,7 +80,7 @@ class Sweeps:
         """Model, data, embeddings and head, for a heading."""
         run = self.lines[0].first
         tied = "tied" if run.experiment.model.tied else "untied"
-        return f"{run.model} parameters, {short(run.tokens)} tokens, {tied}, {run.head} head"
+        return f"{run.model} parameters, {run.length} tokens, {tied}, {run.head} head"
 
 
 def rate_of(group: SeedGroup) -> float:

@@ -332,7 +332,8 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
     """
     places = _places()
     order = {name: i for i, name in enumerate(places)}
-    known = [row for row in rows if text(row, "experiment") in places]
+    # A run that was trained longer is no run of its experiment any more.
+    known = [row for row in rows if text(row, "experiment") in places and not row.get("longer_from")]
     known.sort(key=lambda row: order[text(row, "experiment")])
     gathered: dict[tuple[str, tuple[str, ...]], dict[str, dict[float, dict[int, Row]]]] = {}
     entries: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
