@@ -12,6 +12,9 @@ from coupled_adam import __version__
 from coupled_adam.errors import BAD_PATH, INSTALL, DivergedError, InputError, Interrupted, of_system, one_line, require
 from coupled_adam.terminal import print_error, print_line, survive_encoding
 
+#: What the program is called, however it was started.
+COMMAND = "coupled-adam"
+
 #: What a shell adds to the number of the signal that ended a program.
 SIGNALED = 128
 
@@ -102,7 +105,7 @@ def _command(arguments: list[str]) -> int:
     from coupled_adam.cli import app
 
     try:
-        ended = app(args=arguments or ["--help"], standalone_mode=False)
+        ended = app(args=arguments or ["--help"], prog_name=COMMAND, standalone_mode=False)
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:

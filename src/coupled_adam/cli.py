@@ -3,6 +3,7 @@
 Commands import what they call themselves, so that the help is there at once.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coupled_adam import __version__, progress
+from coupled_adam import __version__, completion, progress
 from coupled_adam.errors import InputError
 from coupled_adam.terminal import Justify, print_error, print_json, print_line, print_styled, print_table
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 # Help is shown as it is written: brackets in it are no markup.
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -30,6 +30,19 @@ app = typer.Typer(
 
 #: The colors of a verdict.
 LEVELS = {"good": "green", "fair": "yellow", "poor": "red", "note": "cyan"}
+
+
+def _quiet(wanted: bool) -> None:
+    progress.show_log(wanted)
+    if wanted:  # of the libraries that show bars themselves
+        os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+
+
+#: An option of every command that works for a while.
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", callback=_quiet, help="Show no progress: the results, warnings and errors alone."),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -45,7 +58,6 @@ def root(
     ] = False,
 ) -> None:
     """AdamW for language models that keeps token embeddings centered: optimizers, experiments, measurements."""
-    progress.show_log()
 
 
 @app.command(name="demo", epilog="Example: coupled-adam demo --text my-notes/ --steps 200 --out runs/notes")
@@ -58,6 +70,7 @@ def demo_command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed for weight initialization and data order.")] = 1,
     out: Annotated[Path, typer.Option(help="Output directory; rerun the same command to resume.")] = Path("runs/demo"),
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
 ) -> None:
     """Compare AdamW with Coupled Adam on real text. Prints a table and writes a report, in minutes on two cores."""
@@ -87,7 +100,8 @@ def prepare_command(
         typer.Argument(
             help="wikipedia-sample or wikipedia-leads; a file or directory of .txt and .md, or of .parquet, .jsonl, "
             ".json, .csv or .tsv, also compressed; or a dataset of the Hugging Face hub, for instance "
-            "Skylion007/openwebtext or HuggingFaceFW/fineweb:sample-10BT."
+            "Skylion007/openwebtext or HuggingFaceFW/fineweb:sample-10BT.",
+            autocompletion=completion.one_of("wikipedia-sample", "wikipedia-leads"),
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory of the corpus; rerun the same command to resume.")],
@@ -107,6 +121,7 @@ def prepare_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a corpus of other text or settings in this place.")
     ] = False,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
     """Turn text into token shards. The validation split is by document."""
@@ -127,9 +142,18 @@ def prepare_command(
 
 @app.command(name="experiments", epilog="Example: coupled-adam experiments exp35V --gpu A100")
 def experiments_command(
-    name: Annotated[str | None, typer.Argument(help="Show this experiment.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show this experiment.", autocompletion=completion.experiment)
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the run.  [default: that of the name, or 1]")] = None,
-    gpu: Annotated[str, typer.Option(help="GPU for the hours: A100, H100, H200, B200, L40S.")] = "H100",
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help=f"GPU for the hours: {', '.join(completion.GPUS)}.",
+            autocompletion=completion.one_of(*completion.GPUS),
+        ),
+    ] = "H100",
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the papers' experiments and miniatures, or show one. With configuration, memory, FLOPs."""
@@ -175,6 +199,7 @@ def experiments_command(
             for n, e in loaded.items()
         ],
         f"{gpu} h: hours on one {gpu} at {UTILIZATION:.0%} of its peak, an assumption",
+        optional=("steps", "model", "params", "tokens", "core"),
     )
     if name:
         _print_estimate(estimates[name])
@@ -220,12 +245,16 @@ def train_command(
     experiment: Annotated[
         str,
         typer.Argument(
-            help="Name of an experiment, ours or the authors'; a TOML file; or the directory of a run, to resume it."
+            help="Name of an experiment, ours or the authors'; a TOML file; or the directory of a run, to resume it.",
+            autocompletion=completion.experiment_or_file,
         ),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="section.key=value …; a finished run is trained longer with a larger train.steps."),
+        typer.Argument(
+            help="section.key=value …; a finished run is trained longer with a larger train.steps.",
+            autocompletion=completion.override,
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Directory that `coupled-adam prepare` made.  [default: that of the run]")
@@ -234,6 +263,7 @@ def train_command(
         Path | None, typer.Option(help="Directory of the run.  [default: runs/NAME, or the run given]")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed for weight initialization and data order.")] = None,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the last metrics as JSON.")] = False,
 ) -> None:
     """Train one experiment, resume it, or train it longer. Also under torchrun, on one machine or many."""
@@ -265,7 +295,7 @@ def train_command(
             if as_json:
                 print_json(last)
             else:
-                print_line(_last_line(run_dir, last))
+                print_styled((_last_line(run_dir, last), ""))
 
 
 def _experiment(name: str, seed: int | None) -> "Experiment":
@@ -298,18 +328,26 @@ def _last_line(run_dir: Path, line: dict[str, Any]) -> str:
 
 @app.command(name="reproduce", epilog="Example: coupled-adam reproduce mini --only scaled --only sgd")
 def reproduce_command(
-    suite: Annotated[str, typer.Argument(help="mini: the families of the paper's experiments, for two cores.")],
+    suite: Annotated[
+        str,
+        typer.Argument(
+            help="mini: the families of the paper's experiments, for two cores.",
+            autocompletion=completion.one_of("mini"),
+        ),
+    ],
     only: Annotated[
         list[str] | None,
         typer.Option(
             help="A family: small, scaled, sgd, llama, long, drift, precision, tied, core, noise, what-tied, "
-            "what-untied, health, one-rate, batch, rest, rates, words, muon, decay, warm. May be repeated."
+            "what-untied, health, one-rate, batch, rest, rates, words, muon, decay, warm. May be repeated.",
+            autocompletion=completion.family,
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="For instance 1,2,3.  [default: those of the family]")] = "",
     out: Annotated[
         Path | None, typer.Option(help="Directory of the runs; rerun to resume.  [default: runs/SUITE]")
     ] = None,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Train and evaluate the remaining runs of a suite. Then write a report."""
@@ -358,18 +396,23 @@ def evaluate_command(
     data: Annotated[Path | None, typer.Option(help="Corpus directory, if it has moved since training.")] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="A stage: validation, embeddings, frequency, export, downstream. May be repeated."),
+        typer.Option(
+            help=f"A stage: {', '.join(completion.STAGES)}. May be repeated.",
+            autocompletion=completion.one_of(*completion.STAGES),
+        ),
     ] = None,
     tasks: Annotated[
         str,
         typer.Option(
             help="lm-eval tasks, separated by commas; or the paper's tasks: paper, as they are now, or paper-0.4.3, as "
-            "they were in its harness."
+            "they were in its harness.",
+            autocompletion=completion.one_of("paper", "paper-0.4.3"),
         ),
     ] = "paper",
     limit: Annotated[int | None, typer.Option(min=1, help="Samples per task.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Directory of your own task definitions.")] = None,
     benchmarks: Annotated[Path | None, typer.Option(help="Directory of word-similarity benchmarks.")] = None,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the stages' results as JSON.")] = False,
 ) -> None:
     """Evaluate a run: loss, embeddings, export, downstream tasks. Results are cached."""
@@ -402,17 +445,24 @@ def export_command(
     run: Annotated[Path, typer.Argument(help="Directory of a trained run.")],
     data: Annotated[Path | None, typer.Option(help="Corpus directory, if it has moved since training.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the model.  [default: RUN/model]")] = None,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the directory as JSON.")] = False,
 ) -> None:
     """Export a model that transformers loads without this package. Weights, tokenizer, configuration, model card."""
     from coupled_adam.evaluation.stages import export_run
 
-    print_line(export_run(run, data, out))
+    directory = export_run(run, data, out)
+    if as_json:
+        print_json({"directory": str(directory)})
+    else:
+        print_line(directory)
 
 
 @app.command(name="report", epilog="Example: coupled-adam report runs/mini --out report")
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, or directories that hold them.")],
     out: Annotated[Path, typer.Option(help="Directory of aggregate.csv and report.html.")] = Path("report"),
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """Report on evaluated runs: the paper's table and charts. Published figures stand beside ours."""
@@ -440,6 +490,7 @@ def audit_command(
         Path | None,
         typer.Option("--center", help="Write a copy with a centered output embedding (predictions unchanged)."),
     ] = None,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
     """Audit the embeddings of any model. Figures, a verdict in words, several models side by side."""

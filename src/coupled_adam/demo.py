@@ -25,7 +25,7 @@ from coupled_adam.lm.prepare import prepare, resolved
 from coupled_adam.lm.run import check_run_directory
 from coupled_adam.lm.sources import Source, WikipediaSample, local_source
 from coupled_adam.lm.train import train
-from coupled_adam.progress import say
+from coupled_adam.progress import duration, say
 from coupled_adam.report.aggregate import Evaluated, read_runs
 from coupled_adam.report.demo_page import PUBLISHED_MODEL, PUBLISHED_TOKENS, write_demo_page
 from coupled_adam.report.page import check_page
@@ -78,7 +78,8 @@ def _run(out: Path, source: Source, experiment: Experiment) -> dict[str, Any]:
     experiment = resolved(experiment, corpus)
     sizes = f"{corpus.tokens('train'):,} training and {corpus.tokens('validation'):,} validation tokens"
     say(f"  {sizes} in {corpus.directory}")
-    for method in METHODS:
+    for i, method in enumerate(METHODS, start=1):
+        say(f"[{i}/{len(METHODS)}] {OPTIMIZER_LABELS[method]}: {experiment.train.steps:,} steps in {out / method}")
         run = experiment.with_values(run__name=method, optimizer__embedding__name=method)
         train(run, corpus, out / method, evaluator(run, corpus))
         evaluate(out / method, corpus.directory, ("validation", "embeddings"))
@@ -86,7 +87,7 @@ def _run(out: Path, source: Source, experiment: Experiment) -> dict[str, Any]:
     results = _results(experiment, corpus, runs)
     write_json(out / "results.json", results)
     write_demo_page(out / "report.html", list(runs.values()), corpus.meta["source"])
-    say(f"Done in {time.monotonic() - began:.0f} s: {out / 'report.html'}")
+    say(f"Done in {duration(time.monotonic() - began)}: {out / 'report.html'}")
     return results
 
 

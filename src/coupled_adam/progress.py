@@ -5,6 +5,7 @@ on standard error.
 """
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -12,12 +13,18 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from coupled_adam.errors import printable
-from coupled_adam.terminal import print_error
+from coupled_adam.terminal import plain, print_error
 
 LOGGER = logging.getLogger("coupled_adam")
 
 #: Seconds between two plain lines.
 LINE_EVERY = 10.0
+
+#: Seconds of work before it is said how much is left.
+SETTLED = 5.0
+
+#: Characters of a name beside a bar.
+NAME_WIDTH = 24
 
 
 def say(text: str) -> None:
@@ -30,12 +37,17 @@ def warn(text: str) -> None:
     LOGGER.warning(printable(text))
 
 
-def show_log() -> None:
-    """Show the lines on standard error, as the command line does."""
+def show_log(quiet: bool = False) -> None:
+    """Show the lines on standard error, as the command line does; if ``quiet``, warnings alone, and no bars."""
     if not any(isinstance(handler, _StandardError) for handler in LOGGER.handlers):
         LOGGER.addHandler(_StandardError())
-    LOGGER.setLevel(logging.INFO)
+    LOGGER.setLevel(logging.WARNING if quiet else logging.INFO)
     LOGGER.propagate = False
+
+
+def is_quiet() -> bool:
+    """Return whether the program has silenced the lines: then nothing else should show progress either."""
+    return LOGGER.level > logging.INFO
 
 
 class _StandardError(logging.Handler):
@@ -46,38 +58,84 @@ class _StandardError(logging.Handler):
 
 
 class Update(Protocol):
-    """Reports how many steps are done, and what to show beside the bar."""
+    """Reports how many steps are done, None if that is not known, and what to show beside the bar."""
 
-    def __call__(self, done: int, text: str) -> None: ...
+    def __call__(self, done: int | None, text: str = "") -> None: ...
 
 
 @contextmanager
-def progress_bar(name: str, done: int, total: int, shown: bool = True) -> Iterator[Update]:
-    """Show a bar over ``total`` steps, ``done`` of which were done before; nothing unless ``shown``."""
-    if not shown:
-        yield lambda done, text: None
+def progress_bar(
+    name: str, done: int, total: int, shown: bool = True, unit: str = "step", passing: bool = False
+) -> Iterator[Update]:
+    """Show how far work is, and how long it will take.
+
+    Args:
+        name: of the work.
+        done: what was done before, of ``total``.
+        total: when it is at its end.
+        shown: False for nothing at all, as if the program were quiet.
+        unit: of ``total``; ``"%"`` for a share.
+        passing: for a part of the work, often short: the bar is removed at its end, and lines come only if it is long.
+    """
+    if not shown or is_quiet():
+        yield lambda done, text="": None
         return
     if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description:<14}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(printable(name), completed=done, total=total, text="")
-            yield lambda done, text: bar.update(task, completed=done, text=text)
+        with _bar(name, done, total, unit, passing) as update:
+            yield update
         return
-    last_line = 0.0
+    start, began = done, time.monotonic()
+    last_line = began if passing else -LINE_EVERY
 
-    def line(done: int, text: str) -> None:
+    def line(done: int | None, text: str = "") -> None:
         nonlocal last_line
-        if done == total or time.monotonic() - last_line >= LINE_EVERY:
-            last_line = time.monotonic()
-            say(f"{name}: step {done} of {total}, {text}")
+        now = time.monotonic()
+        if now - last_line >= LINE_EVERY or (done == total and not passing):
+            last_line = now
+            share = rest = ""
+            if done is not None:
+                share = f"{done}%" if unit == "%" else f"{unit} {done:,} of {total:,} ({done / total:.0%})"
+            if done is not None and start < done < total and now - began >= SETTLED:
+                rest = f"about {duration((now - began) / (done - start) * (total - done))} left"
+            say(f"{name}: " + ", ".join(part for part in (share, rest, text) if part))
 
     yield line
+
+
+@contextmanager
+def _bar(name: str, done: int, total: int, unit: str, passing: bool) -> Iterator[Update]:
+    """Draw a bar that fits a line of any terminal: what is not there on a narrow one is the text at its end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.progress import TimeRemainingColumn as Left
+    from rich.table import Column
+
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=min(NAME_WIDTH, console.width // 4))),
+        BarColumn(bar_width=max(min(console.width // 5, 40), 4)),
+        TaskProgressColumn(markup=False) if unit == "%" else MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        Left(compact=True, table_column=Column(no_wrap=True)),
+        TextColumn(
+            "{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        ),
+    )
+    with Progress(*columns, console=console, transient=passing, expand=True) as bar:
+        task = bar.add_task(plain(printable(name), console.encoding), completed=done, total=total, text="")
+        yield lambda done, text="": bar.update(task, completed=done, text=plain(text, console.encoding))
+
+
+def duration(seconds: float) -> str:
+    """Format a time that is not known exactly.
+
+    Examples:
+        >>> [duration(seconds) for seconds in (0.4, 50, 100, 3500, 5000, 200000)]
+        ['1 s', '50 s', '2 min', '58 min', '1 h 23 min', '56 h']
+    """
+    if seconds < 90:
+        return f"{max(math.ceil(seconds), 1)} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 24 else f"{round(seconds / 3600)} h"

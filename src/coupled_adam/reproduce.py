@@ -21,7 +21,7 @@ from coupled_adam.lm.prepare import prepare
 from coupled_adam.lm.run import read_experiment
 from coupled_adam.lm.sources import source_of
 from coupled_adam.lm.train import train
-from coupled_adam.progress import say, warn
+from coupled_adam.progress import duration, say, warn
 from coupled_adam.report.aggregate import DIVERGED, SeedGroup, read_runs
 from coupled_adam.report.report_page import check_outputs, report
 
@@ -189,7 +189,7 @@ def reproduce(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) 
                 corpora[key] = prepare(sources[data.source], data, out / "corpus" / "-".join(map(str, key)))
             if not run.finished:
                 rest = sum(estimate(r.experiment).flops for r in runs[i:] if not (r.finished or r.diverged))
-                left = f", about {math.ceil(rest * seconds / flops / 60)} min left" if flops else ""
+                left = f", about {duration(rest * seconds / flops)} left" if flops else ""
                 say(f"[{i + 1}/{len(runs) if i < len(runs) else '…'}] {run.family}: {run.experiment.run.name}{left}")
                 before, began = _steps_done(run.directory), time.monotonic()
                 train(run.experiment, corpora[key], run.directory, evaluator(run.experiment, corpora[key]))

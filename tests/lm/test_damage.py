@@ -149,7 +149,10 @@ def test_a_checkpoint_from_before_there_were_digests_is_used(
         as_of_an_older_version(path / "state.json")
     capsys.readouterr()
     loop.train(tiny, corpus, tmp_path / "run", no_figures)
-    assert capsys.readouterr().err == f"{tmp_path / 'run'}: finished, and only loaded\n"
+    assert (
+        capsys.readouterr().err
+        == f"{tmp_path / 'run'}: already finished with 24 steps; a larger train.steps trains it longer\n"
+    )
     assert evaluate(tmp_path / "run", only=("validation",))["validation"]["step"] == 24
 
 
@@ -163,7 +166,7 @@ def test_settings_that_changed_on_the_disk_are_no_other_run(tiny: Experiment, co
         lambda: evaluate(tmp_path / "run", only=("validation",)),
         lambda: read_runs([tmp_path / "run"]),
     ):
-        with pytest.raises(InputError, match=r"experiment\.toml: changed since .*schedule\.lr: .*, 0\.5, the first"):
+        with pytest.raises(InputError, match=r"experiment\.toml: changed since .*schedule\.lr: 0\.001 recorded, 0\.5 now"):
             attempt()
 
 

@@ -15,6 +15,11 @@ from coupled_adam.audit.verdict import Finding, findings, note_on_rows
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.embedding_figures import as_json
 from coupled_adam.evaluation.token_sample import TokenSample, sample_tokens
+from coupled_adam.geometry.measurements import PARTS
+from coupled_adam.progress import progress_bar, say
+
+#: Numbers in a matrix that takes some time to measure.
+LARGE = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,9 @@ def audit_models(
     if center_to is not None and len(given) > 1:
         raise InputError(f"--center {center_to}: takes one model at a time, not {len(given)}")
     audited, centered = {}, None
-    for model in given:
+    for i, model in enumerate(given, start=1):
+        if len(given) > 1:
+            say(f"[{i}/{len(given)}] {model}")
         found = read_embeddings(model, tensor=tensor, data=data)
         audited[model] = [
             _audited(found, kind, matrix, benchmarks, tensor is None) for kind, matrix in _matrices(found)
@@ -96,6 +103,9 @@ def _audited(
     found: Embeddings, kind: str, matrix: Tensor, benchmarks: Sequence[geometry.Benchmark], whole: bool
 ) -> Audited:
     """Measure one matrix; ``whole`` unless it is a tensor that the user chose, whose rows may be no tokens."""
+    large, name = matrix.numel() >= LARGE, f"{found.name} ({kind})"
+    if large:
+        say(f"{name}: measuring {' × '.join(f'{length:,}' for length in matrix.shape)} embeddings")
     counts, notes = found.unigram_counts, list(found.notes)
     if counts is not None and len(counts) != len(matrix):
         counts = None
@@ -108,7 +118,8 @@ def _audited(
             token_of = text_of = None  # the rows are something else than the tokens of this tokenizer
             notes.append(f"Its tokenizer has {number:,} tokens, the matrix {len(matrix):,} rows: words were left out.")
     try:
-        measured = geometry.measure(matrix, counts=counts, token_of=token_of, benchmarks=benchmarks)
+        with progress_bar(name, 0, PARTS, large, "part", passing=True) as show:
+            measured = geometry.measure(matrix, counts=counts, token_of=token_of, benchmarks=benchmarks, show=show)
         sample = sample_tokens(matrix, text_of or (lambda token: f"row {token}"), counts)
         if measured.zero_rows < len(matrix) and (
             note := note_on_rows(matrix.numpy(), measured, number if whole else None)

@@ -15,6 +15,7 @@ from coupled_adam.errors import InputError
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.model import LanguageModel
+from coupled_adam.progress import progress_bar
 
 #: Bounds of κ = (1 − β2) / (q·B) between which rows are gathered. A token of share q occurs every 1/(q·B) steps of B
 #: tokens; where κ > 1 its second moment is forgotten in between (arXiv 2609.37535).
@@ -129,15 +130,17 @@ def _predictions(
     losses: list[Tensor] = []
     predicted, reported = torch.zeros(corpus.vocab_size, dtype=torch.float64), 0
     at_a_time = max(POSITIONS // length, 1)
-    for i in range(0, count, at_a_time):
-        part = slice(i, i + at_a_time)
-        logits = model(inputs[part].to(device)).flatten(0, 1).float()
-        log_p = torch.log_softmax(logits, -1)
-        wanted = targets[part].flatten()
-        losses.append(-log_p.gather(1, wanted.to(device)[:, None]).squeeze(1).cpu())
-        kept = torch.from_numpy(document[i * length : (i + at_a_time) * length] % 2 == 1)
-        predicted += log_p[kept.to(device)].exp_().sum(0).double().cpu()
-        reported += int(kept.sum())
+    with progress_bar(experiment.run.name, 0, count, unit="sequence", passing=True) as show:
+        for i in range(0, count, at_a_time):
+            part = slice(i, i + at_a_time)
+            logits = model(inputs[part].to(device)).flatten(0, 1).float()
+            log_p = torch.log_softmax(logits, -1)
+            wanted = targets[part].flatten()
+            losses.append(-log_p.gather(1, wanted.to(device)[:, None]).squeeze(1).cpu())
+            kept = torch.from_numpy(document[i * length : (i + at_a_time) * length] % 2 == 1)
+            predicted += log_p[kept.to(device)].exp_().sum(0).double().cpu()
+            reported += int(kept.sum())
+            show(min(i + at_a_time, count), "loss by frequency")
     found = torch.cat(losses).double().numpy()
     if not math.isfinite(float(found.sum())):
         raise ValueError("a loss on the held-out text is not finite")

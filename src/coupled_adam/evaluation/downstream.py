@@ -19,7 +19,7 @@ from coupled_adam.errors import InputError, one_line, require
 from coupled_adam.evaluation.results import read_results, write_results
 from coupled_adam.evaluation.tasks import Definition, definitions
 from coupled_adam.files import check_writable
-from coupled_adam.progress import say, warn
+from coupled_adam.progress import is_quiet, say, warn
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -88,7 +88,8 @@ def downstream(
         missing = [d for d in defined if not results.reuse(d)]
         if missing:
             check_writable(out.parent, out)
-        for d in missing:
+        for i, d in enumerate(missing, start=1):
+            say(f"[{i}/{len(missing)}] {d.name}")
             _run_one(d, manager, model, results)
     return results.write()
 
@@ -283,9 +284,9 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _no_output() -> Iterator[None]:
-    """Drop what is printed, and bars unless they are on a terminal."""
+    """Drop what is printed, and bars unless they are on a terminal and wanted."""
     with Path(os.devnull).open("w") as sink, ExitStack() as stack:
         stack.enter_context(redirect_stdout(sink))
-        if not sys.stderr.isatty():
+        if not sys.stderr.isatty() or is_quiet():
             stack.enter_context(redirect_stderr(sink))
         yield

@@ -24,12 +24,13 @@ from coupled_adam.evaluation.token_sample import sample_tokens
 from coupled_adam.evaluation.validation import batches_used, held_out, validate
 from coupled_adam.figures import FIGURES, figures
 from coupled_adam.files import check_writable, output_path, remove_leftovers
+from coupled_adam.geometry.measurements import PARTS
 from coupled_adam.lm.export import check_target, export, transformers_config, write_model_card
 from coupled_adam.lm.loss import STATISTICS
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
 from coupled_adam.lm.run import Run, full_state_dict, open_run, sha256_of
-from coupled_adam.progress import say, warn
+from coupled_adam.progress import progress_bar, say, warn
 
 STAGES = ("validation", "embeddings", "frequency", "export", "downstream")
 
@@ -93,6 +94,7 @@ def evaluate(
     elif "frequency" in only:
         results["frequency"] = _frequency(run, model, sha256)
     if exported:
+        say(f"{run.experiment.run.name}: exporting to {directory / 'model'}")
         export(run, weights, sha256, directory / "model")
         results["export"] = str(directory / "model")
     if "downstream" in only:
@@ -204,10 +206,12 @@ def _validation(run: Run, model: LanguageModel, weights: str, world: World) -> d
         return known
     world.broadcast_from_main(lambda: check_writable(run.directory / "evaluation"))
     if world.is_main_process:
-        say(f"{run.experiment.run.name}: validation")
-    found = validate(model, batches, count, world, settings.precision)
+        say(f"{run.experiment.run.name}: evaluating validation loss")
+    used = batches_used(batches, count)
+    with progress_bar(run.experiment.run.name, 0, used, world.is_main_process, "batch", passing=True) as show:
+        found = validate(model, batches, count, world, settings.precision, show)
     loss = found.pop("validation_loss")
-    tokens = batches_used(batches, count) * batches.batch_size * batches.sequence_length
+    tokens = used * batches.batch_size * batches.sequence_length
     perplexity = math.exp(loss) if loss < HIGHEST_LOSS else None
     content = {"loss": loss, "perplexity": perplexity, "tokens": tokens, **found}
     return world.broadcast_from_main(lambda: _written(run, "validation", inputs, content))
@@ -224,15 +228,16 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, directory: Path | Non
     if known and "word_similarity_bare" in known["figures"]:  # else it is from before that was measured
         return known
     check_writable(run.directory / "evaluation")
-    say(f"{run.experiment.run.name}: embeddings")
+    say(f"{run.experiment.run.name}: measuring {_size(embedding)} embeddings")
     counts, moment = run.corpus.unigram_counts, run.second_moment()
     if moment is not None and moment.shape != embedding.shape:
         moment = None  # shared over the vocabulary, it says nothing of the tokens
     words = run.corpus.words
     try:
-        measured = geometry.measure(
-            embedding, counts=counts, token_of=functools.cache(words.token_of), benchmarks=benchmarks
-        )
+        with progress_bar(run.experiment.run.name, 0, PARTS, unit="part", passing=True) as show:
+            measured = geometry.measure(
+                embedding, counts=counts, token_of=functools.cache(words.token_of), benchmarks=benchmarks, show=show
+            )
     except ValueError as error:
         raise InputError(f"{run.directory}: {error}") from None
     content = as_json(measured)
@@ -243,6 +248,10 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, directory: Path | Non
     content["figures"] |= defined({"word_similarity_bare": found})
     content["token_sample"] = sample_tokens(embedding, words.text_of, counts, moment).as_json()
     return _written(run, "embeddings", inputs, content)
+
+
+def _size(matrix: Tensor) -> str:
+    return " × ".join(f"{length:,}" for length in matrix.shape)
 
 
 def _frequency(run: Run, model: LanguageModel, weights: str) -> dict[str, Any]:
@@ -256,7 +265,7 @@ def _frequency(run: Run, model: LanguageModel, weights: str) -> dict[str, Any]:
     if known and "documents" in known:  # else it is from before they were measured
         return known
     check_writable(run.directory / "evaluation")
-    say(f"{run.experiment.run.name}: loss by frequency")
+    say(f"{run.experiment.run.name}: evaluating loss by frequency")
     try:
         found = by_frequency(model, run.experiment, run.corpus)
     except InputError as error:  # what the other stages found is kept, and shown

@@ -9,6 +9,7 @@ from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.loss import STATISTICS
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
+from coupled_adam.progress import Update
 
 
 def held_out(experiment: Experiment, corpus: Corpus) -> Batches:
@@ -24,14 +25,19 @@ def batches_used(batches: Batches, count: int) -> int:
 
 @torch.no_grad()
 def validate(
-    model: LanguageModel, batches: Batches, count: int, world: World | None = None, precision: str = "float32"
+    model: LanguageModel,
+    batches: Batches,
+    count: int,
+    world: World | None = None,
+    precision: str = "float32",
+    show: Update | None = None,
 ) -> dict[str, float]:
     """Measure how the model predicts ``batches_used(batches, count)`` batches, in ``precision`` as of training.
 
     ``validation_loss`` is the mean cross entropy per token, in nats, of the logits as the model makes them: capped and
     rounded, without penalties. ``logit_mean``, ``logit_std``, ``logit_max`` and ``log_z_squared`` are means over the
     tokens of what ``lm.loss.STATISTICS`` says, in float32. The ranks share each batch, and all get the result; the
-    model is called equally often on each.
+    model is called equally often on each. ``show`` is told how many batches are done.
 
     Raises:
         InputError: there are more ranks than sequences in a batch.
@@ -47,5 +53,7 @@ def validate(
         with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             losses = model(inputs, targets)
         total += torch.tensor([targets.numel(), losses.cross_entropy, *losses.statistics], dtype=torch.float64)
+        if show is not None:
+            show(step + 1)
     tokens, *sums = world.sum(total.to(world.device)).tolist()
     return {name: value / tokens for name, value in zip(("validation_loss", *STATISTICS), sums, strict=True)}

@@ -1,7 +1,9 @@
 """Everything that is measured of an embedding matrix, at once."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -9,6 +11,11 @@ from numpy.typing import ArrayLike
 from coupled_adam.geometry import frequency, metrics, post_processing
 from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix
 from coupled_adam.geometry.word_similarity import Benchmark, WordSimilarity, mean_similarity, word_similarity
+
+T = TypeVar("T")
+
+#: Of a measurement, those that take long.
+PARTS = 5
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ def measure(
     counts: ArrayLike | None = None,
     token_of: Callable[[str], int | None] | None = None,
     benchmarks: Sequence[Benchmark] = (),
+    show: Callable[[int], None] | None = None,
 ) -> Measurements:
     """Measure a (V, H) embedding matrix.
 
@@ -58,6 +66,7 @@ def measure(
         counts: how often each token occurs in the training data, (V,), for the correlations with frequency.
         token_of: the row of a word, None for a word that is not one token; for word similarity.
         benchmarks: for instance ``coupled_adam.geometry.published_benchmarks``.
+        show: told how many of the :data:`PARTS` that take long are done.
 
     Raises:
         ValueError: not a finite matrix with two rows or more, or counts that do not fit it.
@@ -67,13 +76,19 @@ def measure(
     >>> round(measure(shifted).mean_shift_ratio, 1)
     0.9
     """
-    e = as_matrix(embedding)
-    values = metrics.singular_values(e)
+    e, done = as_matrix(embedding), itertools.count(1)
+
+    def finished(part: T) -> T:
+        if show is not None:
+            show(next(done))
+        return part
+
+    values = finished(metrics.singular_values(e))
     for_isotropy, for_words = (
         post_processing.isotropy_components(e.shape[1]),
         post_processing.WORD_SIMILARITY_COMPONENTS,
     )
-    top = post_processing.principal_components(e, max(for_isotropy, for_words))
+    top = finished(post_processing.principal_components(e, max(for_isotropy, for_words)))
     variants = post_processing.variants(e, top[:, :for_words])
     similarity = {}
     if token_of is not None and benchmarks:
@@ -81,9 +96,11 @@ def measure(
     return Measurements(
         tokens=len(e),
         hidden_size=e.shape[1],
-        isotropy=metrics.isotropy(e),
-        isotropy_centered=metrics.isotropy(e, variants["centered"]),
-        isotropy_post_processed=metrics.isotropy(e, post_processing.all_but_the_top(e, top[:, :for_isotropy])),
+        isotropy=finished(metrics.isotropy(e)),
+        isotropy_centered=finished(metrics.isotropy(e, variants["centered"])),
+        isotropy_post_processed=finished(
+            metrics.isotropy(e, post_processing.all_but_the_top(e, top[:, :for_isotropy]))
+        ),
         mean_of_norms=metrics.mean_of_norms(e),
         norm_of_mean=metrics.norm_of_mean(e),
         mean_shift_ratio=metrics.mean_shift_ratio(e),

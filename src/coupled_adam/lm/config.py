@@ -1,6 +1,7 @@
 """The schema of an experiment file (TOML): one frozen section a table, defaults stated once."""
 
 import difflib
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -384,6 +385,11 @@ class Experiment(Section):
                     raise InputError(f"{assignment!r}: {section} is no section")
             table[name] = value
         return self.from_dict(tables, "command line")
+
+    def settings(self) -> dict[str, str]:
+        """Return the value of every ``section.key``, as :meth:`overridden` takes it; None is left out."""
+        flat = _flatten(self.model_dump(mode="json", exclude_none=True))
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
 
     def differences(self, other: Self, this: str = "there", that: str = "requested") -> list[str]:
         """List the keys at which ``other`` is another run, each as ``section.key: A there, B requested``."""

@@ -110,6 +110,14 @@ def open_text(path: Path, newline: str | None = None) -> TextIO:
     return io.TextIOWrapper(open_bytes(path), encoding=encoding, newline=newline)
 
 
+def bytes_read(text: TextIO) -> int:
+    """Return how far a file that :func:`open_text` opened is read, in its own bytes; 0 if that cannot be told."""
+    buffer = text.buffer
+    for name in ("fileobj", "_fp"):  # of the decompressed ones
+        buffer = getattr(buffer, name, buffer)
+    return buffer.tell() if isinstance(getattr(buffer, "raw", None), io.FileIO) else 0
+
+
 def read_text(path: Path) -> str:
     """Return the text of a file. Raises InputError if it cannot be read or is not text; the message says why."""
     try:

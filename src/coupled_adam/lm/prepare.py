@@ -7,8 +7,7 @@ resumes from there.
 import itertools
 import os
 import re
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +54,7 @@ from coupled_adam.lm.tokenizer import (
     train_bpe,
     write_tokenizer,
 )
-from coupled_adam.progress import say
+from coupled_adam.progress import progress_bar, say
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 KIND = "corpus"
@@ -287,7 +286,7 @@ def _write(
                 raise InputError(f"{aside / 'tokenizer.json'}: damaged; delete {aside} to start again")
             write_tokenizer(tokenizer, aside / "tokenizer.json")  # the same one may have been written in another way
         shards = Shards(aside, record, tokenizer)
-        shards.fill(labeled(source, config.held_out), source.name)
+        shards.fill(labeled(source, config.held_out), source.name, source.share)
         for split in SPLITS:
             if shards.tokens(split) <= config.sequence_length:
                 raise InputError(
@@ -417,25 +416,28 @@ class Shards:
         """Count the tokens written so far."""
         return sum(shard["tokens"] for shard in self.record["shards"][split])
 
-    def fill(self, documents: Iterable[tuple[Split, str]], name: str) -> None:
-        """Encode and append (split, document) pairs; the first ones, which are there already, are skipped."""
+    def fill(self, documents: Iterable[tuple[Split, str]], name: str, share: Callable[[int], float | None]) -> None:
+        """Encode and append (split, document) pairs; the first ones, which are there already, are skipped.
+
+        ``share`` says how much of the text is done when so many characters of it are.
+        """
         done = _documents(self.record)
         if done:
             say(f"{name}: resuming after {done:,} documents")
-        rest, shown = itertools.islice(documents, done, None), time.monotonic()
-        for batch in _batches(rest):
-            encoded = self.encoder.encode([text for _, text in batch], self.dtype)
-            for split in SPLITS:
-                own = [(text, ids) for (s, text), ids in zip(batch, encoded, strict=True) if s == split]
-                self.record["documents"][split] += len(own)
-                self.record["characters"][split] += sum(len(text) for text, _ in own)
-                if own:
-                    self._append(split, np.concatenate([ids for _, ids in own]))
-            if self._unsaved >= SAVE_TOKENS:
-                self._save()
-            if time.monotonic() - shown > 10:
-                shown = time.monotonic()
-                say(f"{name}: {_documents(self.record):,} documents, {self.tokens('train'):,} tokens")
+        with progress_bar(name, 0, 100, unit="%", passing=True) as show:
+            for batch in _batches(itertools.islice(documents, done, None)):
+                encoded = self.encoder.encode([text for _, text in batch], self.dtype)
+                for split in SPLITS:
+                    own = [(text, ids) for (s, text), ids in zip(batch, encoded, strict=True) if s == split]
+                    self.record["documents"][split] += len(own)
+                    self.record["characters"][split] += sum(len(text) for text, _ in own)
+                    if own:
+                        self._append(split, np.concatenate([ids for _, ids in own]))
+                if self._unsaved >= SAVE_TOKENS:
+                    self._save()
+                part = share(self.record["characters"]["train"] + self.record["characters"]["validation"])
+                counted = f"{_documents(self.record):,} documents, {self.tokens('train'):,} tokens"
+                show(None if part is None else int(100 * part), counted)
         if self.encoder.removed:
             say(
                 f"{name}: {self.encoder.removed:,} special tokens that the text spells out were left out: "

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from coupled_adam.errors import InputError, one_line, require
 from coupled_adam.lm.opening import COMPRESSED, NOT_PROSE, TABLES, TEXT, suffix_of
@@ -43,6 +43,9 @@ class Source(Protocol):
     def documents(self) -> Iterable[str]:
         """Return the documents, a list if they are in memory anyway. Raises InputError where there are none."""
 
+    def share(self, characters: int) -> float | None:
+        """Return how much of the text is done when so many characters of it are, from 0 to 1; None if unknown."""
+
 
 class WikipediaSample:
     """105 long articles of the English Wikipedia, from the wheel of gensim (text: CC BY-SA, Wikipedia contributors)."""
@@ -67,6 +70,9 @@ class WikipediaSample:
         with bz2.open(BytesIO(self._dump())) as dump:
             articles = [_prose(filter_wiki(text)) for _, text, _ in extract_pages(dump, ("0",))]
         return [article for article in articles if article]
+
+    def share(self, characters: int) -> None:
+        """None: it takes seconds."""
 
 
 def _prose(text: str) -> str:
@@ -108,6 +114,9 @@ class WikipediaLeads:
         texts = (re.sub(r"\s+", " ", str(article["extract"])).strip() for _, article in summaries)
         return [text for text in texts if text]
 
+    def share(self, characters: int) -> None:
+        """None: it takes seconds."""
+
 
 #: Sources that come with packages, by the name that users give them.
 PACKAGED: dict[str, type[WikipediaSample | WikipediaLeads]] = {
@@ -129,6 +138,7 @@ class Dataset:
         self.name, self.column, self.revision = name, column, revision
         self.repository, _, self.configuration = name.partition(":")
         self.paths: tuple[Path, ...] = ()
+        self._rows, self._of = 0, 0
 
     def fingerprint(self) -> str:
         """Digest of the name and the column."""
@@ -153,9 +163,10 @@ class Dataset:
         configuration = [self.configuration] if self.configuration else []
         try:
             found = load_dataset(self.repository, *configuration, split="train", streaming=True, **options)
+            self._rows, self._of = 0, _rows_in(found)
             values = (row[self.column] if self.column in row else Absent(*row) for row in found)
             for text in checked(values, self.name, self.column, left_out):
-                rows += 1
+                rows = self._rows = rows + 1
                 if text is not None:
                     yield text
         except InputError:
@@ -172,6 +183,16 @@ class Dataset:
             raise InputError(f"{self.name}: holds no rows")
         if left_out:
             say(f"{self.name}: {said(left_out, rows)}")
+
+    def share(self, characters: int) -> float | None:
+        """Return the share of the rows that have been read, if the hub tells how many there are."""
+        return min(self._rows / self._of, 1.0) if self._of else None
+
+
+def _rows_in(dataset: Any) -> int:
+    """Return how many rows the description of a stream promises; 0 if it promises none."""
+    splits = getattr(getattr(dataset, "info", None), "splits", None) or {}
+    return (splits["train"].num_examples or 0) if "train" in splits else 0
 
 
 def source_of(name: str, column: str = COLUMN) -> Source:

@@ -5,12 +5,12 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from coupled_adam.errors import InputError, one_line, printable
-from coupled_adam.lm.opening import find_not_text, open_bytes, open_text, suffix_of
+from coupled_adam.lm.opening import bytes_read, find_not_text, open_bytes, open_text, suffix_of
 from coupled_adam.lm.text_files import NAMED, Found, find_files
 from coupled_adam.progress import say
 
@@ -48,6 +48,14 @@ class Absent:
         self.columns = columns
 
 
+class Reading:
+    """How far a file of ``size`` bytes is read: its ``share``, from 0 to 1."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.share: Callable[[], float] = lambda: 0.0
+
+
 class TableFiles:
     """A column of local tables: ``.parquet``, JSON lines or a JSON array, ``.csv`` or ``.tsv``, compressed or not."""
 
@@ -57,6 +65,7 @@ class TableFiles:
         self.paths = (path,)
         self._found: Found | None = None
         self._said = set[str]()
+        self._bytes_read, self._reading = 0, Reading(0)
 
     def _files(self) -> Found:
         if self._found is None:
@@ -76,15 +85,17 @@ class TableFiles:
     def documents(self) -> Iterator[str]:
         """Yield the texts of the column, without empty ones, which are counted."""
         found, left_out, rows, empty = self._files(), Counter[str](), 0, list[str]()
+        self._bytes_read = 0
         if found.left_out:
             self._say_once(f"left out: {found.left_out}")
         for file in found.files:
-            read = 0
-            for text in _texts(file, self.column, left_out):
+            read, self._reading = 0, Reading(file.stat().st_size if file.exists() else 0)
+            for text in _texts(file, self.column, left_out, self._reading):
                 read += 1
                 if text is not None:
                     yield text
             rows += read
+            self._bytes_read, self._reading = self._bytes_read + self._reading.size, Reading(0)
             if not read:
                 empty.append(file.name)
         if not rows:
@@ -94,6 +105,11 @@ class TableFiles:
             self._say_once(f"{len(empty):,} of {len(found.files):,} files hold no rows ({names})")
         if left_out:
             self._say_once(said(left_out, rows))
+
+    def share(self, characters: int) -> float | None:
+        """Return how much of the files has been read, from 0 to 1, whatever ``characters`` of it are done."""
+        size = sum(file.stat().st_size for file in self._files().files)
+        return (self._bytes_read + self._reading.share() * self._reading.size) / max(size, 1)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:  # the documents are read twice where a tokenizer is trained on them
@@ -107,10 +123,10 @@ def said(left_out: Counter[str], rows: int) -> str:
     return f"{left_out.total():,} of {rows:,} rows left out: {reasons}"
 
 
-def _texts(file: Path, column: str, left_out: Counter[str]) -> Iterator[str | None]:
+def _texts(file: Path, column: str, left_out: Counter[str], reading: Reading) -> Iterator[str | None]:
     row = 0
     try:
-        for text in checked(_values(file, column), str(file), column, left_out):
+        for text in checked(_values(file, column, reading), str(file), column, left_out):
             row += 1
             yield text
     except InputError:
@@ -165,23 +181,28 @@ def checked(values: Iterable[Any], name: str, column: str, left_out: Counter[str
         raise InputError(f"{name}: no column {column!r}{there}")
 
 
-def _values(file: Path, column: str) -> Iterator[Any]:
+def _values(file: Path, column: str, reading: Reading) -> Iterator[Any]:
     """Yield the value of the column of each row; :class:`Absent` where there is none."""
     match suffix_of(file):
         case ".parquet":
-            yield from _parquet(file, column)
+            yield from _parquet(file, column, reading)
         case ".csv" | ".tsv" as suffix:
             with open_text(file, newline="") as lines:
+                _follow(lines, reading)
                 yield from _csv(lines, file, column, "\t" if suffix == ".tsv" else ",")
         case _:
-            for row in _json(file):
+            for row in _json(file, reading):
                 if isinstance(row, dict):
                     yield row[column] if column in row else Absent(*row)
                 else:
                     yield row if isinstance(row, str) and column == COLUMN else Absent()
 
 
-def _parquet(file: Path, column: str) -> Iterator[Any]:
+def _follow(text: TextIO, reading: Reading) -> None:
+    reading.share = lambda: bytes_read(text) / max(reading.size, 1)
+
+
+def _parquet(file: Path, column: str, reading: Reading) -> Iterator[Any]:
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -195,8 +216,11 @@ def _parquet(file: Path, column: str) -> Iterator[Any]:
         texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
         if not any(check(value) for check in texts):
             raise InputError(f"{file}: row 1: the column {column!r} holds {one_line(kind)}, not text")
-        if table.metadata.num_rows:
+        rows, read = table.metadata.num_rows, 0
+        reading.share = lambda: read / rows
+        if rows:
             for batch in table.iter_batches(batch_size=1_000, columns=[column]):
+                read += len(batch)
                 yield from batch.column(0).to_pylist()
 
 
@@ -215,16 +239,18 @@ def _csv(lines: TextIO, file: Path, column: str, delimiter: str) -> Iterator[Any
         yield row[position] if position < len(row) else Absent(*header)
 
 
-def _json(file: Path) -> Iterator[Any]:
+def _json(file: Path, reading: Reading) -> Iterator[Any]:
     """Yield the values of JSON lines, or of an array."""
     with open_text(file) as text:
         first = ""
         while not first and (read := text.read(CHARACTERS)):
             first = read.lstrip()
         if first.startswith("["):
+            _follow(text, reading)
             yield from _array(text, first)
             return
     with open_text(file) as text:
+        _follow(text, reading)
         for number, line in enumerate(filter(str.strip, text)):
             try:
                 value = json.loads(line)

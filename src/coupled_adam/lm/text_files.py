@@ -161,6 +161,7 @@ class TextFiles:
         self.name = printable(str(path))
         self.paths = (path,)
         self._texts: list[tuple[str, str]] | None = None
+        self._characters = 0
 
     def _read(self) -> list[tuple[str, str]]:
         if self._texts is None:
@@ -184,10 +185,15 @@ class TextFiles:
     def documents(self) -> list[str]:
         """Return the files of a directory, or the paragraphs of a file (its lines, if there is but one paragraph)."""
         texts = [text for _, text in self._read()]
+        self._characters = sum(map(len, texts))
         if len(texts) > 1:
             return [text.strip() for text in texts]
         paragraphs = [p.strip() for p in re.split(r"\n\s*\n", texts[0]) if p.strip()]
         return paragraphs if len(paragraphs) > 1 else [line for line in texts[0].splitlines() if line.strip()]
+
+    def share(self, characters: int) -> float | None:
+        """Return what share of the text ``characters`` of it are, from 0 to 1; None if it is not known yet."""
+        return characters / self._characters if self._characters else None
 
 
 def _texts(root: Path, files: list[Path]) -> list[tuple[str, str]]:

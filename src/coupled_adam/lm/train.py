@@ -84,8 +84,8 @@ def train(
 
     Raises:
         InputError: ``run_dir`` is in use, or holds a run with other settings or another corpus, or one to be trained
-            longer that is not finished, or files that are no run's under the names of a run; every checkpoint there is damaged; the batch cannot be split over the ranks;
-            a tracker is not installed or cannot be opened.
+            longer that is not finished, or files that are no run's under the names of a run; every checkpoint there is
+            damaged; the batch cannot be split over the ranks; a tracker is not installed or cannot be opened.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved, and the next call resumes from it.
         DivergedError: the loss or gradient norm is not finite; the last checkpoint is intact.
         OSError: the disk is full; the last checkpoint is intact.
@@ -172,7 +172,11 @@ def _prepared(
             raise InputError(f"{checkpoint}: of another run: this one has {experiment.train.steps} steps; move it away")
         finished = start == experiment.train.steps
         if world.is_main_process:
-            say(f"{run_dir}: finished, and only loaded" if finished else f"resuming from step {start} of {run_dir}")
+            say(
+                f"{run_dir}: already finished with {start:,} steps; a larger train.steps trains it longer"
+                if finished
+                else f"{run_dir}: resuming from step {start:,} of {experiment.train.steps:,}"
+            )
         state = load_checkpoint(checkpoint, model, [] if finished else optimizers.all, world)
     try:
         drift = watch_drift(experiment, model, optimizers, state)

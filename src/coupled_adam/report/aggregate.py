@@ -221,7 +221,8 @@ def _read_run(directory: Path) -> Evaluated:
     if files["downstream"].get("settings", {}).get("model_digest") not in measured:
         files["downstream"] = {}
     curve = MetricsLog(directory / "metrics.jsonl").evaluations()
-    why, version, planned = directory / DIVERGED, None, (experiment.train.steps,)
+    why, version = directory / DIVERGED, None
+    planned: tuple[int, ...] = (experiment.train.steps,)
     if (directory / "environment.json").exists():
         environment = read_environment(directory)
         version = environment.get("packages", {}).get("coupled-adam")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from coupled_adam.report.aggregate import ADAMW, Evaluated, SeedGroup, short
+from coupled_adam.report.aggregate import ADAMW, Evaluated, SeedGroup
 from coupled_adam.report.sensitivity import counted, lr_sensitivity
 
 #: So many learning rates are a sweep.
