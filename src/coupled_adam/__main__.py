@@ -38,7 +38,7 @@ Commands:
   demo         Compare AdamW with Coupled Adam on real text.
   prepare      Turn text into token shards.
   experiments  List the papers' experiments and miniatures, or show one.
-  train        Train one experiment, or resume it.
+  train        Train one experiment, resume it, or train it longer.
   reproduce    Train and evaluate the remaining runs of a suite.
   evaluate     Evaluate a run: loss, embeddings, export, downstream tasks.
   export       Export a model that transformers loads without this package.

@@ -279,7 +279,7 @@ def train_command(
     file = str(resumed / "experiment.toml") if resumed else experiment
     config = _experiment(file, seed).overridden(overrides or [])
     run_dir = out or resumed or Path("runs") / config.run.name
-    data = data or (corpus_of(resumed) if resumed else None)
+    data = corpus_of(resumed, data) if resumed else data
     with init_distributed() as world:
         # The corpus may take long to prepare.
         world.broadcast_from_main(lambda: require_trackers(config.tracking))

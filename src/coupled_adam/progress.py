@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Literal, Protocol
 
 from coupled_adam.errors import printable
 from coupled_adam.terminal import plain, print_error
@@ -111,14 +111,17 @@ def _bar(name: str, done: int, total: int, unit: str, passing: bool) -> Iterator
     from rich.table import Column
 
     console = Console(stderr=True, highlight=False)
+    overflow: Literal["ellipsis", "crop"] = "ellipsis" if plain("…", console.encoding) == "…" else "crop"
     columns = (
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=min(NAME_WIDTH, console.width // 4))),
+        TextColumn(
+            "{task.description}",
+            markup=False,
+            table_column=Column(no_wrap=True, overflow=overflow, max_width=min(NAME_WIDTH, console.width // 4)),
+        ),
         BarColumn(bar_width=max(min(console.width // 5, 40), 4)),
         TaskProgressColumn(markup=False) if unit == "%" else MofNCompleteColumn(table_column=Column(no_wrap=True)),
         Left(compact=True, table_column=Column(no_wrap=True)),
-        TextColumn(
-            "{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
-        ),
+        TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow=overflow, ratio=1)),
     )
     with Progress(*columns, console=console, transient=passing, expand=True) as bar:
         task = bar.add_task(plain(printable(name), console.encoding), completed=done, total=total, text="")

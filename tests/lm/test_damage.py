@@ -166,7 +166,9 @@ def test_settings_that_changed_on_the_disk_are_no_other_run(tiny: Experiment, co
         lambda: evaluate(tmp_path / "run", only=("validation",)),
         lambda: read_runs([tmp_path / "run"]),
     ):
-        with pytest.raises(InputError, match=r"experiment\.toml: changed since .*schedule\.lr: 0\.001 recorded, 0\.5 now"):
+        with pytest.raises(
+            InputError, match=r"experiment\.toml: changed since .*schedule\.lr: 0\.001 recorded, 0\.5 now"
+        ):
             attempt()
 
 

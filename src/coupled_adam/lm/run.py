@@ -79,15 +79,17 @@ def open_run(directory: Path, data: Path | None = None) -> Run:
         InputError: no run there, one that has no checkpoint yet, or a corpus that is missing or not the run's.
     """
     experiment, checkpoint = open_checkpoint(directory)
-    corpus = open_corpus(data or corpus_of(directory))
+    corpus = open_corpus(corpus_of(directory, data))
     environment = read_environment(directory)
     check_corpus(directory, environment, corpus)
     return Run(directory, experiment, corpus, checkpoint, planned_steps(environment, experiment))
 
 
-def corpus_of(directory: Path) -> Path:
-    """Return where the corpus of the run in ``directory`` was during training. Raises InputError if it is not there."""
-    found = Path(read_environment(directory).get("corpus_directory", directory / "corpus"))
+def corpus_of(directory: Path, data: Path | None = None) -> Path:
+    """Return ``data``, or where the corpus of the run in ``directory`` was during training. Raises InputError if it is
+    not there.
+    """
+    found = data or Path(read_environment(directory).get("corpus_directory", directory / "corpus"))
     if not (found / "meta.json").exists():
         raise InputError(f"{found}: the corpus of {directory} is not there; give its directory with --data")
     return found
