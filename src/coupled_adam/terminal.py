@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 #: Columns of a table that goes to a file or a pipe, where COLUMNS does not say otherwise.
 WIDE = 130
 
+#: The lines of ``rich.box.SIMPLE``.
+SIMPLE_IN_ASCII = "\n".join(["    ", "    ", " -- ", "    ", "    ", " -- ", "    ", "    "]) + "\n"
+
 Justify = Literal["left", "right"]
 
 
@@ -136,7 +139,10 @@ def print_table(
     if left_out:
         caption = f"{caption or ''}; a wider terminal also shows {', '.join(left_out)}".removeprefix("; ")
     shown = _text(caption, "dim italic") if caption else None
-    table = Table(caption=shown, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    # In other encodings rich would take a box with borders instead.
+    utf = (sys.stdout.encoding or "").lower().startswith("utf")
+    lines = box.SIMPLE if utf else box.Box(SIMPLE_IN_ASCII, ascii=True)
+    table = Table(caption=shown, box=lines, pad_edge=False, collapse_padding=True)
     kept = [i for i, (heading, _) in enumerate(headings) if heading not in left_out]
     for i in kept:
         table.add_column(names[i], justify=headings[i][1], overflow="fold")
