@@ -47,6 +47,9 @@ def pytest_unconfigure() -> None:
 def one_thread() -> Iterator[None]:
     """Threads that a test asks for end with it: two that share a busy core make others ten times as slow."""
     yield
+    progress.show_log()  # also after a command that was told to be quiet
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.pop(name, None)
     torch.set_num_threads(1)
     assert sys.float_info.min / 2 > 0, "denormal numbers are still flushed, for every library in this process"
 

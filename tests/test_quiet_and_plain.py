@@ -2,8 +2,6 @@
 
 import ast
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +14,6 @@ from coupled_adam import __main__, progress, terminal
 from coupled_adam.cli import app
 
 SOURCE = Path(__main__.__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Other tests are not quiet."""
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    yield
-    progress.show_log()
 
 
 @pytest.fixture(scope="module")
