@@ -229,6 +229,10 @@ def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyP
         (["audit", "x", "--bogus\x1b[1m"], "No such option: --bogus\\x1b[1m"),
         (["demo", "--steps", "x\ny"], "'--steps': "),
         (["demo", "--steps", "0"], "'--steps': "),
+        (["demo", "--steps", "-7"], "(got '-7'); see "),
+        (["demo", "--seed=x y"], "(got 'x y'); see "),
+        (["prepare", "x", "--held-out", "0.9", "--out", "y"], "(got '0.9'); see "),
+        (["prepare", "x"], "Missing option '--out'; see "),
     ],
 )
 def test_wrong_usage_is_one_line(arguments: list[str], line: str) -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from types import FrameType
 
 from coupled_adam import __version__
@@ -113,8 +114,18 @@ def _command(arguments: list[str]) -> int:
             raise
         context = getattr(error, "ctx", None)
         help_for = f"; see {context.command_path} --help" if context else ""
-        raise InputError(f"{error.format_message().rstrip('.')}{help_for}") from None
+        given = _given(arguments, getattr(getattr(error, "param", None), "opts", ()))
+        raise InputError(f"{error.format_message().rstrip('.')}{given}{help_for}") from None
     return ended if isinstance(ended, int) else 0
+
+
+def _given(arguments: list[str], options: Sequence[str]) -> str:
+    """Return what was given for one of ``options``, to be appended to a message that does not say it; else nothing."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in options and (equals or following):
+            return f" (got {(value if equals else following)!r})"
+    return ""
 
 
 def _failed(error: BaseException) -> int:
