@@ -72,13 +72,13 @@ def test_a_second_call_reuses_everything_and_prints_json(finished: Path, text: P
     result = demo("--text", text, "--steps", "20", "--seed", "2", "--out", finished, "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == before == json.loads((finished / "results.json").read_text())
-    assert "step" not in result.stderr, "nothing was trained"
+    assert result.stderr.count("already finished with 20 steps") == 2 and "step 1 of" not in result.stderr
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished: Path, text: Path) -> None:
     result = demo("--text", text, "--steps", "21", "--seed", "2", "--out", finished)
     assert (result.returncode, result.stdout) == (2, "")
-    assert "train.steps: 20, 21" in result.stderr.splitlines()[-1]
+    assert "train.steps: 20 there, 21 requested" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -417,7 +417,8 @@ def test_missing_data_says_how_to_get_it_and_the_rest_runs(
     assert "hub" not in result["failed"]["race"], "a local file is not to be had from the hub"
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert [line.partition(":")[0] for line in captured.err.splitlines()] == ["winogrande", "race", "arc_easy"]
+    told = [line.partition(":")[0] for line in captured.err.splitlines()]
+    assert told == ["[1/3] winogrande", "winogrande", "[2/3] race", "race", "[3/3] arc_easy", "arc_easy"]
     assert run("winogrande", "race", "arc_easy", include_path=directory) == result, "what failed is tried again"
 
 

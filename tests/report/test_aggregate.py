@@ -42,7 +42,7 @@ def test_the_columns_are_those_of_the_reference_in_its_order(tmp_path: Path) -> 
         "log_ratio_below_0.1", "log_ratio_0.1_to_1", "log_ratio_1_to_10", "log_ratio_above_10", "step_rms",
         "word_similarity_bare", "word_similarity_centered", "word_similarity_post_processed",
         "second_moment_frequency_fit", "drift_second_moments", "drift_gradients", "drift_decay", "diverged",
-        "logit_mean", "logit_std", "logit_max", "log_z_squared", "version",
+        "logit_mean", "logit_std", "logit_max", "log_z_squared", "version", "longer_from",
     ]  # fmt: skip
     found = dict(zip(header, row, strict=True))
     assert found["name"] == "exp-s1"

@@ -47,7 +47,7 @@ class Run:
     experiment: Experiment
     corpus: Corpus
     checkpoint: Path
-    planned: tuple[int, ...]
+    planned: tuple[int, ...] = ()
     """As :func:`planned_steps`."""
 
     @property

@@ -98,6 +98,9 @@ def train(
     try:
         prepared = _prepared(experiment, corpus, run_dir, world, planned)
         if prepared.start == experiment.train.steps:
+            if world.is_main_process:
+                hint = "; a larger train.steps trains it longer" if longer else ""
+                say(f"{run_dir}: already finished with {prepared.start:,} steps{hint}")
             return prepared.model
         if not writable:
             raise InputError(f"{run_dir}: cannot be written, and its last checkpoint is damaged; copy it elsewhere")
@@ -171,12 +174,8 @@ def _prepared(
         if start > experiment.train.steps:
             raise InputError(f"{checkpoint}: of another run: this one has {experiment.train.steps} steps; move it away")
         finished = start == experiment.train.steps
-        if world.is_main_process:
-            say(
-                f"{run_dir}: already finished with {start:,} steps; a larger train.steps trains it longer"
-                if finished
-                else f"{run_dir}: resuming from step {start:,} of {experiment.train.steps:,}"
-            )
+        if world.is_main_process and not finished:
+            say(f"{run_dir}: resuming from step {start:,} of {experiment.train.steps:,}")
         state = load_checkpoint(checkpoint, model, [] if finished else optimizers.all, world)
     try:
         drift = watch_drift(experiment, model, optimizers, state)
