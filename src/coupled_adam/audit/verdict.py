@@ -93,7 +93,7 @@ def ranges(found: Iterable[Finding]) -> list[tuple[str, str]]:
 
 def summary(measured: Measurements) -> str:
     """Say in one line what a matrix is like: whether it is shifted, whether it is isotropic, and why not."""
-    if (nothing := _nothing_learned(measured)) is not None:
+    if (nothing := nothing_learned(measured)) is not None:
         return nothing
     shift, isotropy = SHIFT.level(measured.mean_shift_ratio), ISOTROPY.level(measured.isotropy)
     words = {"good": "Centered", "fair": "Shifted off the origin", "poor": "Strongly shifted off the origin"}[shift]
@@ -118,7 +118,7 @@ def findings(measured: Measurements, notes: Sequence[str] = ()) -> list[Finding]
         notes: what else to say, such as what was not measured.
     """
     said = [Finding("note", note) for note in notes]
-    nothing, empty = _nothing_learned(measured), _empty_dimensions(measured)
+    nothing, empty = nothing_learned(measured), _empty_dimensions(measured)
     if nothing is not None:
         return [Finding("poor", nothing), *said]
     isotropy = ISOTROPY.judge(measured)
@@ -139,7 +139,8 @@ def findings(measured: Measurements, notes: Sequence[str] = ()) -> list[Finding]
     return [finding for finding in judged if finding is not None]
 
 
-def _nothing_learned(measured: Measurements) -> str | None:
+def nothing_learned(measured: Measurements) -> str | None:
+    """Say why there is nothing to judge: zeros, or one row alone; None for other matrices."""
     if measured.zero_rows == measured.tokens:
         return f"All {measured.tokens:,} rows are zeros: there is nothing to judge. Were the weights saved?"
     if _rank(measured) == 1 and measured.mean_shift_ratio > 1 - ROUNDING:
@@ -263,8 +264,8 @@ def _frequency(measured: Measurements, value: float, level: Level) -> str:
     assert measured.norm_frequency is not None
     words = {"good": "hardly depends", "fair": "partly depends", "poor": "depends strongly"}[level]
     return (
-        f"Rank correlation {measured.norm_frequency.spearman:+.2f} between norm and frequency: the norm of an embedding "
-        f"{words} on how frequent its token is."
+        f"Rank correlation {measured.norm_frequency.spearman:+.2f} between norm and frequency: the norm of an "
+        f"embedding {words} on how frequent its token is."
     )
 
 
