@@ -25,6 +25,8 @@ class Figure:
     form: str
     better: Literal["lower", "higher"] | None = None
     """Which way is better; None for figures that are neither."""
+    unit: str | None = None
+    """What the axis of a chart is called: the unit, or how the metric is computed; None for the label."""
     heading: str | None = None
     """The heading of a narrow column, if the label is too long for it."""
     published: str | None = None
@@ -34,6 +36,11 @@ class Figure:
     def title(self) -> str:
         """Title of a chart."""
         return self.label[0].upper() + self.label[1:]
+
+    @property
+    def axis(self) -> str:
+        """Title of an axis."""
+        return self.unit or self.label
 
     @property
     def column(self) -> str:
@@ -62,6 +69,7 @@ FIGURES: dict[str, Figure] = {
             "nats per token on held-out text; lower is better",
             "{:.3f}",
             "lower",
+            unit="nats per token",
             heading="test loss",
             published="loss",
         ),
@@ -74,6 +82,7 @@ FIGURES: dict[str, Figure] = {
             "largest logit",
             "largest absolute logit of a position, mean over held-out tokens",
             "{:.3g}",
+            unit="|logit|",
             heading="max |logit|",
         ),
         Figure(
@@ -97,6 +106,7 @@ FIGURES: dict[str, Figure] = {
             "‖μ‖ over the mean norm of an embedding; 0: centered, 1: all tokens the same",
             "{:.3f}",
             "lower",
+            unit="‖μ‖ / mean ‖e‖",
             heading="‖μ‖ʳ",
             published="mean_shift_ratio",
         ),
@@ -105,6 +115,7 @@ FIGURES: dict[str, Figure] = {
             "norm of the mean ‖μ‖",
             "distance of the mean embedding from the origin",
             "{:.3g}",
+            unit="‖μ‖",
             heading="‖μ‖",
         ),
         Figure(
@@ -134,6 +145,7 @@ FIGURES: dict[str, Figure] = {
             "1 = isotropic: no direction is preferred",
             "{:.3f}",
             "higher",
+            unit="Iso",
             heading="Iso",
             published="isotropy",
         ),
@@ -203,6 +215,7 @@ FIGURES: dict[str, Figure] = {
             "100·correlation of the cosine with human ratings, mean of the benchmarks; higher is better",
             "{:.1f}",
             "higher",
+            unit="100·correlation",
             heading="r̄",
             published="word_similarity",
         ),

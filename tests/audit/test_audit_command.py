@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fits, opened
+from conftest import opened, readable
 from paragraphs import paragraphs
 from playwright.sync_api import Browser
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -113,8 +113,12 @@ def test_the_page(arrays: list[Path], browser: Browser, tmp_path: Path) -> None:
     assert page.locator(".verdict li").count() == 5, "of the shifted one also whether centering helps"
     assert page.locator("#figures tbody tr").filter(has_text="mean shift").locator("td").count() == 2
     dots = page.locator(".js-plotly-plot").evaluate_all("c => c.map(x => x.querySelectorAll('.point').length)")
-    assert dots == [201, 201, 0], "the tokens and the origin, twice, and the spectrum's lines"
-    fits(page, 380)
+    assert dots == [202, 202, 0], "the tokens, the origin and the mean, twice, and the spectrum's lines"
+    assert page.locator("main h2").all_inner_texts() == ["Verdict", "Metrics", "Charts", "What to do"]
+    assert page.locator(".summary li").count() == page.locator(".advice li").count() == 2
+    assert page.locator("main").inner_text().count("the paper has 0.73") == 1
+    for scheme in ("light", "dark"):
+        readable(page, scheme)
     page.close()
 
 

@@ -104,7 +104,8 @@ def summary(measured: Measurements) -> str:
         return f"{text}; the rows are too short to judge their isotropy."
     if isotropy != "good":
         words = {"fair": "somewhat anisotropic", "poor": "anisotropic"}[isotropy]
-        return f"{text} and {words} (isotropy {measured.isotropy:.3f}): {_cause(measured)}."
+        text = f"{text} and {words} (isotropy {measured.isotropy:.3f})"
+        return f"{text}: {_cause(measured)}." if shift != "good" or helped_by_removal(measured) else f"{text}."
     if shift == "good":
         return f"{text} and isotropic (isotropy {measured.isotropy:.3f})."
     return f"{text}; evenly spread around that offset (isotropy after centering {measured.isotropy_centered:.3f})."
