@@ -141,7 +141,7 @@ def readable(page: Page, scheme: Literal["light", "dark"]) -> None:
         fits(page, width)
         found = Axe().run(page).response["violations"]
         assert not found, [(each["id"], each["nodes"][0]["html"]) for each in found]
-    pictures = page.get_by_role("img")
+    pictures = page.locator(".main-svg[role=img]")
     assert pictures.count() == page.locator(".js-plotly-plot").count() == page.locator("figure h3").count()
     assert all(picture.get_attribute("aria-labelledby") for picture in pictures.all())
     background = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")

@@ -177,9 +177,10 @@ def _headline_of_pairs(pairs: Sequence[Comparison]) -> str:
     x, y = (group.moments("validation_loss") for group in (chosen.adamw, chosen.coupled))
     count = f"{len(better)} of {len(pairs)} settings" if len(pairs) > 1 else "the one setting compared"
     not_all = "" if better or len(pairs) > 1 else "not "
+    where = "In the largest one" if len(pairs) > 1 else "There"
     text = f"Coupled Adam leaves the embeddings {not_all}both better centered and more isotropic than AdamW in {count}."
     if a and v:
-        text += f" In the largest ({chosen.setting}) the mean shift ratio is {v.mean:.3f} instead of {a.mean:.3f}"
+        text += f" {where} ({chosen.setting}) the mean shift ratio is {v.mean:.3f} instead of {a.mean:.3f}"
         text += f" at a test loss of {y.mean:.3f} instead of {x.mean:.3f}." if x and y else "."
     return text
 
