@@ -21,6 +21,7 @@
   const resize = (chart, width) => {
     if (chart.layout.yaxis.scaleanchor) {
       const colored = chart.data.some(trace => trace.marker?.showscale);
+      chart.parentElement.style.height = "auto";  // plotly's own box around it
       chart.style.height = `${Math.min(width, 500) + (colored ? 70 : 0)}px`;
     }
   };

@@ -273,7 +273,7 @@ def at_the_best(title: str, outcomes: Sequence[Outcome], styled: Mapping[str, St
         if outcome.reference:
             line = {"dash": "dot", "width": 1, "color": styled[outcome.arm.label].color}
             figure.add_vline(x=outcome.mean("loss_report"), line=line)
-    figure.update_xaxes(title=LOSS_AXIS)
+    figure.update_xaxes(title="test loss (nats)")  # the names leave little room
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], automargin=True)
     return charts.styled(figure, title, height=140 + 26 * len(outcomes))
 
