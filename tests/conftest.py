@@ -14,9 +14,11 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="coupled-adam-tests-")
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from axe_playwright_python.sync_playwright import Axe
 from paragraphs import paragraphs
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 from processes import Processes
@@ -133,6 +135,25 @@ def fits(page: Page, width: int) -> None:
             chart => chart.querySelector(".main-svg").clientWidth <= chart.parentElement.clientWidth)""",
         timeout=30_000,
     )
+
+
+def readable(page: Page, scheme: Literal["light", "dark"]) -> None:
+    """No rule of axe is violated, on a wide screen and on a phone, and the keyboard reaches the content first."""
+    page.emulate_media(color_scheme=scheme)
+    for width in (1200, 390):
+        fits(page, width)
+        found = Axe().run(page).response["violations"]
+        assert not found, [(each["id"], each["nodes"][0]["html"]) for each in found]
+    pictures = page.locator(".main-svg[role=img]")
+    assert pictures.count() == page.locator(".js-plotly-plot").count() == page.locator("figure h3").count()
+    assert all(picture.get_attribute("aria-labelledby") for picture in pictures.all())
+    background = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    page.locator(".skip").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    page.emulate_media(color_scheme="light")
 
 
 def hovered(page: Page, chart: str) -> str:

@@ -7,9 +7,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
-from conftest import fits, hovered, opened
+from conftest import fits, hovered, opened, readable
 from in_process import command
 from paragraphs import paragraphs
 from playwright.sync_api import Browser, Page
@@ -151,11 +152,11 @@ def test_the_charts_are_drawn(page: Page) -> None:
         assert page.locator(f"#chart-{name} .scatterlayer .trace .lines path").count() == 2
     for i in range(2):
         assert page.locator(f"#chart-drift-{i} .scatterlayer .trace .lines path").count() == 3
-    dots = page.locator("#chart-embeddings .scatterlayer .trace").evaluate_all(
+    dots = page.locator(".wide .scatterlayer .trace").evaluate_all(
         "traces => traces.map(trace => trace.querySelectorAll('.point').length)"
     )
-    assert sorted(dots)[:2] == [1, 1], "the origin, once a map"
-    assert min(sorted(dots)[2:]) > 250
+    assert sorted(dots)[:4] == [1] * 4, "the origin and the mean, on each map"
+    assert min(sorted(dots)[4:]) > 250
 
 
 def test_no_chart_is_wider_than_its_place(page: Page) -> None:
@@ -164,7 +165,7 @@ def test_no_chart_is_wider_than_its_place(page: Page) -> None:
 
 
 def test_hovering_over_a_dot_shows_its_token(page: Page) -> None:
-    text = hovered(page, "#chart-embeddings")
+    text = hovered(page, "#chart-embeddings-0")
     assert "times" in text and "'" in text
 
 
@@ -176,8 +177,9 @@ def test_the_table_is_that_of_the_terminal(page: Page, finished: Path) -> None:
     assert page.locator("#benchmarks tbody tr").count() == 5
 
 
-def test_a_narrow_screen_does_not_scroll_sideways(page: Page) -> None:
-    fits(page, 380)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_anyone_can_read_it(page: Page, scheme: Literal["light", "dark"]) -> None:
+    readable(page, scheme)
 
 
 def test_the_tool_bar_covers_no_title_where_there_is_no_mouse(finished: Path, browser: Browser) -> None:

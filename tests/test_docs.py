@@ -80,6 +80,9 @@ def what_a_reader_has(tmp_path: Path) -> dict[str, Any]:
         "dataset": [{"input_ids": row, "labels": row} for row in tokens],
         "dataloader": DataLoader([batch], batch_size=None),
         "mesh": init_device_mesh("cpu", (1,)),
+        "E": torch.randn(120, 16).numpy(),
+        "documents": torch.randn(30, 8).numpy(),
+        "queries": torch.randn(4, 8).numpy(),
     }
 
 

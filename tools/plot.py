@@ -1,6 +1,6 @@
 """Takes a plot from a page: the part that a selector of Playwright names.
 
-python tools/plot.py runs/demo/report.html "#chart-embeddings" docs/embeddings.png
+python tools/plot.py runs/demo/report.html ".wide" docs/embeddings.png
 """
 
 import shutil

@@ -13,7 +13,7 @@ import typer
 
 from coupled_adam import __version__, completion, progress
 from coupled_adam.errors import InputError
-from coupled_adam.terminal import Justify, print_error, print_json, print_line, print_styled, print_table
+from coupled_adam.terminal import Justify, print_error, print_json, print_line, print_table
 
 if TYPE_CHECKING:
     from coupled_adam.lm.config import Experiment
@@ -27,9 +27,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-#: The colors of a verdict.
-LEVELS = {"good": "green", "fair": "yellow", "poor": "red", "note": "cyan"}
 
 
 def _quiet(wanted: bool) -> None:
@@ -494,7 +491,8 @@ def audit_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
     """Audit the embeddings of any model. Figures, a verdict in words, several models side by side."""
-    from coupled_adam.audit.audit_page import audit_rows, write_audit_page
+    from coupled_adam.audit.audit_page import write_audit_page
+    from coupled_adam.audit.audit_text import print_audit
     from coupled_adam.audit.models import audit_models
     from coupled_adam.evaluation.stages import read_benchmarks
     from coupled_adam.report.page import check_page
@@ -507,13 +505,7 @@ def audit_command(
     if as_json:
         print_json([matrix.as_json() for matrix in audited])
     else:
-        _print_rows([matrix.name for matrix in audited], audit_rows(audited))
-        for matrix in audited:
-            print_styled((matrix.name, "bold"))
-            for finding in matrix.findings:
-                print_styled(("  ", ""), (finding.level, LEVELS[finding.level]), (f"  {finding.text}", ""))
-        if html:
-            print_line(f"Page: {html}")
+        print_audit(audited, html)
     if centered:
         provided = f"; {centered.condition}" if centered.condition else ""
         rounded = f"‖μ‖ was {centered.norm_of_mean:.4g}; rounding moves a row by at most {centered.rounding:.2g}"

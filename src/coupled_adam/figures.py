@@ -25,6 +25,8 @@ class Figure:
     form: str
     better: Literal["lower", "higher"] | None = None
     """Which way is better; None for figures that are neither."""
+    unit: str | None = None
+    """What the axis of a chart is called: the unit, or how the metric is computed; None for the label."""
     heading: str | None = None
     """The heading of a narrow column, if the label is too long for it."""
     published: str | None = None
@@ -34,6 +36,11 @@ class Figure:
     def title(self) -> str:
         """Title of a chart."""
         return self.label[0].upper() + self.label[1:]
+
+    @property
+    def axis(self) -> str:
+        """Title of an axis."""
+        return self.unit or self.label
 
     @property
     def column(self) -> str:
@@ -53,7 +60,7 @@ def cell(value: float | None, form: str = "{:.4g}") -> str:
 FIGURES: dict[str, Figure] = {
     figure.name: figure
     for figure in (
-        Figure("tokens", "tokens", "rows of the matrix", "{:,.0f}"),
+        Figure("tokens", "tokens", "rows of the matrix: tokens, or whatever the vectors stand for", "{:,.0f}"),
         Figure("hidden_size", "hidden size", "columns of the matrix", "{:,.0f}"),
         Figure("loss", "training loss", "nats per token of the batch", "{:.3f}", "lower"),
         Figure(
@@ -62,6 +69,7 @@ FIGURES: dict[str, Figure] = {
             "nats per token on held-out text; lower is better",
             "{:.3f}",
             "lower",
+            unit="nats per token",
             heading="test loss",
             published="loss",
         ),
@@ -74,12 +82,13 @@ FIGURES: dict[str, Figure] = {
             "largest logit",
             "largest absolute logit of a position, mean over held-out tokens",
             "{:.3g}",
+            unit="|logit|",
             heading="max |logit|",
         ),
         Figure(
             "log_z_squared",
             "mean (log Z)²",
-            "of the softmax's denominator, over held-out tokens; what z-loss punishes",
+            "mean square of the logarithm of the softmax's denominator over held-out tokens; what z-loss penalizes",
             "{:.3g}",
         ),
         Figure("perplexity", "perplexity", "exp of the validation loss", "{:.2f}", "lower"),
@@ -97,6 +106,7 @@ FIGURES: dict[str, Figure] = {
             "‖μ‖ over the mean norm of an embedding; 0: centered, 1: all tokens the same",
             "{:.3f}",
             "lower",
+            unit="‖μ‖ / mean ‖e‖",
             heading="‖μ‖ʳ",
             published="mean_shift_ratio",
         ),
@@ -105,6 +115,7 @@ FIGURES: dict[str, Figure] = {
             "norm of the mean ‖μ‖",
             "distance of the mean embedding from the origin",
             "{:.3g}",
+            unit="‖μ‖",
             heading="‖μ‖",
         ),
         Figure(
@@ -120,21 +131,35 @@ FIGURES: dict[str, Figure] = {
             "{:+.3g}",
         ),
         Figure("drift_decay", "drift: weight decay", "how far weight decay has moved the mean along μ", "{:+.3g}"),
+        Figure(
+            "mean_cosine",
+            "mean cosine",
+            "mean cosine of two different rows; 0: directions spread evenly, 1: all the same",
+            "{:z.3f}",
+            "lower",
+        ),
         Figure("mean_of_norms", "mean of the norms", "mean length of an embedding", "{:.3g}"),
         Figure(
             "isotropy",
             "isotropy Iso",
-            "1: no direction is preferred",
+            "1 = isotropic: no direction is preferred",
             "{:.3f}",
             "higher",
+            unit="Iso",
             heading="Iso",
             published="isotropy",
         ),
-        Figure("isotropy_centered", "isotropy, centered", "of the embeddings minus their mean", "{:.3f}", "higher"),
+        Figure(
+            "isotropy_centered",
+            "isotropy, centered",
+            "isotropy of the embeddings minus their mean",
+            "{:.3f}",
+            "higher",
+        ),
         Figure(
             "isotropy_post_processed",
             "isotropy, All-but-the-Top",
-            "also without the first principal components",
+            "isotropy of the embeddings without their mean and their first principal components",
             "{:.3f}",
             "higher",
         ),
@@ -148,26 +173,36 @@ FIGURES: dict[str, Figure] = {
         Figure(
             "principal_share",
             "principal share",
-            "of the largest principal direction in the variance around the mean",
+            "share of the largest principal direction in the variance around the mean",
             "{:.3f}",
             "lower",
         ),
         Figure(
             "logit_bound_ratio",
             "logit bound ratio",
-            "widest e·μ after centering over before; below 1: centering helps",
+            "largest |e·μ| after centering over that before; below 1: centering narrows the logits",
             "{:.2f}",
         ),
-        Figure("zero_rows", "rows of zeros", "unused tokens, as a rule", "{:,.0f}"),
+        Figure("zero_rows", "rows of zeros", "all-zero rows: usually unused tokens", "{:,.0f}"),
         Figure("norm_frequency_pearson", "norm–frequency Pearson", "correlation of ‖e‖ with log frequency", "{:+.2f}"),
-        Figure("norm_frequency_spearman", "norm–frequency Spearman", "the same by rank", "{:+.2f}"),
+        Figure(
+            "norm_frequency_spearman",
+            "norm–frequency Spearman",
+            "rank correlation of ‖e‖ with the token's frequency",
+            "{:+.2f}",
+        ),
         Figure(
             "projection_frequency_pearson",
             "projection–frequency Pearson",
             "correlation of e·μ with log frequency",
             "{:+.2f}",
         ),
-        Figure("projection_frequency_spearman", "projection–frequency Spearman", "the same by rank", "{:+.2f}"),
+        Figure(
+            "projection_frequency_spearman",
+            "projection–frequency Spearman",
+            "rank correlation of e·μ with the token's frequency",
+            "{:+.2f}",
+        ),
         Figure(
             "second_moment_frequency_fit",
             "second moment–frequency R²",
@@ -177,14 +212,26 @@ FIGURES: dict[str, Figure] = {
         Figure(
             "word_similarity",
             "word similarity r̄",
-            "100·correlation with human ratings by cosine, mean of the benchmarks; higher is better",
+            "100·correlation of the cosine with human ratings, mean of the benchmarks; higher is better",
             "{:.1f}",
             "higher",
+            unit="100·correlation",
             heading="r̄",
             published="word_similarity",
         ),
-        Figure("word_similarity_dot", "word similarity, dot", "the same by dot product", "{:.1f}", "higher"),
-        Figure("word_similarity_pairs", "word pairs covered", "pairs whose words are both one token", "{:,.0f}"),
+        Figure(
+            "word_similarity_dot",
+            "word similarity, dot",
+            "100·correlation of the dot product with human ratings, mean of the benchmarks; higher is better",
+            "{:.1f}",
+            "higher",
+        ),
+        Figure(
+            "word_similarity_pairs",
+            "word pairs covered",
+            "pairs of the benchmarks of which each word is one token",
+            "{:,.0f}",
+        ),
     )
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fits, opened
+from conftest import opened, readable
 from paragraphs import paragraphs
 from playwright.sync_api import Browser
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -60,10 +60,22 @@ def test_models_stand_side_by_side(arrays: list[Path]) -> None:
     assert shifted["figures"]["mean_shift_ratio"] == pytest.approx(geometry.mean_shift_ratio(SHIFTED), rel=1e-5)
     assert centered["figures"]["mean_shift_ratio"] == pytest.approx(0, abs=1e-6)
     assert [f["level"] for f in shifted["findings"]][:2] == ["poor", "poor"]
-    printed = CliRunner().invoke(app, ["audit", *map(str, arrays)]).stdout
-    row = next(line for line in printed.splitlines() if "mean shift ratio" in line)
+
+
+def test_the_summary_comes_first_the_ranges_once_and_the_advice_last(arrays: list[Path], tmp_path: Path) -> None:
+    shifted, centered = audit(*arrays)
+    page = tmp_path / "audit.html"
+    lines = CliRunner().invoke(app, ["audit", *map(str, arrays), "--html", str(page)]).stdout.splitlines()
+    assert lines[0] == f"shifted.npy: {shifted['summary']}"
+    assert lines[1] == f"centered.npy: {centered['summary']}"
+    row = next(line for line in lines[2:] if "mean shift ratio" in line)
     assert row.split()[-2:] == [f"{shifted['figures']['mean_shift_ratio']:.3f}", "0.000"]
-    assert "most of an average embedding is a shift that all tokens share" in " ".join(printed.split())
+    assert sum("the paper has 0.73" in line for line in lines) == 1
+    assert lines[-5:-3] == [f"Page: {page}", "What to do"]
+    assert [line.strip() for line in lines[-3:-1]] == [
+        f"{name}: {found['advice']['text']}" for name, found in (("shifted.npy", shifted), ("centered.npy", centered))
+    ]
+    assert lines[-1].strip() == ("More: docs/audit.md, “What to do after an audit”: “Retrieval”, “Nothing to correct”")
 
 
 def test_input_and_output_are_told_apart_and_the_output_can_be_centered(untied: Path, tmp_path: Path) -> None:
@@ -95,14 +107,18 @@ def test_a_run_is_measured_with_its_own_frequencies(tiny: Experiment, text_file:
 
 def test_the_page(arrays: list[Path], browser: Browser, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["audit", *map(str, arrays), "--html", str(tmp_path / "audit.html")])
-    assert result.exit_code == 0 and result.stdout.rstrip().endswith("audit.html")
+    assert result.exit_code == 0
     page = opened(browser, tmp_path / "audit.html")
     assert page.problems == []
     assert page.locator(".verdict li").count() == 5, "of the shifted one also whether centering helps"
     assert page.locator("#figures tbody tr").filter(has_text="mean shift").locator("td").count() == 2
     dots = page.locator(".js-plotly-plot").evaluate_all("c => c.map(x => x.querySelectorAll('.point').length)")
-    assert dots == [201, 201, 0], "the tokens and the origin, twice, and the spectrum's lines"
-    fits(page, 380)
+    assert dots == [202, 202, 0], "the tokens, the origin and the mean, twice, and the spectrum's lines"
+    assert page.locator("main h2").all_inner_texts() == ["Verdict", "Metrics", "Charts", "What to do"]
+    assert page.locator(".summary li").count() == page.locator(".advice li").count() == 2
+    assert page.locator("main").inner_text().count("the paper has 0.73") == 1
+    for scheme in ("light", "dark"):
+        readable(page, scheme)
     page.close()
 
 

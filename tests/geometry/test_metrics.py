@@ -38,6 +38,16 @@ def test_isotropy_does_not_depend_on_the_solvers_sign() -> None:
     assert geometry.isotropy(-embedding) == pytest.approx(math.exp(-math.sqrt(2) - 0))
 
 
+def test_the_mean_cosine_is_that_of_all_pairs() -> None:
+    rows = np.random.default_rng(0).normal(0.5, 1, (40, 6)) * np.geomspace(1e-3, 1e3, 40)[:, None]
+    rows[[3, 17]] = 0
+    used = [row / np.linalg.norm(row) for row in rows if row.any()]
+    pairs = [a @ b for i, a in enumerate(used) for b in used[:i]]
+    assert geometry.mean_cosine(rows) == pytest.approx(np.mean(pairs), rel=1e-12)
+    assert geometry.mean_cosine([[1.0, 0.0], [-2.0, 0.0]]) == -1
+    assert math.isnan(geometry.mean_cosine([[1.0, 0.0], [0.0, 0.0]]))
+
+
 def test_mean_norm_and_mean_shift_ratio_by_hand() -> None:
     assert geometry.norm_of_mean(AXES) == pytest.approx(math.hypot(1.0, 0.5))
     assert geometry.mean_shift_ratio(AXES) == pytest.approx(math.hypot(1.0, 0.5) / 1.5)

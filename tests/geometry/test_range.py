@@ -23,6 +23,7 @@ RATED = geometry.Benchmark("rated", tuple((f"{i}", f"{i + 1}", float(i % 7)) for
     ("metric", "power"),
     [
         (geometry.mean_shift_ratio, 0),
+        (geometry.mean_cosine, 0),
         (geometry.inverse_condition, 0),
         (geometry.logit_bound_ratio, 0),
         (geometry.principal_share, 0),

@@ -138,7 +138,7 @@ def test_the_sweeps_have_their_sections_and_nothing_else_is_flooded(page: Page) 
 def test_the_charts_name_sensitivities_heads_and_what_diverged(page: Page) -> None:
     section = page.locator("section", has=page.locator("h2", has_text="bfloat16 head"))
     charts = section.locator(".js-plotly-plot")
-    assert charts.locator(".gtitle").all_text_contents() == [
+    assert section.locator("h3").all_text_contents() == [
         "Validation loss", "Norm of the mean ‖μ‖", "Largest logit", "Mean shift ratio ‖μ‖ʳ", "Isotropy Iso",
     ]  # fmt: skip
     legend = charts.first.locator(".legendtext").all_text_contents()

@@ -60,7 +60,7 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
     """
     origin = embeddings.origin
     source = origin.path
-    if reason := _reason_against(embeddings):
+    if reason := reason_against(embeddings):
         raise InputError(f"{embeddings.name}: not centered: {reason}")
     if out.exists() or out.is_symlink():
         raise InputError(f"{out}: exists already; choose another place for the centered copy")
@@ -99,7 +99,7 @@ UNWRITABLE = {
 }
 
 
-def _reason_against(embeddings: Embeddings) -> str | None:
+def reason_against(embeddings: Embeddings) -> str | None:
     """Return why predictions would change, or cannot be told not to; None if they stay."""
     origin = embeddings.origin
     if origin.kind in UNWRITABLE:

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from coupled_adam import geometry
+from coupled_adam.audit.advice import Advice, advice
 from coupled_adam.audit.centering import Centered, center
 from coupled_adam.audit.embedding_files import Embeddings, read_embeddings
-from coupled_adam.audit.verdict import Finding, findings, note_on_rows
+from coupled_adam.audit.verdict import Finding, findings, note_on_rows, summary
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.embedding_figures import as_json
 from coupled_adam.evaluation.token_sample import TokenSample, sample_tokens
@@ -34,6 +35,13 @@ class Audited:
     findings: list[Finding]
     """The verdict, most important first."""
     sample: TokenSample
+    advice: Advice
+    """What to do about it."""
+
+    @property
+    def summary(self) -> str:
+        """The verdict in one line."""
+        return summary(self.measured)
 
     @property
     def name(self) -> str:
@@ -43,7 +51,14 @@ class Audited:
     def as_json(self) -> dict[str, Any]:
         """Return plain values."""
         verdict = [asdict(finding) for finding in self.findings]
-        return {"model": self.model, "matrix": self.matrix, **as_json(self.measured), "findings": verdict}
+        return {
+            "model": self.model,
+            "matrix": self.matrix,
+            "summary": self.summary,
+            **as_json(self.measured),
+            "findings": verdict,
+            "advice": asdict(self.advice),
+        }
 
 
 def audit_models(
@@ -131,4 +146,4 @@ def _audited(
         ) from None
     except ValueError as error:
         raise InputError(f"{found.name}: {error}") from None
-    return Audited(found.name, kind, measured, findings(measured, notes), sample)
+    return Audited(found.name, kind, measured, findings(measured, notes), sample, advice(found, kind, measured))

@@ -1,7 +1,7 @@
-"""The verdict of an audit in words: figures held against thresholds."""
+"""The verdict of an audit in words: metrics held against thresholds."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,70 +10,121 @@ from numpy.typing import NDArray
 
 from coupled_adam import experiments, geometry
 from coupled_adam.audit.rows import kinds_of_rows
+from coupled_adam.figures import FIGURES
 from coupled_adam.geometry import Measurements
 from coupled_adam.geometry.arrays import as_matrix
 from coupled_adam.lm.config import OPTIMIZER_LABELS
 
-#: A note judges nothing: it says what was not measured, or what the figures include.
+#: A note judges nothing: it says what was not measured, what the metrics include, or what explains them.
 Level = Literal["good", "fair", "poor", "note"]
 
 #: Singular values below this share of the largest are what rounding to float32 left of zeros.
 ROUNDING = 1e-6
 
-#: Relative change of a figure that is worth telling.
+#: Relative change of a metric that is worth telling.
 NOTICEABLE = 0.02
+
+#: A gain of isotropy that is worth a step of post-processing.
+WORTHWHILE = 0.1
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A figure judged."""
+    """One metric judged, or a note."""
 
     level: Level
     text: str
-    """A sentence with the figure and the threshold it was held against."""
+    """A sentence with the value of the metric."""
+    figure: str | None = None
+    """The name of the metric that was judged, a key of ``coupled_adam.figures.FIGURES``; None for the others."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """How one figure is judged. The published embeddings lie in "poor" with AdamW and in "good" with Coupled Adam."""
+    """How one metric is judged. The published embeddings lie in "poor" with AdamW and in "good" with Coupled Adam."""
 
+    figure: str
+    """The name of the metric."""
     good: float
     """Bound between good and fair."""
     poor: float
     """Bound between fair and poor."""
     value: Callable[[Measurements], float | None]
-    """The figure; None or NaN if it is not known."""
+    """The metric; None or NaN if it is not known."""
     sentence: Callable[[Measurements, float, Level], str]
-    """What it means, from the measurements, the figure and its level."""
+    """What it means, from the measurements, the value and its level."""
+    published: str | None = None
+    """The attribute of the published results that holds the same metric."""
+    remark: str = ""
+    """What else to know before two models are compared by it."""
 
     def judge(self, measured: Measurements) -> Finding | None:
-        """Judge the figure; None if it is not known."""
+        """Judge the metric; None if it is not known."""
         value = self.value(measured)
         if value is None or math.isnan(value):
             return None
         level = self.level(value)
-        return Finding(level, self.sentence(measured, value, level))
+        return Finding(level, self.sentence(measured, value, level), self.figure)
 
     def level(self, value: float) -> Level:
-        """Return the level of a figure."""
-        sign = 1 if self.good < self.poor else -1  # lower or higher is better
+        """Return the level of a value."""
+        sign = 1 if self.lower_is_better else -1
         return "good" if sign * value <= sign * self.good else "fair" if sign * value <= sign * self.poor else "poor"
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether small values are good."""
+        return self.good < self.poor
+
+    @property
+    def range(self) -> str:
+        """The bounds, and the published values beside them, in one sentence."""
+        good, poor = ("up to", "above") if self.lower_is_better else ("from", "below")
+        paper = f"; {_published(self.published)}" if self.published else ""
+        remark = f" {self.remark}" if self.remark else ""
+        return f"good {good} {self.good:g}, poor {poor} {self.poor:g}{paper}.{remark}"
+
+
+def ranges(found: Iterable[Finding]) -> list[tuple[str, str]]:
+    """Return label and range of each metric that one of the findings judges, once."""
+    judged = {finding.figure for finding in found}
+    return [(FIGURES[each.figure].label, each.range) for each in CRITERIA if each.figure in judged]
+
+
+def summary(measured: Measurements) -> str:
+    """Say in one line what a matrix is like: whether it is shifted, whether it is isotropic, and why not."""
+    if (nothing := nothing_learned(measured)) is not None:
+        return nothing
+    shift, isotropy = SHIFT.level(measured.mean_shift_ratio), ISOTROPY.level(measured.isotropy)
+    words = {"good": "Centered", "fair": "Shifted off the origin", "poor": "Strongly shifted off the origin"}[shift]
+    text = f"{words} (mean shift ratio {measured.mean_shift_ratio:.3f})"
+    if (empty := _empty_dimensions(measured)) is not None:
+        return f"{text}; {empty[0].lower()}{empty[1:]}"
+    if _is_too_short(measured):
+        return f"{text}; the rows are too short to judge their isotropy."
+    if isotropy != "good":
+        words = {"fair": "somewhat anisotropic", "poor": "anisotropic"}[isotropy]
+        text = f"{text} and {words} (isotropy {measured.isotropy:.3f})"
+        return f"{text}: {_cause(measured)}." if shift != "good" or helped_by_removal(measured) else f"{text}."
+    if shift == "good":
+        return f"{text} and isotropic (isotropy {measured.isotropy:.3f})."
+    return f"{text}; evenly spread around that offset (isotropy after centering {measured.isotropy_centered:.3f})."
 
 
 def findings(measured: Measurements, notes: Sequence[str] = ()) -> list[Finding]:
-    """Judge the figures of an embedding matrix, the most important first.
+    """Judge the metrics of an embedding matrix, the most important first.
 
     Args:
-        measured: the figures.
+        measured: the metrics.
         notes: what else to say, such as what was not measured.
     """
     said = [Finding("note", note) for note in notes]
-    nothing, empty = _nothing_learned(measured), _empty_dimensions(measured)
+    nothing, empty = nothing_learned(measured), _empty_dimensions(measured)
     if nothing is not None:
         return [Finding("poor", nothing), *said]
     isotropy = ISOTROPY.judge(measured)
     if isotropy is not None and isotropy.level == "good":
-        if math.exp(-2 * measured.largest_singular_value) >= ISOTROPY.good:
+        if _is_too_short(measured):
             isotropy = Finding("note", _too_short(measured))
         elif empty is not None:
             isotropy = None
@@ -82,14 +133,15 @@ def findings(measured: Measurements, notes: Sequence[str] = ()) -> list[Finding]
         *said,
         SHIFT.judge(measured),
         isotropy,
-        Finding("fair", _centered(measured)) if measured.isotropy < ISOTROPY.good else None,
+        Finding("note", _centered(measured)) if measured.isotropy < ISOTROPY.good else None,
         FREQUENCY.judge(measured),
         SIMILARITY.judge(measured),
     )
     return [finding for finding in judged if finding is not None]
 
 
-def _nothing_learned(measured: Measurements) -> str | None:
+def nothing_learned(measured: Measurements) -> str | None:
+    """Say why there is nothing to judge: zeros, or one row alone; None for other matrices."""
     if measured.zero_rows == measured.tokens:
         return f"All {measured.tokens:,} rows are zeros: there is nothing to judge. Were the weights saved?"
     if _rank(measured) == 1 and measured.mean_shift_ratio > 1 - ROUNDING:
@@ -106,6 +158,11 @@ def _empty_dimensions(measured: Measurements) -> str | None:
     if rank == full:
         return None
     return f"Rank {rank:,} of {full:,}: the matrix is degenerate, and some directions are empty."
+
+
+def _is_too_short(measured: Measurements) -> bool:
+    """Whether any directions would give rows of this length a good isotropy."""
+    return math.exp(-2 * measured.largest_singular_value) >= ISOTROPY.good
 
 
 def _too_short(measured: Measurements) -> str:
@@ -151,7 +208,7 @@ def note_on_rows(matrix: NDArray[np.floating[Any]], measured: Measurements, toke
 
 
 def _published(figure: str) -> str:
-    """Format the range of a figure in the paper, with either optimizer."""
+    """Format the range of a metric in the paper, with either optimizer."""
     ranges = []
     for method in (OPTIMIZER_LABELS["adamw"], OPTIMIZER_LABELS["coupled_adam"]):
         values = [
@@ -164,55 +221,89 @@ def _published(figure: str) -> str:
 def _shift(measured: Measurements, value: float, level: Level) -> str:
     words = {
         "good": "the embeddings are centered on the origin",
-        "fair": "the embeddings are shifted off the origin",
-        "poor": "most of an average embedding is a shift that all tokens share",
+        "fair": "the embeddings share an offset from the origin",
+        "poor": "the embeddings share a large offset from the origin",
     }[level]
-    return (
-        f"Mean shift ratio {value:.3f}: {words} (below {SHIFT.good:g} counts as centered, above {SHIFT.poor:g} as "
-        f"strongly shifted; {_published('mean_shift_ratio')})."
-    )
+    return f"Mean shift ratio {value:.3f}: {words}."
 
 
 def _isotropy(measured: Measurements, value: float, level: Level) -> str:
     words = {"good": "no direction is preferred", "fair": "some directions are preferred", "poor": "anisotropic"}[level]
-    return (
-        f"Isotropy {value:.3f}: {words} (above {ISOTROPY.good:g} counts as isotropic, below {ISOTROPY.poor:g} as "
-        f"anisotropic; {_published('isotropy')}). It depends on the scale: the mean norm of an embedding here is "
-        f"{measured.mean_of_norms:.3g}."
-    )
+    if level == "good" and SHIFT.level(measured.mean_shift_ratio) != "good":
+        words = (
+            f"high in spite of the shift, because isotropy hardly sees embeddings as short as these (mean norm "
+            f"{measured.mean_of_norms:.3g})"
+        )
+    return f"Isotropy {value:.3f}: {words}."
 
 
 def _centered(measured: Measurements) -> str:
-    value = measured.isotropy_centered
-    if value >= ISOTROPY.good:
-        cause = "the shift is the cause"
-    elif value > measured.isotropy + 0.1:
-        cause = "the shift is part of the cause"
-    else:
-        cause = "the shift is not the cause; directions across it dominate"
-    return f"Centered, the isotropy is {value:.3f}: {cause}."
+    return f"After centering, isotropy is {measured.isotropy_centered:.3f}: {_cause(measured)}."
+
+
+def _cause(measured: Measurements) -> str:
+    """Say whether the shift is why the isotropy is not good."""
+    if measured.isotropy_centered >= ISOTROPY.good:
+        return "the shift is the cause"
+    if measured.isotropy_centered > measured.isotropy + WORTHWHILE:
+        return "the shift is part of the cause"
+    if helped_by_removal(measured):
+        return "not because of the shift: a few other directions dominate"
+    return (
+        "not because of the shift: the variance differs between directions, and the longer the embeddings, the more "
+        f"isotropy shows of that (mean norm {measured.mean_of_norms:.3g})"
+    )
+
+
+def helped_by_removal(measured: Measurements) -> bool:
+    """Whether embeddings that centering leaves anisotropic gain by the removal of their first principal components."""
+    centered, removed = measured.isotropy_centered, measured.isotropy_post_processed
+    return centered < ISOTROPY.good and removed > centered + WORTHWHILE
 
 
 def _frequency(measured: Measurements, value: float, level: Level) -> str:
     assert measured.norm_frequency is not None
     words = {"good": "hardly depends", "fair": "partly depends", "poor": "depends strongly"}[level]
     return (
-        f"Norm and log frequency have a rank correlation of {measured.norm_frequency.spearman:+.2f}: the length of an "
-        f"embedding {words} on how frequent its token is (bounds {FREQUENCY.good:g} and {FREQUENCY.poor:g})."
+        f"Rank correlation {measured.norm_frequency.spearman:+.2f} between norm and frequency: the norm of an "
+        f"embedding {words} on how frequent its token is."
     )
 
 
 def _similarity(measured: Measurements, value: float, level: Level) -> str:
     centered = geometry.mean_similarity(measured.word_similarity["centered"])
-    after = "" if centered is None else f", centered {centered:.1f}"
+    after = "" if centered is None else f" ({centered:.1f} after centering)"
     covered = sum(s.covered for s in measured.word_similarity["original"])
-    return (
-        f"Word similarity {value:.1f}{after} (100·correlation with human ratings over {covered:,} pairs; above "
-        f"{SIMILARITY.good:g} counts as good, below {SIMILARITY.poor:g} as none; {_published('word_similarity')})."
-    )
+    words = {"good": "clear", "fair": "some", "poor": "no measurable"}[level]
+    return f"Word similarity {value:.1f}{after}: {words} agreement with human ratings, over {covered:,} pairs of words."
 
 
-SHIFT = Criterion(0.1, 0.4, lambda m: m.mean_shift_ratio, _shift)
-ISOTROPY = Criterion(0.8, 0.4, lambda m: m.isotropy, _isotropy)
-FREQUENCY = Criterion(0.3, 0.6, lambda m: abs(m.norm_frequency.spearman) if m.norm_frequency else None, _frequency)
-SIMILARITY = Criterion(30.0, 10.0, lambda m: m.mean_similarity, _similarity)
+SHIFT = Criterion(
+    "mean_shift_ratio", 0.1, 0.4, lambda measured: measured.mean_shift_ratio, _shift, published="mean_shift_ratio"
+)
+ISOTROPY = Criterion(
+    "isotropy",
+    0.8,
+    0.4,
+    lambda measured: measured.isotropy,
+    _isotropy,
+    published="isotropy",
+    remark="It depends on the length of the embeddings: compare models by it only if their mean norms are similar.",
+)
+FREQUENCY = Criterion(
+    "norm_frequency_spearman",
+    0.3,
+    0.6,
+    lambda measured: abs(measured.norm_frequency.spearman) if measured.norm_frequency else None,
+    _frequency,
+    remark="Bounds of its absolute value.",
+)
+SIMILARITY = Criterion(
+    "word_similarity",
+    30.0,
+    10.0,
+    lambda measured: measured.mean_similarity,
+    _similarity,
+    published="word_similarity",
+)
+CRITERIA = (SHIFT, ISOTROPY, FREQUENCY, SIMILARITY)

@@ -48,6 +48,7 @@ def figures_of(measured: geometry.Measurements) -> Figures:
         "mean_of_norms": measured.mean_of_norms,
         "norm_of_mean": measured.norm_of_mean,
         "mean_shift_ratio": measured.mean_shift_ratio,
+        "mean_cosine": measured.mean_cosine,
         "smallest_singular_value": measured.smallest_singular_value,
         "largest_singular_value": measured.largest_singular_value,
         "inverse_condition": measured.inverse_condition,

@@ -32,6 +32,8 @@ class Measurements:
     mean_of_norms: float
     norm_of_mean: float
     mean_shift_ratio: float
+    mean_cosine: float
+    """Of two different rows."""
     smallest_singular_value: float
     largest_singular_value: float
     inverse_condition: float
@@ -104,6 +106,7 @@ def measure(
         mean_of_norms=metrics.mean_of_norms(e),
         norm_of_mean=metrics.norm_of_mean(e),
         mean_shift_ratio=metrics.mean_shift_ratio(e),
+        mean_cosine=metrics.mean_cosine(e),
         smallest_singular_value=float(values[-1]),
         largest_singular_value=float(values[0]),
         inverse_condition=metrics.inverse_condition_of(values),

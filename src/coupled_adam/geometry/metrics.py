@@ -82,6 +82,28 @@ def mean_shift_ratio(embedding: Matrix) -> float:
     return norm_of_mean(e) / length if length > 0 else float("nan")
 
 
+def mean_cosine(embedding: Matrix) -> float:
+    """Mean cosine of two different rows, over all pairs, in [-1, 1]: the anisotropy of Ethayarajh 2019.
+
+    0 for directions that are spread evenly, 1 where all rows point the same way. Rows of zeros have no direction and
+    are left out; NaN with fewer than two others. Source: Ethayarajh 2019, "How contextual are contextualized word
+    representations?", arXiv 1909.00512, which estimates it from a sample of pairs.
+
+    >>> mean_cosine([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])  # the cosines are 0, 1 and 0
+    0.3333333333333333
+    """
+    e, _ = in_range(as_matrix(embedding))
+    total, count = np.zeros(e.shape[1]), 0
+    for rows in blocks(e):
+        norms = row_norms(rows)
+        total += (rows[norms > 0] / norms[norms > 0, None]).sum(0)
+        count += int((norms > 0).sum())
+    if count < 2:
+        return float("nan")
+    # ‖Σ_i u_i‖² is the sum over all pairs, with the n pairs of a row and itself.
+    return float(np.clip((total @ total - count) / (count * (count - 1)), -1, 1))
+
+
 def singular_values(embedding: Matrix) -> Float64:
     """Compute the min(V, H) singular values of E, largest first."""
     e, scale = in_range(as_matrix(embedding))

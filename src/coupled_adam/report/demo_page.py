@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import plotly.graph_objects as go
-
 from coupled_adam import experiments
 from coupled_adam.figures import FIGURES, cell, figures
 from coupled_adam.report import charts
 from coupled_adam.report.aggregate import Evaluated, short
+from coupled_adam.report.charts import Chart
 from coupled_adam.report.page import write_page
 from coupled_adam.report.table import Row, rows
 
@@ -44,24 +43,28 @@ def write_demo_page(path: Path, runs: Sequence[Evaluated], source: str) -> None:
         source: what the text is called.
     """
 
-    def drawn(name: str, highest: float | None = None) -> go.Figure:
+    def drawn(name: str, caption: str, highest: float | None = None) -> Chart:
         series = [(run.method, [(line["step"], line[name]) for line in run.curve if name in line]) for run in runs]
-        return charts.curves(FIGURES[name].title, series, highest=highest)
+        return Chart(charts.curves(FIGURES[name].title, series, y=FIGURES[name].axis, highest=highest), caption)
 
     samples = {run.method: sample for run in runs if (sample := run.token_sample)}
     experiment, form = runs[0].experiment, FIGURES["word_similarity"].form
     shift, loss = ([run.figures[name] for run in runs] for name in ("mean_shift_ratio", "validation_loss"))
-    drifts = charts.drifts({run.method: [run.curve] for run in runs})
+    training = {
+        "mean_shift": drawn(
+            "mean_shift_ratio",
+            "How far the embeddings have moved off the origin together, relative to their length.",
+            1,
+        ),
+        "isotropy": drawn("isotropy", "1 = isotropic: no preferred direction.", 1.02),
+        "loss": drawn("validation_loss", "Loss on held-out text (lower is better): does centering cost anything?"),
+    }
+    drifts = {f"drift-{i}": each for i, each in enumerate(charts.drifts({r.method: [r.curve] for r in runs}))}
+    maps = {f"embeddings-{i}": each for i, each in enumerate(charts.token_maps(samples))}
     write_page(
         path,
         __name__,
-        {
-            "mean_shift": drawn("mean_shift_ratio", 1),
-            "isotropy": drawn("isotropy", 1.02),
-            "loss": drawn("validation_loss"),
-            "embeddings": charts.token_maps(samples),
-            **{f"drift-{i}": chart.figure for i, chart in enumerate(drifts)},
-        },
+        training | drifts | maps,
         headline=(
             f"After {experiment.train.steps:,} steps the norm of the mean embedding is {shift[0]:.3f} of the mean norm "
             f"with AdamW and {shift[1]:.3f} with Coupled Adam; the validation losses are {loss[0]:.2f} and "
@@ -75,7 +78,8 @@ def write_demo_page(path: Path, runs: Sequence[Evaluated], source: str) -> None:
         published_tokens=PUBLISHED_TOKENS,
         names=[run.method for run in runs],
         rows=demo_rows(runs),
-        drifts=[chart.caption for chart in drifts],
+        training=list(training),
+        drifts=list(drifts),
         map_caption=charts.MAP_CAPTION,
         mapped=f"{len(next(iter(samples.values())).text):,}",
         benchmarks=[

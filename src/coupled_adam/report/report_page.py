@@ -92,7 +92,7 @@ def report(directories: Sequence[Path], out: Path) -> list[Evaluated]:
     write_page(
         out / "report.html",
         __name__,
-        {f"{i}-{j}": c.figure for i, section in enumerate(drawn_sections) for j, c in enumerate(section.charts)},
+        {f"{i}-{j}": chart for i, section in enumerate(drawn_sections) for j, chart in enumerate(section.charts)},
         headline=_headline(pairs, swept, tuned),
         scale=_scale(runs),
         columns=columns,
@@ -100,6 +100,7 @@ def report(directories: Sequence[Path], out: Path) -> list[Evaluated]:
         papers=any(pair.of_the_paper for pair in pairs),
         published=published_lines(columns),
         sections=drawn_sections,
+        chart_ids=[[f"{i}-{j}" for j in range(len(section.charts))] for i, section in enumerate(drawn_sections)],
         rows=[[_number(row[column]) for column in headings()] for row in rows],
         headings=headings(),
         downstream=_downstream(runs),
@@ -174,10 +175,12 @@ def _headline_of_pairs(pairs: Sequence[Comparison]) -> str:
     chosen = largest(pairs)
     a, v = (group.moments("mean_shift_ratio") for group in (chosen.adamw, chosen.coupled))
     x, y = (group.moments("validation_loss") for group in (chosen.adamw, chosen.coupled))
-    text = "Coupled Adam leaves the embeddings better centered and more isotropic than AdamW in "
-    text += f"{len(better)} of {len(pairs)} settings."
+    count = f"{len(better)} of {len(pairs)} settings" if len(pairs) > 1 else "the one setting compared"
+    not_all = "" if better or len(pairs) > 1 else "not "
+    where = "In the largest one" if len(pairs) > 1 else "There"
+    text = f"Coupled Adam leaves the embeddings {not_all}both better centered and more isotropic than AdamW in {count}."
     if a and v:
-        text += f" In the largest one ({chosen.setting}) the mean shift ratio is {v.mean:.3f} instead of {a.mean:.3f}"
+        text += f" {where} ({chosen.setting}) the mean shift ratio is {v.mean:.3f} instead of {a.mean:.3f}"
         text += f" at a test loss of {y.mean:.3f} instead of {x.mean:.3f}." if x and y else "."
     return text
 

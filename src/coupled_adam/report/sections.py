@@ -61,7 +61,8 @@ def sections(
         made.append(Section(heading, table=sweep_sections.published()))
     made += _tuned(tuned, documents)
     if pairs:
-        made.append(Section(f"The embeddings: {largest(pairs).setting}", _embeddings(largest(pairs))))
+        drawn = _embeddings(largest(pairs))
+        made.append(Section(f"The embeddings: {largest(pairs).setting}", drawn, charts.MAP_CAPTION))
     return [section for section in made if section.charts or section.table]
 
 
@@ -86,14 +87,14 @@ def _curves(pair: Comparison) -> list[Chart]:
             for group in (pair.adamw, pair.coupled)
             for run in group.runs
         ]
-        return charts.curves(FIGURES[figure].title, lines, highest=highest)
+        return charts.curves(FIGURES[figure].title, lines, y=FIGURES[figure].axis, highest=highest)
 
     return [
         Chart(
             drawn("validation_loss"),
-            "Nats per token on held-out text, a line a seed; lower is better.",
+            "Nats per token on held-out text, one line per seed; lower is better.",
         ),
-        Chart(drawn("isotropy", 1.02), "1 is a cloud without a preferred direction."),
+        Chart(drawn("isotropy", 1.02), "1 = isotropic: no preferred direction."),
         Chart(
             drawn("mean_shift_ratio", 1.0),
             "How far all embeddings together have moved off the origin, relative to their length.",
@@ -113,14 +114,19 @@ def _sizes(pairs: Sequence[Comparison]) -> list[Chart]:
                 if found := group.moments(figure):
                     name = f"{group.first.model}, {group.first.method}"
                     series.setdefault(name, []).append((group.first.tokens, found.mean, found.deviation or 0.0))
-        return charts.curves(FIGURES[figure].title, series.items(), x="training tokens", highest=1.05, log_x=True)
+        title, y = FIGURES[figure].title, FIGURES[figure].axis
+        made = charts.curves(title, series.items(), y=y, x="training tokens", highest=1.05, log_x=True)
+        return made.update_xaxes(**charts.ticks(pair.coupled.first.tokens for pair in pairs))
 
     return [
         Chart(
             drawn("isotropy"),
             "Whether more parameters or more text change the isotropy; bars: one standard deviation over seeds.",
         ),
-        Chart(drawn("mean_shift_ratio"), "The same for the shift off the origin."),
+        Chart(
+            drawn("mean_shift_ratio"),
+            "Whether they change the shift off the origin; bars: one standard deviation over seeds.",
+        ),
     ]
 
 
@@ -136,14 +142,14 @@ def _swept(x: str, points: Mapping[float, SeedGroup], figure: str, baselines: Ma
         for name, group in baselines.items():
             if found := group.moments(figure):
                 series[name] = [(values[0][0], found.mean, 0.0), (values[-1][0], found.mean, 0.0)]
-    return charts.curves(FIGURES[figure].title, series.items(), x=x)
+    return charts.curves(FIGURES[figure].title, series.items(), y=FIGURES[figure].axis, x=x)
 
 
 def _scaled(line: Sequence[SeedGroup]) -> list[Chart]:
     points = {-math.log2(group.first.experiment.optimizer.embedding.coupling_scale): group for group in line}
 
     def drawn(figure: str) -> go.Figure:
-        return _swept("n, for a second moment scaled by s = 2⁻ⁿ", points, figure, {})
+        return _swept("n (second moment scaled by 2⁻ⁿ)", points, figure, {})
 
     return [
         Chart(
@@ -183,7 +189,7 @@ def _embeddings(pair: Comparison) -> list[Chart]:
     if not samples:
         return []
     drawn = [
-        Chart(charts.token_maps(samples), f"{charts.MAP_CAPTION} All maps have one scale.", wide=True),
+        *charts.token_maps(samples),
         charts.norm_against_frequency(samples),
         Chart(
             charts.token_scatter("Projection e·μ against frequency", samples, "projection"),

@@ -22,7 +22,7 @@ EXACT = ("float32", "float32")
 LEAST_NORM = 1e-3
 
 #: Sweeps have more lines than other charts; the colors are those of Okabe and Ito, too.
-SWEEP_COLORS = (*charts.COLORS, "#56b4e9", "#000000", "#e69f00")
+SWEEP_COLORS = (*charts.COLORS, "#56b4e9", charts.INK, "#e69f00")
 DASHES = ("solid", "dash", "solid", "dash", "dot", "dot", "dashdot")
 
 
@@ -126,7 +126,7 @@ def drawn(found: Sweeps) -> list[Chart]:
         ]
     made += [
         Chart(_figures(found, "mean_shift_ratio", highest=1.02), "The shift off the origin relative to the length."),
-        Chart(_figures(found, "isotropy", highest=1.02), "1 is a cloud without a preferred direction."),
+        Chart(_figures(found, "isotropy", highest=1.02), "1 = isotropic: no preferred direction."),
     ]
     return [chart for chart in made if any(len(trace.x) for trace in chart.figure.data)]
 
@@ -167,7 +167,7 @@ def _losses(found: Sweeps) -> go.Figure:
         sensitivity = f" (LRS {line.sensitivity(rates):.3f})" if len(rates) > 1 else ""
         points = [(rate, loss, line.deviation(rate)) for rate, loss in line.losses.items()]
         lines.append((line.name + sensitivity, points))
-    figure = _against_rate(FIGURES["validation_loss"].title, lines)
+    figure = _against_rate(FIGURES["validation_loss"], lines)
     for trace, line in zip(figure.data, found.lines, strict=True):
         crossed = [rate in line.diverged for rate in line.losses]
         trace.marker = {"symbol": ["x" if c else "circle" for c in crossed], "size": [11 if c else 6 for c in crossed]}
@@ -185,15 +185,18 @@ def _figures(
                 mean = values.mean if floor is None else max(values.mean, floor)
                 points.append((rate, mean, 0.0 if log_y else values.deviation or 0.0))
         lines.append((line.name, points))
-    return _against_rate(FIGURES[name].title, lines, highest=highest, log_y=log_y)
+    return _against_rate(FIGURES[name], lines, highest=highest, log_y=log_y)
 
 
 def _against_rate(
-    title: str, lines: Sequence[tuple[str, charts.Points]], *, highest: float | None = None, log_y: bool = False
+    drawn: Figure, lines: Sequence[tuple[str, charts.Points]], *, highest: float | None = None, log_y: bool = False
 ) -> go.Figure:
-    figure = charts.curves(title, lines, x="learning rate", highest=highest, log_x=True, log_y=log_y)
-    ticks = sorted({point[0] for _, points in lines for point in points})
-    figure.update_xaxes(tickvals=ticks, ticktext=[f"{rate:g}" for rate in ticks])
+    figure = charts.curves(
+        drawn.title, lines, y=drawn.axis, x="learning rate", highest=highest, log_x=True, log_y=log_y
+    )
+    figure.update_xaxes(**charts.ticks(point[0] for _, points in lines for point in points))
     for i, trace in enumerate(figure.data):  # dashes, for lines that cover each other
-        trace.line.update(color=SWEEP_COLORS[i % len(SWEEP_COLORS)], dash=DASHES[i % len(DASHES)])
+        color = SWEEP_COLORS[i % len(SWEEP_COLORS)]
+        trace.line.update(color=color, dash=DASHES[i % len(DASHES)])
+        trace.meta = "ink" if color == charts.INK else None
     return figure.update_layout(height=340 + 20 * len(lines))

@@ -22,8 +22,8 @@ SHOWN = 1.0
 SYMBOLS, DASHES = ("circle", "square", "diamond"), ("solid", "dash", "dot")
 
 #: The axes of the charts.
-FACTOR_AXIS = "factor on the embedding's learning rate"
-LOSS_AXIS = "test loss, nats per token"
+FACTOR_AXIS = "factor on the embedding's rate"
+LOSS_AXIS = "test loss (nats per token)"
 
 #: Word similarity by what was done to the embedding before.
 SIMILARITIES = {
@@ -67,7 +67,7 @@ def setting(found: Cell) -> str:
     parts = [found.name]
     parts += [f"{short(int(parameters))} parameters"] if parameters else []
     parts += [f"{short(int(tokens))} tokens"] if tokens else []
-    parts += [f"{batch} tokens a step"] if (batch := found.fact("batch_tokens")) else []
+    parts += [f"{batch} tokens per step"] if (batch := found.fact("batch_tokens")) else []
     parts += [f"learning rate of the rest {lr:g}"] if (lr := number(first, "lr")) and found.fact("lr") else []
     return ", ".join(parts)
 
@@ -186,7 +186,7 @@ def table_across(found: Sequence[Cell], documents: Mapping[str, DocumentLosses] 
         "one seed, with 95% t intervals; p by Holm's method over the table.",
         (
             ("cell", ""),
-            ("tokens", "a step"),
+            ("tokens", "per step"),
             ("vocabulary", ""),
             ("β2", "of the embedding"),
             ("κ > 1", "of the vocabulary"),
@@ -230,7 +230,7 @@ def drawn(found: Cell, styled: Mapping[str, Style]) -> list[Chart]:
         ),
         Chart(
             front(f"Loss and word similarity: {found.name}", outcomes, "eb_cos_sim", "word similarity r̄", styled),
-            "The same against word similarity: what a lower loss costs, or does not.",
+            "Loss against word similarity, every method at the factors tried; a star: its best factor.",
         ),
     ]
     return [chart for chart in made if any(len(trace.x) for trace in chart.figure.data)]
@@ -243,7 +243,7 @@ def drawn_across(found: Sequence[Cell], styled: Mapping[str, Style]) -> list[Cha
         "method is good for others: the table has the differences within pairs, which are known better."
     )
     return [
-        Chart(at_the_best(f"At its best: {each.name}", outcomes, styled), caption)
+        Chart(at_the_best(f"At its best: {each.name}", outcomes, styled), caption, wide=True)
         for each in found
         if (outcomes := each.outcomes())
     ]
@@ -267,12 +267,13 @@ def at_the_best(title: str, outcomes: Sequence[Outcome], styled: Mapping[str, St
             marker={"size": 9, "color": styled[outcome.arm.label].color, "symbol": styled[outcome.arm.label].symbol},
             hovertemplate=f"{html.escape(name)}: %{{x:.3f}}<br>{html.escape(told)}<extra></extra>",
             showlegend=False,
+            meta=_meta(styled[outcome.arm.label]),
         )
     for outcome in outcomes:
         if outcome.reference:
             line = {"dash": "dot", "width": 1, "color": styled[outcome.arm.label].color}
             figure.add_vline(x=outcome.mean("loss_report"), line=line)
-    figure.update_xaxes(title=LOSS_AXIS)
+    figure.update_xaxes(title="test loss (nats)")  # the names leave little room
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], automargin=True)
     return charts.styled(figure, title, height=140 + 26 * len(outcomes))
 
@@ -286,8 +287,7 @@ def against_factor(title: str, outcomes: Sequence[Outcome], column: str, styled:
     loss = column == "loss_report"
     figure = _lines(title, lines, styled, "factor %{x:g}: %{y:.3f}", lambda outcome: outcome.choice.factor)
     figure.update_xaxes(title=FACTOR_AXIS, type="log")
-    ticks = sorted({factor for outcome in outcomes for factor in outcome.choice.losses})
-    figure.update_xaxes(tickvals=ticks, ticktext=[f"{factor:g}" for factor in ticks])
+    figure.update_xaxes(**charts.ticks(factor for outcome in outcomes for factor in outcome.choice.losses))
     figure.update_yaxes(title=LOSS_AXIS if loss else "100·correlation")
     if loss:
         _bound(figure)
@@ -303,8 +303,8 @@ def by_decile(title: str, outcomes: Sequence[Outcome], styled: Mapping[str, Styl
             found = [paired_difference(base.at_the_best(column), outcome.at_the_best(column)) for column in columns]
             lines.append((outcome, [(i, each.mean) for i, each in enumerate(found, start=1) if each]))
     figure = _lines(title, lines, styled, "tenth %{x:g}: %{y:+.3f}", lambda outcome: None)
-    figure.update_xaxes(title="tenth of the text, from rare to frequent tokens", dtick=1)
-    figure.update_yaxes(title="loss minus AdamW's, nats per token")
+    figure.update_xaxes(title="tenth of the text, rare to frequent", dtick=1)
+    figure.update_yaxes(title="loss minus AdamW's (nats per token)")
     return figure
 
 
@@ -361,8 +361,13 @@ def _lines(
                 "opacity": 1,
             },
             hovertemplate=f"{html.escape(outcome.arm.label)}<br>{told}<extra></extra>",
+            meta=_meta(style),
         )
     return charts.styled(figure, title, height=340 + 20 * len(lines))
+
+
+def _meta(style: Style) -> str | None:
+    return "ink" if style.color == charts.INK else None
 
 
 def _bound(figure: go.Figure) -> None:
