@@ -139,6 +139,48 @@ def batch(results: Results) -> str:
     return _text_table(tuned_sections.table_across(results.tuned(BATCH), results.documents))
 
 
+@block("batch-sentence")
+def batch_sentence(results: Results) -> str:
+    by_batch: dict[int, str] = {}
+    for each in versus(results.tuned(BATCH)):
+        if each.cell.name in ("b1k", "b4k", "b16k"):
+            by_batch[int(text(each.cell.rows[0], "batch_tokens") or 0)] = difference_text(each.coupled.difference)
+    told = [
+        f"{difference.lstrip('+')} at {tokens:,} tokens per batch" for tokens, difference in sorted(by_batch.items())
+    ]
+    return f"{', '.join(told[:-1])} and {told[-1]}"
+
+
+@block("batch-tempered")
+def batch_tempered(results: Results) -> str:
+    rows = []
+    for found in results.tuned(BATCH):
+        outcomes = found.outcomes(results.documents)
+        for base in (outcome for outcome in outcomes if outcome.reference):
+            for other in (outcome for outcome in outcomes if "factored" in outcome.arm.name):
+                losses = [f"{o.mean('loss_report'):.3f} ({factor_text(o.choice)})" for o in (base, other)]
+                rows.append([found.name, *losses, difference_text(other.difference), p_text(other.adjusted)])
+    headings = ["cell", "AdamW (factor)", "tempered, α = 0.5 (factor)", "difference [95%]", "p Holm in the cell"]
+    return markdown(headings, rows)
+
+
+@block("batch-embeddings")
+def batch_embeddings(results: Results) -> str:
+    rows = []
+    for found in results.tuned(BATCH):
+        for outcome in found.outcomes():
+            row = [
+                outcome.mean(column) for column in ("isotropy", "ratio norm", "eb_cos_sim", "word_similarity_centered")
+            ]
+            if not row[2]:  # Vocabularies so small that the benchmarks have no words in them.
+                row[2:] = [None, None]
+            shown = [
+                cell(value, form) for value, form in zip(row, ("{:.2f}", "{:.3f}", "{:.1f}", "{:.1f}"), strict=True)
+            ]
+            rows.append([found.name, outcome.arm.label, factor_text(outcome.choice), *shown])
+    return markdown(["cell", "method", "factor", "Iso", "‖μ‖ʳ", "r̄ raw", "r̄ centered"], rows, left=2)
+
+
 @block("rest")
 def rest(results: Results) -> str:
     found = results.tuned(REST)
@@ -277,10 +319,11 @@ def headline(results: Results) -> str:
         a, v = each.adamw, each.coupled
         at_one = [outcome.arm.figures("loss_report", 1.0) for outcome in (a, v)]
         shared = sorted(at_one[0].keys() & at_one[1].keys())
-        same = [f"{statistics.fmean(m[seed] for seed in shared):.3f}" if shared else "–" for m in at_one]
-        rows.append(
-            [each.cell.name, "one for all parameters", *same, difference_text(each.at_one_rate), str(len(shared))]
-        )
+        if shared:
+            same = [f"{statistics.fmean(m[seed] for seed in shared):.3f}" for m in at_one]
+            rows.append(
+                [each.cell.name, "one for all parameters", *same, difference_text(each.at_one_rate), str(len(shared))]
+            )
         best = [f"{o.mean('loss_report'):.3f} (×{factor_text(o.choice)})" for o in (a, v)]
         count = str(v.difference.count) if v.difference else "0"
         rows.append([each.cell.name, "best for each", *best, difference_text(v.difference), count])

@@ -292,7 +292,7 @@ def train_command(
             if as_json:
                 print_json(last)
             else:
-                print_styled((_last_line(run_dir, last), ""))
+                print_line(_last_line(run_dir, last))
 
 
 def _experiment(name: str, seed: int | None) -> "Experiment":

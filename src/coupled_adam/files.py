@@ -69,7 +69,7 @@ def output_path(path: Path, *sources: Path) -> Path:
 def check_replaceable(path: Path, kind: str) -> None:
     """Raise InputError unless a directory may be written at ``path``.
 
-    It may where there is nothing, an empty directory, or one that :func:`put_in_place` made of the same ``kind`` in
+    It may where there is nothing, an empty directory, or one that ``put_in_place`` made of the same ``kind`` in
     which nothing was added or changed since.
     """
     if not path.exists():
@@ -95,7 +95,7 @@ def check_replaceable(path: Path, kind: str) -> None:
 
 
 def check_outside_made(path: Path) -> None:
-    """Raise InputError if ``path`` is the root of the file system, or is or lies in what :func:`put_in_place` made."""
+    """Raise InputError if ``path`` is the root of the file system, or is or lies in what ``put_in_place`` made."""
     resolved = output_path(path)
     for place in (resolved, *resolved.parents):
         if (place / MANIFEST).is_file():
@@ -107,7 +107,7 @@ def put_in_place(aside: Path, path: Path, kind: str) -> None:
     """Move the complete directory ``aside`` to ``path``; it becomes one of that ``kind``, which may replace another.
 
     Raises:
-        InputError: as :func:`check_replaceable`. Nothing has changed.
+        InputError: as ``check_replaceable``. Nothing has changed.
     """
     check_replaceable(path, kind)
     (aside / MANIFEST).unlink(missing_ok=True)
@@ -119,7 +119,7 @@ def swap(aside: Path, path: Path) -> None:
     """Put a directory that is complete on the disk in the place of another, whatever that holds.
 
     For directories within our own alone, such as the checkpoints of a run: where a user has named the place, see
-    :func:`put_in_place`.
+    ``put_in_place``.
     """
     _sync(aside)
     if not path.exists():
@@ -140,7 +140,7 @@ def _ours_alone(aside: Path) -> Path:
 
 
 def update_file(directory: Path, name: str, text: str) -> None:
-    """Write a file of a directory that :func:`put_in_place` made, unless the user has changed that file since.
+    """Write a file of a directory that ``put_in_place`` made, unless the user has changed that file since.
 
     Raises:
         InputError: the directory is none of ours, or its description is damaged.
@@ -161,7 +161,7 @@ def update_file(directory: Path, name: str, text: str) -> None:
 
 
 def is_whole(directory: Path, besides: str) -> bool:
-    """Whether a directory that :func:`put_in_place` made still has all its files; one of them may have changed.
+    """Whether a directory that ``put_in_place`` made still has all its files; one of them may have changed.
 
     Args:
         directory: one without a description, from an older version, counts as whole.
@@ -299,11 +299,11 @@ def written_whole(path: Path, kind: str | None = None) -> Iterator[Path]:
 
     Args:
         path: of a file, which is replaced; or of a directory.
-        kind: of a directory that may replace one of ours, see :func:`check_replaceable`. Without it there must be none.
+        kind: of a directory that may replace one of ours, see ``check_replaceable``. Without it there must be none.
 
     Raises:
         InputError: ``path`` lies in a file, or there is something that may not be replaced: a directory where a file
-            was written, or for directories see :func:`check_replaceable`.
+            was written, or for directories see ``check_replaceable``.
         OSError: the disk is full; the message names ``path``.
     """
     if kind is not None:
@@ -375,7 +375,7 @@ def write_array(path: Path, array: "NDArray[Any]") -> None:
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object with a digest of itself, which :func:`read_sealed` compares."""
+    """Write a JSON object with a digest of itself, which ``read_sealed`` compares."""
     plain = json.loads(json.dumps(value, allow_nan=False))  # as it will be read: lists for tuples, strings for keys
     write_json(path, {**plain, SEAL: _digest(plain)})
 
@@ -401,10 +401,10 @@ def read_json(path: Path, schema: type[T], remedy: str = "") -> T:
 
 
 def read_sealed(path: Path, schema: type[T], remedy: str = "", *, older: bool = False) -> T:
-    """As :func:`read_json`, of a file that :func:`write_sealed` wrote.
+    """As ``read_json``, of a file that ``write_sealed`` wrote.
 
     Args:
-        path, schema, remedy: as of :func:`read_json`.
+        path, schema, remedy: as of ``read_json``.
         older: also take a file from before such files were sealed: one with neither a digest nor a ``format``.
 
     Raises:
@@ -418,7 +418,7 @@ def read_sealed(path: Path, schema: type[T], remedy: str = "", *, older: bool = 
 
 
 def validated(name: object, content: bytes, schema: type[T], remedy: str = "") -> T:
-    """Parse JSON of a known shape; ``name`` says in messages where it is from. As :func:`read_json` otherwise."""
+    """Parse JSON of a known shape; ``name`` says in messages where it is from. As ``read_json`` otherwise."""
     from pydantic import ValidationError
 
     try:

@@ -120,7 +120,7 @@ class Search:
 
 
 def searches(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) -> list[Search]:
-    """List the arms of the families ``only`` (of all, if empty) that are tuned, as :func:`plan` lists the others."""
+    """List the arms of the families ``only`` (of all, if empty) that are tuned, as ``plan`` lists the others."""
     found = []
     for family, content in experiments.families(suite).items():
         if (only and family not in only) or "tuned" not in content:

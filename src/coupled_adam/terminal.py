@@ -75,7 +75,7 @@ def survive_encoding() -> None:
 
 
 def plain(text: str, encoding: str | None) -> str:
-    """Write the characters of :data:`PLAIN` that ``encoding`` lacks with those that it has.
+    """Write the characters of ``PLAIN`` that ``encoding`` lacks with those that it has.
 
     Examples:
         >>> plain("‖μ‖ – 0.3 ± 0.1…", "ascii"), plain("‖μ‖ – 0.3 ± 0.1…", "cp1252")

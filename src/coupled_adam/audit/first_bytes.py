@@ -75,7 +75,7 @@ def format_of(path: Path) -> Format | None:
     """Return the format of a file with tensors by its first bytes; None if they tell nothing.
 
     Raises:
-        InputError: as :func:`check_downloaded`; or the file is of a format that is known and not read.
+        InputError: as ``check_downloaded``; or the file is of a format that is known and not read.
     """
     head = check_downloaded(path)
     if head.startswith(b"GGUF"):  # programs that manage models name the file after a digest

@@ -154,7 +154,7 @@ def readable(path: Path, kind: str) -> Iterator[None]:
     """Turn whatever a reader of a file with tensors raises into one line.
 
     Raises:
-        InputError: as :func:`parsed`; or the file is of a format that is not read.
+        InputError: as ``parsed``; or the file is of a format that is not read.
         MemoryError: there is too little memory.
     """
     format_of(path)

@@ -145,7 +145,7 @@ SCHEMAS: dict[str, Any] = {
 
 
 def read_results(path: Path, stage: str) -> dict[str, Any]:
-    """Read what a stage (a key of :data:`SCHEMAS`) has written.
+    """Read what a stage (a key of ``SCHEMAS``) has written.
 
     Raises:
         InputError: it cannot be read, is damaged, or something else; the message names file and value.

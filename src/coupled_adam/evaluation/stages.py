@@ -60,7 +60,7 @@ def evaluate(
     Args:
         directory: of the run.
         data: of its corpus; None for where it was during training.
-        only: a choice of :data:`STAGES`. ``downstream`` exports the model first.
+        only: a choice of ``STAGES``. ``downstream`` exports the model first.
         benchmarks: a directory of word-similarity benchmarks; None for those that come with packages.
         tasks: of the stage ``downstream``.
         world: the ranks that share the validation text; all call this, and rank 0 does the rest.

@@ -68,7 +68,7 @@ def measure(
         counts: how often each token occurs in the training data, (V,), for the correlations with frequency.
         token_of: the row of a word, None for a word that is not one token; for word similarity.
         benchmarks: for instance ``coupled_adam.geometry.published_benchmarks``.
-        show: told how many of the :data:`PARTS` that take long are done.
+        show: told how many of the ``PARTS`` that take long are done.
 
     Raises:
         ValueError: not a finite matrix with two rows or more, or counts that do not fit it.

@@ -93,7 +93,7 @@ def save_checkpoint(
         directory: of all checkpoints of the run.
         step: number of steps done.
         model, optimizers: what to save.
-        state: plain values for state.json: the fingerprint of the ``corpus``, and what :class:`State` has else.
+        state: plain values for state.json: the fingerprint of the ``corpus``, and what ``State`` has else.
         world: the ranks of the run.
         keep_last: how many of the newest checkpoints stay, this one included.
         keep_every: checkpoints at multiples of this many steps stay too.

@@ -387,7 +387,7 @@ class Experiment(Section):
         return self.from_dict(tables, "command line")
 
     def settings(self) -> dict[str, str]:
-        """Return the value of every ``section.key``, as :meth:`overridden` takes it; None is left out."""
+        """Return the value of every ``section.key``, as ``overridden`` takes it; None is left out."""
         flat = _flatten(self.model_dump(mode="json", exclude_none=True))
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
 

@@ -160,7 +160,7 @@ def open_corpus(directory: Path) -> Corpus:
 
 
 def read_meta(directory: Path) -> Corpus:
-    """Open a prepared corpus, but verify ``meta.json`` alone. Raises InputError as :func:`open_corpus`."""
+    """Open a prepared corpus, but verify ``meta.json`` alone. Raises InputError as ``open_corpus``."""
     path, remedy = directory / "meta.json", _remedy(directory)
     if not path.exists():
         raise InputError(f"{path}: not found; the directory holds no prepared corpus")

@@ -104,14 +104,14 @@ def encoding_of(head: bytes) -> str:
 
 
 def open_text(path: Path, newline: str | None = None) -> TextIO:
-    """Open a file as text, decompressed and in the encoding of its byte-order mark. Raises as :func:`open_bytes`."""
+    """Open a file as text, decompressed and in the encoding of its byte-order mark. Raises as ``open_bytes``."""
     with open_bytes(path) as file:
         encoding = encoding_of(file.read(HEAD))
     return io.TextIOWrapper(open_bytes(path), encoding=encoding, newline=newline)
 
 
 def bytes_read(text: TextIO) -> int:
-    """Return how far a file that :func:`open_text` opened is read, in its own bytes; 0 if that cannot be told."""
+    """Return how far a file that ``open_text`` opened is read, in its own bytes; 0 if that cannot be told."""
     buffer = text.buffer
     for name in ("fileobj", "_fp"):  # of the decompressed ones
         buffer = getattr(buffer, name, buffer)
@@ -145,7 +145,7 @@ def not_text(path: Path, encoding: str, position: int) -> InputError:
 
 
 def find_not_text(path: Path) -> InputError:
-    """Return the error for a file that :func:`open_text` could not decode to its end."""
+    """Return the error for a file that ``open_text`` could not decode to its end."""
     position = 0
     try:
         with open_bytes(path) as file:

@@ -336,7 +336,7 @@ def _unfinished(aside: Path) -> Record | None:
 
 
 def _remove(aside: Path) -> None:
-    """Remove an unfinished corpus: what :func:`_unfinished` has found to be one, and no more."""
+    """Remove an unfinished corpus: what ``_unfinished`` has found to be one, and no more."""
     if not aside.exists():
         return
     for entry in list(aside.iterdir()):

@@ -48,7 +48,7 @@ class Run:
     corpus: Corpus
     checkpoint: Path
     planned: tuple[int, ...] = ()
-    """As :func:`planned_steps`."""
+    """As ``planned_steps``."""
 
     @property
     def step(self) -> int:

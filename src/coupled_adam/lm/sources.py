@@ -215,5 +215,5 @@ def source_of(name: str, column: str = COLUMN) -> Source:
 
 
 def local_source(path: Path, column: str = COLUMN) -> TextFiles | TableFiles:
-    """Return the source of a file or directory. Raises InputError as :func:`source_of`, and if it is not there."""
+    """Return the source of a file or directory. Raises InputError as ``source_of``, and if it is not there."""
     return TextFiles(path) if find_files(path).kind == "text" else TableFiles(path, column)

@@ -147,7 +147,7 @@ def checked(values: Iterable[Any], name: str, column: str, left_out: Counter[str
     """Yield the text of each row; None if it has none, which is counted.
 
     Args:
-        values: of the column, or :class:`Absent`.
+        values: of the column, or ``Absent``.
         name: of the table, for messages.
         column: for messages.
         left_out: how many rows have no text, by the reason.
@@ -182,7 +182,7 @@ def checked(values: Iterable[Any], name: str, column: str, left_out: Counter[str
 
 
 def _values(file: Path, column: str, reading: Reading) -> Iterator[Any]:
-    """Yield the value of the column of each row; :class:`Absent` where there is none."""
+    """Yield the value of the column of each row; ``Absent`` where there is none."""
     match suffix_of(file):
         case ".parquet":
             yield from _parquet(file, column, reading)

@@ -86,7 +86,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Read what :func:`write_tokenizer` wrote. Raises InputError if it is damaged."""
+    """Read what ``write_tokenizer`` wrote. Raises InputError if it is damaged."""
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare one

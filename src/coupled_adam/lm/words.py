@@ -47,7 +47,7 @@ class Words:
     def bare_token_of(self, word: str) -> int | None:
         """Return the token of a word with no space put before it; None if it takes several, or is unknown.
 
-        With a byte-level vocabulary that is another row than :meth:`token_of`'s: the word at the start of a text.
+        With a byte-level vocabulary that is another row than ``token_of``'s: the word at the start of a text.
         """
         try:
             ids = self.encode(word)

@@ -304,7 +304,7 @@ MORE_COLUMNS: dict[str, Callable[[Evaluated], str | Value]] = {
 
 
 def table(runs: Sequence[Evaluated]) -> list[dict[str, str | Value]]:
-    """Make one row a run: :data:`COLUMNS` (``Smin/Smax`` in percent, as in the paper), then :data:`MORE_COLUMNS`."""
+    """Make one row a run: ``COLUMNS`` (``Smin/Smax`` in percent, as in the paper), then ``MORE_COLUMNS``."""
     family = _families()
     return [
         {c: run.name if f == "name" else run.figures.get(f) for c, f in COLUMNS.items()}

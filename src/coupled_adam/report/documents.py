@@ -70,7 +70,7 @@ def as_csv(runs: Iterable[Evaluated]) -> str:
 
 
 def read_documents(path: Path) -> dict[str, DocumentLosses]:
-    """Read what :func:`as_csv` wrote, by the run's name; runs of several such files may stand below one another.
+    """Read what ``as_csv`` wrote, by the run's name; runs of several such files may stand below one another.
 
     Raises:
         InputError: the file is damaged: the line is named.

@@ -30,7 +30,7 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Interval:
-    """An interval at :data:`LEVEL`."""
+    """An interval at ``LEVEL``."""
 
     low: float
     high: float
