@@ -404,7 +404,7 @@ def health(results: Results) -> str:
         norm, *parts = (number(row, column) or 0.0 for column in columns)
         if norm == 0:
             raise NotYet(f"{text(row, 'experiment')} has no norm of the mean")
-        shares = [f"{part:.4f} ({part / norm:.1%})" for part in parts]
+        shares = [f"{part:z.4f} ({part / norm:z.1%})" for part in parts]
         rest = norm - sum(parts)
         lines.append([label, f"{norm:.4f}", *shares, f"{rest:.4f}", f"{number(row, 'ratio norm') or 0.0:.3f}"])
     headings = ["after 300 steps", "‖μ‖", "second moments", "gradients", "initial mean", "mean shift ratio"]
