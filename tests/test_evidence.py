@@ -158,7 +158,7 @@ def whole_study() -> list:
     for tying in ("tied", "untied"):
         also(f"mini-what-{tying}-{{arm}}-{{factor}}", {"adamw": "adamw-center", "coupled": "coupled-center"})
         also(f"mini-what-{tying}-{{arm}}-{{factor}}", {"token": "element-zero-sum"})
-    both = {"adamw": "element", "coupled": "hidden"}
+    both = {"adamw": "element", "coupled": "hidden", "token": "factored-0.5"}
     for cell, batch, beta2 in (("b1k", 1024, 0.95), ("b4k", 4096, 0.95), ("beta2-0.99", 1024, 0.99)):
         also(f"mini-{cell}-{{arm}}-{{factor}}", both, batch_tokens=batch, beta2=beta2, bits_per_byte=1.5)
     plain = {"adamw": "adamw", "coupled": "coupled"}
@@ -188,6 +188,12 @@ def test_every_block_is_made_from_a_whole_study(evidence: ModuleType, root: Path
             assert len(widths) == 1 and len(text.splitlines()) >= 3, name
     assert "| Coupled Adam | 10 | 10 | 5.821 | +0.101 [+0.100, +0.102] | " in made["what-tied"]
     assert [line.split(" | ")[0] for line in made["batch"].splitlines()[2:]] == ["| b1k", "| b4k", "| beta2-0.99"]
+    for name, per_cell in (("batch-tempered", 1), ("batch-embeddings", 3)):
+        cells = [line.split(" | ")[0] for line in made[name].splitlines()[2:]]
+        assert cells == [cell for cell in ("| b1k", "| b4k", "| beta2-0.99") for _ in range(per_cell)], name
+    assert re.fullmatch(
+        r"0.\d{3} \S+ \S+ at 1,024 .* and 0.\d{3} \S+ \S+ at 4,096 tokens per batch", made["batch-sentence"]
+    )
     assert "| 4096 | 8192 | 0.95 |" in made["batch"] and "| 1024 | 8192 | 0.99 |" in made["batch"]
     assert [line.split(" | ")[0] for line in made["rest"].splitlines()[2:]] == ["| 0.001", "| 0.003", "| 0.01"]
     assert [line.split(" | ")[:3] for line in made["noise"].splitlines()[2:]] == [

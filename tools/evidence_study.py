@@ -141,14 +141,15 @@ def batch(results: Results) -> str:
 
 @block("batch-sentence")
 def batch_sentence(results: Results) -> str:
-    by_batch: dict[int, str] = {}
+    told = []
     for each in versus(results.tuned(BATCH)):
         if each.cell.name in ("b1k", "b4k", "b16k"):
-            by_batch[int(text(each.cell.rows[0], "batch_tokens") or 0)] = difference_text(each.coupled.difference)
-    told = [
-        f"{difference.lstrip('+')} at {tokens:,} tokens per batch" for tokens, difference in sorted(by_batch.items())
-    ]
-    return f"{', '.join(told[:-1])} and {told[-1]}"
+            tokens = number(each.cell.rows[0], "batch_tokens")
+            batch = f"{tokens:,.0f} tokens per batch" if tokens else f"the batch of {each.cell.name}"
+            told.append((tokens or 0, f"{difference_text(each.coupled.difference).lstrip('+')} at {batch}"))
+    if not told:
+        raise NotYet("study.csv has no pairs at several batches")
+    return " and ".join(", ".join(part) for part in ([t for _, t in sorted(told)][:-1], [max(told)[1]]) if part)
 
 
 @block("batch-tempered")
