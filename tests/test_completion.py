@@ -94,3 +94,10 @@ def test_the_script_names_the_program_however_it_was_started(start: list[str], s
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert f"_COUPLED_ADAM_COMPLETE=complete_{shell}" in result.stdout and "python" not in result.stdout
+
+
+def test_what_is_completed_is_what_the_commands_know() -> None:
+    from coupled_adam.evaluation import stages
+    from coupled_adam.lm.estimate import PEAK_FLOPS
+
+    assert completion.STAGES == stages.STAGES and set(completion.GPUS) == set(PEAK_FLOPS)

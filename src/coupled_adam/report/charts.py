@@ -259,7 +259,8 @@ def _in_mean_norms(sample: TokenSample) -> tuple[list[float], list[float]]:
 def _square(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
     """Widen the shorter of two ranges to the length of the longer."""
     half = max(x[1] - x[0], y[1] - y[0]) / 2
-    return tuple([(r[0] + r[1]) / 2 - half, (r[0] + r[1]) / 2 + half] for r in (x, y))  # type: ignore[return-value]
+    middle_x, middle_y = (x[0] + x[1]) / 2, (y[0] + y[1]) / 2
+    return [middle_x - half, middle_x + half], [middle_y - half, middle_y + half]
 
 
 def _by_count(counts: Sequence[int] | None) -> dict[str, Any]:
