@@ -11,7 +11,18 @@ from evidence_results import NotYet, Results, block, markdown
 from coupled_adam.figures import cell
 from coupled_adam.report import tuned_sections
 from coupled_adam.report.paired import difference_text, holm, p_text, paired_difference, pairs_needed
-from coupled_adam.report.tuned import Cell, Outcome, Row, difference_at, factor_text, number, text, versus
+from coupled_adam.report.tuned import (
+    Arm,
+    Cell,
+    Outcome,
+    Row,
+    Versus,
+    difference_at,
+    factor_text,
+    number,
+    text,
+    versus,
+)
 
 #: The difference that the number of seeds is planned for, in nats per token.
 DETECTABLE = 0.02
@@ -19,6 +30,10 @@ DETECTABLE = 0.02
 #: Patterns of the grids' names, as experiments/mini.toml has them.
 WHAT, BATCH, REST = "mini-what-{tying}-{arm}-{factor}", "mini-{cell}-{arm}-{factor}", "mini-rest-{rate}-{arm}-{factor}"
 RATES, WORDS, WARM = "mini-rates-{arm}-{factor}", "mini-words-{arm}-{factor}", "mini-warm-{arm}-{factor}"
+LARGE = "mini-large-{rate}-{arm}-{factor}"
+
+#: The cell of the largest batch.
+LARGEST = "b16k"
 
 #: Pairs of arms that differ in one thing: what that is, without it, and with it.
 CONTRASTS = (
@@ -156,7 +171,7 @@ def batch_sentence(results: Results) -> str:
 def batch_tempered(results: Results) -> str:
     rows = []
     for found in results.tuned(BATCH):
-        outcomes = found.outcomes(results.documents)
+        outcomes = found.outcomes()
         for base in (outcome for outcome in outcomes if outcome.reference):
             for other in (outcome for outcome in outcomes if "factored" in outcome.arm.name):
                 losses = [f"{o.mean('loss_report'):.3f} ({factor_text(o.choice)})" for o in (base, other)]
@@ -182,20 +197,27 @@ def batch_embeddings(results: Results) -> str:
     return markdown(["cell", "method", "factor", "Iso", "‖μ‖ʳ", "r̄ raw", "r̄ centered"], rows, left=2)
 
 
+def _by_rate(found: Iterable[Cell]) -> str:
+    """Coupled Adam beside AdamW, each at its best factor, in cells that differ in the learning rate of the rest."""
+    rows = []
+    for each in sorted(versus(found), key=lambda each: float(each.cell.fact("lr"))):
+        a, v = each.adamw, each.coupled
+        losses = [f"{o.mean('loss_report'):.3f} ({factor_text(o.choice)})" for o in (a, v)]
+        pairs = str(v.difference.count) if v.difference else "0"
+        row = [f"{float(each.cell.fact('lr')):g}", *losses, difference_text(v.difference), p_text(each.adjusted)]
+        rows.append([*row, pairs])
+    headings = ["learning rate of the rest", "AdamW (factor)", "Coupled Adam (factor)", "difference [95%]", "p Holm"]
+    return markdown([*headings, "pairs"], rows)
+
+
 @block("rest")
 def rest(results: Results) -> str:
-    found = results.tuned(REST)
-    found += [replace(each, place={"rate": each.fact("lr")}) for each in results.tuned(WHAT, "tied")]
-    rows = []
-    for each in sorted(versus(found, results.documents), key=lambda each: float(each.cell.fact("lr"))):
-        a, v = each.adamw, each.coupled
-        row = [
-            f"{float(each.cell.fact('lr')):g}",
-            *(f"{o.mean('loss_report'):.3f} ({factor_text(o.choice)})" for o in (a, v)),
-        ]
-        rows.append([*row, difference_text(v.difference), p_text(each.adjusted)])
-    headings = ["learning rate of the rest", "AdamW (factor)", "Coupled Adam (factor)", "difference [95%]", "p Holm"]
-    return markdown(headings, rows)
+    return _by_rate([*results.tuned(REST), *results.tuned(WHAT, "tied")])
+
+
+@block("large-batch")
+def large_batch(results: Results) -> str:
+    return _by_rate([*results.tuned(LARGE), *results.tuned(BATCH, LARGEST)])
 
 
 @block("word-similarity-rate")
@@ -311,6 +333,41 @@ def _headline_cells(results: Results) -> list[Cell]:
     if not found:
         raise NotYet("study.csv has no tuned runs")
     return found
+
+
+#: Metrics of the front page besides the loss: what they are called, column, and form.
+AT_THE_DOOR = (
+    ("mean shift ratio ‖μ‖ʳ (0: centered)", "ratio norm", ".3f"),
+    ("isotropy (1: no preferred direction)", "isotropy", ".2f"),
+)
+
+
+@block("door")
+def door(results: Results) -> str:
+    """The loss at one rate, at the best rate and in the largest batch, and the shape of the embeddings at the best."""
+    found = versus([*results.tuned(WHAT, "tied"), *results.tuned(BATCH, LARGEST)])
+    if len(found) < 2:
+        raise NotYet("study.csv lacks an optimizer, or its best rate, tied or in the largest batch")
+    tied, large = found
+    a, v = tied.adamw, tied.coupled
+    rows = [["loss, one learning rate for all parameters", *_door_row(a.arm, 1.0, v.arm, 1.0, "loss_report", ".3f")]]
+    for each in (tied, large):
+        tokens = cell(number(each.cell.rows[0], "batch_tokens"), "{:,.0f}")
+        row = _door_row(*_at_their_best(each), "loss_report", ".3f")
+        rows.append([f"loss, each at the best rate for the embedding, {tokens} tokens per batch", *row])
+    for name, column, form in AT_THE_DOOR:
+        rows.append([f"{name}, as in row 2", *_door_row(*_at_their_best(tied), column, form)])
+    return markdown(["", "AdamW", "Coupled Adam", "difference [95%]"], rows)
+
+
+def _at_their_best(each: Versus) -> tuple[Arm, float, Arm, float]:
+    return each.adamw.arm, each.adamw.choice.factor, each.coupled.arm, each.coupled.choice.factor
+
+
+def _door_row(first: Arm, first_factor: float, second: Arm, second_factor: float, column: str, form: str) -> list[str]:
+    means = [first.mean(column, first_factor), second.mean(column, second_factor)]
+    difference = difference_at(first, first_factor, second, second_factor, column)
+    return [*(cell(mean, f"{{:{form}}}") for mean in means), difference_text(difference, form)]
 
 
 @block("headline")
