@@ -60,8 +60,8 @@ def cell(value: float | None, form: str = "{:.4g}") -> str:
 FIGURES: dict[str, Figure] = {
     figure.name: figure
     for figure in (
-        Figure("tokens", "tokens", "rows of the matrix: tokens, or whatever the vectors stand for", "{:,.0f}"),
-        Figure("hidden_size", "hidden size", "columns of the matrix", "{:,.0f}"),
+        Figure("tokens", "rows", "tokens, or whatever the vectors stand for", "{:,.0f}"),
+        Figure("hidden_size", "columns", "hidden size: numbers per row", "{:,.0f}"),
         Figure("loss", "training loss", "nats per token of the batch", "{:.3f}", "lower"),
         Figure(
             "validation_loss",

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 
 from coupled_adam.audit.centering import reason_against
 from coupled_adam.audit.embedding_files import Embeddings
-from coupled_adam.audit.verdict import ISOTROPY, SHIFT, helped_by_removal, nothing_learned
+from coupled_adam.audit.verdict import (
+    ISOTROPY,
+    SHIFT,
+    helped_by_removal,
+    nothing_learned,
+    too_few_for_isotropy,
+    too_few_for_shift,
+)
 from coupled_adam.geometry import Measurements
 
 #: The section of docs/audit.md whose subsections are the cases.
@@ -31,13 +38,17 @@ def advice(found: Embeddings, kind: str, measured: Measurements) -> Advice:
     if nothing_learned(measured) is not None:
         return Advice(
             "Nothing to judge",
-            "Check that this is a trained matrix and the right one; --tensor NAME measures another.",
+            "Check how the array was made."
+            if found.origin.kind == "numpy"
+            else "Check that this is a trained matrix and the right one; --tensor NAME measures another.",
         )
+    if too_few_for_shift(measured):
+        return Advice("Nothing to judge", "Audit more rows: at least some hundreds, and more rows than dimensions.")
     if SHIFT.level(measured.mean_shift_ratio) != "good":
         return _about_a_shift(found, kind, measured)
     if helped_by_removal(measured):
         return Advice("Features", f"The mean is no problem. {_dominating(measured)}")
-    if ISOTROPY.level(measured.isotropy) == "good":
+    if ISOTROPY.level(measured.isotropy) == "good" or too_few_for_isotropy(measured):
         return Advice("Nothing to correct", "Use the embeddings as they are; subtracting the mean would change little.")
     return Advice(
         "Nothing to correct",

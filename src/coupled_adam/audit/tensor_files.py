@@ -123,7 +123,9 @@ def arrays_in(path: Path) -> Tensors:
             loaded = np.load(path, allow_pickle=False, mmap_mode="r")
             array = loaded if isinstance(loaded, np.ndarray) else loaded[name]
         if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-            raise InputError(f"{path}: {name!r} holds {array.dtype}, not floating-point numbers")
+            raise InputError(
+                f"{path}: {name!r} holds {array.dtype}, not floating-point numbers; save numbers .astype('float32')"
+            )
         # In the machine's own order of bytes, without which torch takes no array.
         return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 

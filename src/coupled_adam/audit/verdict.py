@@ -21,6 +21,9 @@ Level = Literal["good", "fair", "poor", "note"]
 #: Singular values below this share of the largest are what rounding to float32 left of zeros.
 ROUNDING = 1e-6
 
+#: A matrix of at least this share of the full rank is not degenerate: sentence encoders leave a few directions empty.
+NEARLY_FULL = 0.95
+
 #: Relative change of a metric that is worth telling.
 NOTICEABLE = 0.02
 
@@ -95,11 +98,15 @@ def summary(measured: Measurements) -> str:
     """Say in one line what a matrix is like: whether it is shifted, whether it is isotropic, and why not."""
     if (nothing := nothing_learned(measured)) is not None:
         return nothing
+    if too_few_for_shift(measured):
+        return f"{measured.tokens:,} rows are too few to judge: their mean may be off the origin by chance."
     shift, isotropy = SHIFT.level(measured.mean_shift_ratio), ISOTROPY.level(measured.isotropy)
     words = {"good": "Centered", "fair": "Shifted off the origin", "poor": "Strongly shifted off the origin"}[shift]
     text = f"{words} (mean shift ratio {measured.mean_shift_ratio:.3f})"
-    if (empty := _empty_dimensions(measured)) is not None:
-        return f"{text}; {empty[0].lower()}{empty[1:]}"
+    if too_few_for_isotropy(measured):
+        return f"{text}; too few rows to judge their isotropy."
+    if (empty := _empty_dimensions(measured)) is not None and empty.level == "poor":
+        return f"{text}; {empty.text[0].lower()}{empty.text[1:]}"
     if _is_too_short(measured):
         return f"{text}; the rows are too short to judge their isotropy."
     if isotropy != "good":
@@ -122,18 +129,23 @@ def findings(measured: Measurements, notes: Sequence[str] = ()) -> list[Finding]
     nothing, empty = nothing_learned(measured), _empty_dimensions(measured)
     if nothing is not None:
         return [Finding("poor", nothing), *said]
-    isotropy = ISOTROPY.judge(measured)
-    if isotropy is not None and isotropy.level == "good":
+    shift, isotropy = SHIFT.judge(measured), ISOTROPY.judge(measured)
+    centered = Finding("note", _centered(measured)) if measured.isotropy < ISOTROPY.good else None
+    if too_few_for_shift(measured):
+        shift = Finding("note", _by_chance(measured))
+    if too_few_for_isotropy(measured):
+        isotropy, centered = Finding("note", _flat(measured)), None
+    elif isotropy is not None and isotropy.level == "good":
         if _is_too_short(measured):
             isotropy = Finding("note", _too_short(measured))
-        elif empty is not None:
+        elif empty is not None and empty.level == "poor":
             isotropy = None
     judged = (
-        None if empty is None else Finding("poor", empty),
+        empty,
         *said,
-        SHIFT.judge(measured),
+        shift,
         isotropy,
-        Finding("note", _centered(measured)) if measured.isotropy < ISOTROPY.good else None,
+        centered,
         FREQUENCY.judge(measured),
         SIMILARITY.judge(measured),
     )
@@ -153,11 +165,41 @@ def _rank(measured: Measurements) -> int:
     return int((measured.singular_values > ROUNDING * measured.singular_values[0]).sum())
 
 
-def _empty_dimensions(measured: Measurements) -> str | None:
+def _empty_dimensions(measured: Measurements) -> Finding | None:
     rank, full = _rank(measured), len(measured.singular_values)
-    if rank == full:
+    if rank == full or too_few_for_isotropy(measured):
         return None
-    return f"Rank {rank:,} of {full:,}: the matrix is degenerate, and some directions are empty."
+    if rank < NEARLY_FULL * full:
+        return Finding("poor", f"Rank {rank:,} of {full:,}: the matrix is degenerate, and some directions are empty.")
+    empty = "one direction is" if full - rank == 1 else f"{full - rank:,} directions are"
+    return Finding("note", f"Rank {rank:,} of {full:,}: {empty} empty.")
+
+
+def too_few_for_shift(measured: Measurements) -> bool:
+    """Whether a shift that is not good may be chance: the mean of N rows without a common direction is about 1/√N of
+    their norm from the origin.
+    """
+    chance = 1 / math.sqrt(measured.tokens)
+    return SHIFT.level(measured.mean_shift_ratio) != "good" and measured.mean_shift_ratio < 2 * chance
+
+
+def _by_chance(measured: Measurements) -> str:
+    return (
+        f"Mean shift ratio {measured.mean_shift_ratio:.3f} is not judged: for {measured.tokens:,} rows about "
+        f"{1 / math.sqrt(measured.tokens):.3f} is chance."
+    )
+
+
+def too_few_for_isotropy(measured: Measurements) -> bool:
+    """Whether there are no more rows than dimensions, so that some directions are empty whatever the rows are."""
+    return measured.tokens <= measured.hidden_size
+
+
+def _flat(measured: Measurements) -> str:
+    return (
+        f"Isotropy {measured.isotropy:.3f} is not judged: {measured.tokens:,} rows are too few for "
+        f"{measured.hidden_size:,} dimensions."
+    )
 
 
 def _is_too_short(measured: Measurements) -> bool:
@@ -173,7 +215,7 @@ def _too_short(measured: Measurements) -> str:
 
 
 def note_on_rows(matrix: NDArray[np.floating[Any]], measured: Measurements, tokens: int | None = None) -> str | None:
-    """Say which rows of a matrix say nothing about training, and what the figures are without them, if that matters.
+    """Say which rows of a matrix are unused or repeated, and what the figures are without them, if that matters.
 
     Args:
         matrix: (V, H), float32 or float64.
@@ -192,7 +234,7 @@ def note_on_rows(matrix: NDArray[np.floating[Any]], measured: Measurements, toke
         (rows.beyond, "beyond the tokenizer's last token"),
     )
     counted = ", ".join(f"{count:,} {kind}" for count, kind in kinds if count)
-    said = f"Of {len(matrix):,} rows {rows.unused:,} tell nothing about training: {counted}."
+    said = f"Of {len(matrix):,} rows {rows.unused:,} are unused or repeated: {counted}."
     if rows.used.sum() < 2:
         return f"{said} Without them too few are left to measure."
     rest = as_matrix(matrix[rows.used])
@@ -224,7 +266,9 @@ def _shift(measured: Measurements, value: float, level: Level) -> str:
         "fair": "the embeddings share an offset from the origin",
         "poor": "the embeddings share a large offset from the origin",
     }[level]
-    return f"Mean shift ratio {value:.3f}: {words}."
+    cosine = measured.mean_cosine
+    cosines = "" if math.isnan(cosine) else f"; the mean cosine of two rows is {cosine:z.3f}"
+    return f"Mean shift ratio {value:.3f}: {words}{cosines}."
 
 
 def _isotropy(measured: Measurements, value: float, level: Level) -> str:
@@ -248,17 +292,17 @@ def _cause(measured: Measurements) -> str:
     if measured.isotropy_centered > measured.isotropy + WORTHWHILE:
         return "the shift is part of the cause"
     if helped_by_removal(measured):
-        return "not because of the shift: a few other directions dominate"
+        return "a few other directions dominate, not the shift"
     return (
-        "not because of the shift: the variance differs between directions, and the longer the embeddings, the more "
-        f"isotropy shows of that (mean norm {measured.mean_of_norms:.3g})"
+        "the cause is not the shift, but variance that differs between directions; the longer the embeddings, the "
+        f"more isotropy shows of that (mean norm {measured.mean_of_norms:.3g})"
     )
 
 
 def helped_by_removal(measured: Measurements) -> bool:
     """Whether embeddings that centering leaves anisotropic gain by the removal of their first principal components."""
     centered, removed = measured.isotropy_centered, measured.isotropy_post_processed
-    return centered < ISOTROPY.good and removed > centered + WORTHWHILE
+    return not too_few_for_isotropy(measured) and centered < ISOTROPY.good and removed > centered + WORTHWHILE
 
 
 def _frequency(measured: Measurements, value: float, level: Level) -> str:
