@@ -160,14 +160,14 @@ def sentence_vectors(encoder: Path, sentences: list[str]) -> NDArray[np.float32]
     return np.concatenate(made)
 
 
-def write(rows: Iterable[dict[str, str]], table: Path = TABLE) -> None:
+def write(rows: Iterable[dict[str, str]]) -> None:
     """Put rows into the table, in the place of those of the same model and matrix."""
     kept: dict[tuple[str, str], dict[str, str]] = {}
-    if table.exists():
-        with table.open(encoding="utf-8", newline="") as file:
+    if TABLE.exists():
+        with TABLE.open(encoding="utf-8", newline="") as file:
             kept = {(row["model"], row["matrix"]): row for row in csv.DictReader(file)}
     kept |= {(row["model"], row["matrix"]): row for row in rows}
-    with table.open("w", encoding="utf-8", newline="") as file:
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept.values())

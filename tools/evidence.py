@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import evidence_memory  # noqa: F401
-import evidence_sweeps  # noqa: F401  # registers its blocks
 import evidence_models  # noqa: F401
+import evidence_sweeps  # noqa: F401  # registers its blocks
 from evidence_results import BLOCKS, NotYet, Results
 from evidence_study import BATCH, WHAT
 

@@ -105,9 +105,7 @@ def test_rows_beyond_the_tokenizer_are_told(tmp_path: Path) -> None:
     vocabulary = {f"w{i}": i for i in range(180)}
     Tokenizer(models.WordLevel(vocabulary, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
     ((found,), _) = audit_models([str(tmp_path)], ())
-    assert found.findings[0].text.startswith(
-        "Of 200 rows 20 are unused or repeated: 20 beyond the tokenizer's last"
-    )
+    assert found.findings[0].text.startswith("Of 200 rows 20 are unused or repeated: 20 beyond the tokenizer's last")
     ((chosen,), _) = audit_models([str(tmp_path)], (), tensor="model.embed_tokens.weight")
     assert "beyond" not in chosen.findings[0].text, "the rows of any tensor may be no tokens"
 
