@@ -29,8 +29,8 @@ def models(results: Results) -> str:
     for row in results.rows("audited.csv"):
         size = " × ".join(f"{number(row, column):,.0f}" for column in ("tokens", "hidden_size"))
         shown = [cell(number(row, column), form) for column, form in SHOWN.values()]
-        # The numbers of the summary stand in the columns.
-        verdict = re.sub(r" \([^)]*\)|; the longer .*", "", text(row, "summary")).rstrip(".")
+        # The numbers and causes of the summary stand in the columns.
+        verdict = re.sub(r" \([^)]*\)| off the origin|[;:.] .*|\.$", "", text(row, "summary"))
         matrix = MATRICES[text(row, "matrix")]
         rows.append([text(row, "model"), text(row, "source"), verdict, matrix, size, *shown])
     return markdown(["model", "package", "verdict", "matrix", "rows × columns", *SHOWN], rows, left=4)

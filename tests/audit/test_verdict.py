@@ -105,6 +105,8 @@ CASES = [
     (STRETCHED, "tied", "safetensors", {"tied": True}, "Features", "All-but-the-Top"),
     (STRETCHED + 1, "tied", "safetensors", {"tied": True}, "Tied models", "All-but-the-Top"),
     (np.ones((9, 4)), "tied", "safetensors", {"tied": True}, "Nothing to judge", "--tensor"),
+    (np.ones((9, 4)), "embedding", "numpy", {}, "Nothing to judge", "how the array was made"),
+    (CLOUD[:40] + 0.02, "embedding", "numpy", {}, "Nothing to judge", "Audit more rows"),
 ]
 
 
