@@ -5,6 +5,7 @@ import re
 import socket
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,77 @@ def test_links_lead_somewhere() -> None:
         if "://" not in target and not (page.parent / target).exists()
     ]
     assert missing == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as Python-Markdown makes them."""
+    text = page.read_text("utf-8")
+    for name, part in re.findall(r'^--8<-- "([\w./]+):(\w+)"$', text, re.MULTILINE):
+        whole = (ROOT / name).read_text("utf-8")
+        text += whole.partition(f"[start:{part}]")[2].partition(f"[end:{part}]")[0]
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE):
+        words = unicodedata.normalize("NFKD", heading).encode("ascii", "ignore").decode()
+        slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", words).strip().lower())
+        twice = sum(re.fullmatch(rf"{re.escape(slug)}(_\d+)?", known) is not None for known in found)
+        found.add(f"{slug}_{twice}" if twice else slug)
+    return found
+
+
+def test_anchors_lead_somewhere() -> None:
+    """The strict build of the documentation does not look at them."""
+    missing = [
+        (page.name, f"{target}#{anchor}")
+        for page in PAGES
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text("utf-8"))
+        if anchor not in anchors(page.parent / target if target else page)
+    ]
+    assert missing == []
+
+
+def messages() -> list[str]:
+    """Every text in the source, with a gap for each value that is put in."""
+    found = []
+    for path in sorted(Path(coupled_adam.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                found.append(" ".join("".join(map(str, parts)).split()))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(" ".join(node.value.split()))
+    return found
+
+
+def is_a_message(quote: str, known: list[str]) -> bool:
+    """Whether one text of the source has all parts of a quote, between its …, in their order."""
+    parts = [re.escape(part.strip()) for part in " ".join(quote.split()).split("…")]
+    return any(re.search(".*".join(parts), message) for message in known)
+
+
+def test_troubleshooting_quotes_what_the_source_says() -> None:
+    known = messages()
+    quotes = [
+        text
+        for kind, text in FENCED.findall((ROOT / "docs" / "troubleshooting.md").read_text("utf-8"))
+        if kind == "text"
+    ]
+    assert len(quotes) >= 50
+    assert [quote for quote in quotes if max(map(len, quote.split("…"))) < 12] == []
+    assert [quote for quote in quotes if not is_a_message(quote, known)] == []
+
+
+def test_a_quote_must_be_one_message() -> None:
+    known = ["\0 has shape \0, not \0; load another", "it was moved"]
+    assert is_a_message("… has shape …, not …; load\nanother", known)
+    assert not is_a_message("… has the shape …, not …; load another", known)
+    assert not is_a_message("… not …; … has shape …", known)
+    assert not is_a_message("… load another …, it was moved", known)
+
+
+def test_an_answer_is_short_and_leads_on() -> None:
+    _, *answers = re.split(r"^## ", (ROOT / "docs" / "faq.md").read_text("utf-8"), flags=re.MULTILINE)
+    assert len(answers) >= 20
+    assert [answer for answer in answers if len(answer.strip().splitlines()) > 8 or "](" not in answer] == []
 
 
 def test_every_file_of_the_optimizers_stands_in_the_map() -> None:
