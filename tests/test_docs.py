@@ -1,6 +1,7 @@
 """The code in the README and the documentation runs as it stands there."""
 
 import ast
+import functools
 import re
 import socket
 import sys
@@ -25,6 +26,8 @@ from coupled_adam import geometry, monitor
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+#: The rooms whose warnings docs/troubleshooting.md quotes.
+WARNING = ("optim", "models", "integrations", "monitor")
 INDENTED = re.compile(r"(?:^    .*\n(?:\n(?=    ))?)+", re.MULTILINE)
 
 
@@ -196,17 +199,35 @@ def test_anchors_lead_somewhere() -> None:
     assert missing == []
 
 
-def messages() -> list[str]:
-    """Every text in the source, with a gap for each value that is put in."""
-    found = []
-    for path in sorted(Path(coupled_adam.__file__).parent.rglob("*.py")):
+def text_of(node: ast.AST) -> str | None:
+    """A text in the source, with a gap for each value that is put in."""
+    if isinstance(node, ast.JoinedStr):
+        parts = [str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values]
+        return " ".join("".join(parts).split())
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return " ".join(node.value.split())
+    return None
+
+
+@functools.cache
+def messages() -> tuple[list[str], list[str]]:
+    """All texts in the source, and those that optimizers and integrations warn with."""
+    found, warned = [], []
+    source = Path(coupled_adam.__file__).parent
+    for path in sorted(source.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
-                found.append(" ".join("".join(map(str, parts)).split()))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(" ".join(node.value.split()))
-    return found
+            if (text := text_of(node)) is not None:
+                found.append(text)
+            if isinstance(node, ast.Call) and node.args and path.relative_to(source).parts[0] in WARNING:
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                if name in ("warn", "_warn") and (text := text_of(node.args[0])) is not None:
+                    warned.append(text)
+    return found, warned
+
+
+def quotes() -> list[str]:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    return [text for kind, text in FENCED.findall(page) if kind == "text"]
 
 
 def is_a_message(quote: str, known: list[str]) -> bool:
@@ -216,15 +237,16 @@ def is_a_message(quote: str, known: list[str]) -> bool:
 
 
 def test_troubleshooting_quotes_what_the_source_says() -> None:
-    known = messages()
-    quotes = [
-        text
-        for kind, text in FENCED.findall((ROOT / "docs" / "troubleshooting.md").read_text("utf-8"))
-        if kind == "text"
-    ]
-    assert len(quotes) >= 50
-    assert [quote for quote in quotes if max(map(len, quote.split("…"))) < 12] == []
-    assert [quote for quote in quotes if not is_a_message(quote, known)] == []
+    known, _ = messages()
+    assert len(quotes()) >= 50
+    assert [quote for quote in quotes() if max(map(len, quote.split("…"))) < 12] == []
+    assert [quote for quote in quotes() if not is_a_message(quote, known)] == []
+
+
+def test_troubleshooting_has_every_warning_of_the_optimizers() -> None:
+    _, warned = messages()
+    assert len(warned) >= 15
+    assert [message for message in warned if not any(is_a_message(quote, [message]) for quote in quotes())] == []
 
 
 def test_a_quote_must_be_one_message() -> None:
