@@ -227,7 +227,7 @@ def messages() -> tuple[list[str], list[str]]:
 
 def quotes() -> list[str]:
     page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
-    return [text for kind, text in FENCED.findall(page) if kind == "text"]
+    return [text for kind, text in FENCED.findall(page) if kind == "output"]
 
 
 def is_a_message(quote: str, known: list[str]) -> bool:
