@@ -1,10 +1,12 @@
 """The code in the README and the documentation runs as it stands there."""
 
 import ast
+import functools
 import re
 import socket
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from coupled_adam import geometry, monitor
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+#: The rooms whose warnings docs/troubleshooting.md quotes.
+WARNING = ("optim", "models", "integrations", "monitor")
 INDENTED = re.compile(r"(?:^    .*\n(?:\n(?=    ))?)+", re.MULTILINE)
 
 
@@ -167,6 +171,96 @@ def test_links_lead_somewhere() -> None:
         if "://" not in target and not (page.parent / target).exists()
     ]
     assert missing == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as Python-Markdown makes them."""
+    text = page.read_text("utf-8")
+    for name, part in re.findall(r'^--8<-- "([\w./]+):(\w+)"$', text, re.MULTILINE):
+        whole = (ROOT / name).read_text("utf-8")
+        text += whole.partition(f"[start:{part}]")[2].partition(f"[end:{part}]")[0]
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE):
+        words = unicodedata.normalize("NFKD", heading).encode("ascii", "ignore").decode()
+        slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", words).strip().lower())
+        twice = sum(re.fullmatch(rf"{re.escape(slug)}(_\d+)?", known) is not None for known in found)
+        found.add(f"{slug}_{twice}" if twice else slug)
+    return found
+
+
+def test_anchors_lead_somewhere() -> None:
+    """The strict build of the documentation does not look at them."""
+    missing = [
+        (page.name, f"{target}#{anchor}")
+        for page in PAGES
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text("utf-8"))
+        if anchor not in anchors(page.parent / target if target else page)
+    ]
+    assert missing == []
+
+
+def text_of(node: ast.AST) -> str | None:
+    """A text in the source, with a gap for each value that is put in."""
+    if isinstance(node, ast.JoinedStr):
+        parts = [str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values]
+        return " ".join("".join(parts).split())
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return " ".join(node.value.split())
+    return None
+
+
+@functools.cache
+def messages() -> tuple[list[str], list[str]]:
+    """All texts in the source, and those that optimizers and integrations warn with."""
+    found, warned = [], []
+    source = Path(coupled_adam.__file__).parent
+    for path in sorted(source.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if (text := text_of(node)) is not None:
+                found.append(text)
+            if isinstance(node, ast.Call) and node.args and path.relative_to(source).parts[0] in WARNING:
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                if name in ("warn", "_warn") and (text := text_of(node.args[0])) is not None:
+                    warned.append(text)
+    return found, warned
+
+
+def quotes() -> list[str]:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    return [text for kind, text in FENCED.findall(page) if kind == "output"]
+
+
+def is_a_message(quote: str, known: list[str]) -> bool:
+    """Whether one text of the source has all parts of a quote, between its …, in their order."""
+    parts = [re.escape(part.strip()) for part in " ".join(quote.split()).split("…")]
+    return any(re.search(".*".join(parts), message) for message in known)
+
+
+def test_troubleshooting_quotes_what_the_source_says() -> None:
+    known, _ = messages()
+    assert len(quotes()) >= 50
+    assert [quote for quote in quotes() if max(map(len, quote.split("…"))) < 12] == []
+    assert [quote for quote in quotes() if not is_a_message(quote, known)] == []
+
+
+def test_troubleshooting_has_every_warning_of_the_optimizers() -> None:
+    _, warned = messages()
+    assert len(warned) >= 15
+    assert [message for message in warned if not any(is_a_message(quote, [message]) for quote in quotes())] == []
+
+
+def test_a_quote_must_be_one_message() -> None:
+    known = ["\0 has shape \0, not \0; load another", "it was moved"]
+    assert is_a_message("… has shape …, not …; load\nanother", known)
+    assert not is_a_message("… has the shape …, not …; load another", known)
+    assert not is_a_message("… not …; … has shape …", known)
+    assert not is_a_message("… load another …, it was moved", known)
+
+
+def test_an_answer_is_short_and_leads_on() -> None:
+    _, *answers = re.split(r"^## ", (ROOT / "docs" / "faq.md").read_text("utf-8"), flags=re.MULTILINE)
+    assert len(answers) >= 20
+    assert [answer for answer in answers if len(answer.strip().splitlines()) > 8 or "](" not in answer] == []
 
 
 def test_every_file_of_the_optimizers_stands_in_the_map() -> None:

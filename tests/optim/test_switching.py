@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from test_harmless import OPTIMIZERS, H, Model, V, backward, made, same, snapsho
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim import Optimizer
+from torch.optim import lr_scheduler as schedules
 
-from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, adamw_state_dict, param_groups
+from coupled_adam import Adams, Adams_ZeRO, CoupledAdam, adamw_state_dict, name_checkpoint, param_groups
 from coupled_adam.optim import reference
 
 OPTIONS: list[dict[str, Any]] = [{}, {"exp_avg_dtype": torch.bfloat16}, {"exp_avg_dtype": "8bit"}]
@@ -93,6 +96,60 @@ def test_adams_has_no_way_to_adamw_and_says_so(cls: type) -> None:
     train(model, optimizer)
     with pytest.raises(ValueError, match=r"'head.weight' is trained by Adams.*direction='atan2'.*AdamW anew"):
         adamw_state_dict(optimizer)
+
+
+SCHEDULES: dict[str, Callable[[Optimizer], schedules.LRScheduler]] = {
+    "lambda": lambda optimizer: schedules.LambdaLR(optimizer, lambda step: min((step + 1) / 4, 1.0) * 0.9**step),
+    "cosine": lambda optimizer: schedules.CosineAnnealingLR(optimizer, 20, 1e-4),
+    "exponential": lambda optimizer: schedules.ExponentialLR(optimizer, 0.9),
+    "two parts": lambda optimizer: schedules.SequentialLR(
+        optimizer, [schedules.LinearLR(optimizer, 0.1, 1.0, 4), schedules.ExponentialLR(optimizer, 0.9)], [4]
+    ),
+    "one cycle": lambda optimizer: schedules.OneCycleLR(optimizer, 1e-2, 20),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.filterwarnings("ignore:Detected call of", "ignore:The epoch parameter")
+def test_a_schedule_that_is_stepped_forward_goes_on_after_a_switch(kind: str) -> None:
+    """As docs/migration.md has it."""
+    model, _ = made(CoupledAdam)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    old = SCHEDULES[kind](adamw)
+    for i in range(7):
+        train(model, adamw, range(i, i + 1))
+        old.step()
+    optimizer = CoupledAdam(param_groups(model, coupled=[model.head]), lr=adamw.param_groups[0]["initial_lr"])
+    optimizer.load_state_dict(name_checkpoint(model, adamw))
+    new = SCHEDULES[kind](optimizer)
+    for _ in range(old.last_epoch):
+        new.step()
+    for _ in range(5):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([adamw.param_groups[0]["lr"]] * len(rates), rel=1e-12)
+        old.step()
+        new.step()
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_schedule_is_built_before_the_state_is_loaded(kind: str) -> None:
+    """As docs/troubleshooting.md has it: most, built afterwards, set the rates anew."""
+    model, optimizer = made(CoupledAdam)
+    schedule = SCHEDULES[kind](optimizer)
+    for i in range(6):
+        train(model, optimizer, range(i, i + 1))
+        schedule.step()
+    first, later = (made(CoupledAdam)[1] for _ in range(2))
+    before = SCHEDULES[kind](first)
+    first.load_state_dict(optimizer.state_dict())
+    later.load_state_dict(optimizer.state_dict())
+    after = SCHEDULES[kind](later)
+    for built in (before, after):
+        built.load_state_dict(schedule.state_dict())
+    now, resumed, jumped = ([group["lr"] for group in o.param_groups] for o in (optimizer, first, later))
+    assert resumed == now
+    if kind == "lambda":
+        assert jumped != now
 
 
 def test_a_schedule_and_a_model_without_state_come_along() -> None:
