@@ -15,6 +15,13 @@ from in_process import command
 from paragraphs import paragraphs
 from playwright.sync_api import Browser, Page
 
+from coupled_adam import demo as demo_module
+from coupled_adam import experiments
+from coupled_adam.errors import InputError
+from coupled_adam.lm.config import Experiment
+from coupled_adam.lm.sources import Source
+from coupled_adam.report.study import read_study
+
 COMMAND = [sys.executable, "-m", "coupled_adam", "demo"]
 
 
@@ -76,10 +83,60 @@ def test_a_second_call_reuses_everything_and_prints_json(finished: Path, text: P
     assert result.stderr.count("already finished with 20 steps") == 2 and "step 1 of" not in result.stderr
 
 
-def test_other_settings_in_the_same_folder_are_refused(finished: Path, text: Path) -> None:
-    result = demo("--text", text, "--steps", "21", "--seed", "2", "--out", finished)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert "train.steps: 20 there, 21 requested" in result.stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--steps", "300"], "other settings (train.steps: 20 there, 300 requested; "),
+        (["--seed", "3"], "other settings (run.seed: 2 there, 3 requested)"),
+        (["--text", "OTHER"], "other text (text.txt)"),
+    ],
+)
+def test_another_demo_in_the_same_folder_is_refused(
+    changed: list[str], message: str, finished: Path, text: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(paragraphs(100), encoding="utf-8")
+    files = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    options = {"--text": str(text), "--steps": "20", "--seed": "2"} | dict([changed])
+    given = [value.replace("OTHER", str(other)) for pair in options.items() for value in pair]
+    result = demo(*given, "--out", finished)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith(f"coupled-adam: {finished}: holds a demo ") and message in result.stderr
+    assert "; give another directory with --out" in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == files
+
+
+def test_a_longer_demo_has_its_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(paragraphs(200), encoding="utf-8")
+    short = experiments.load("demo").with_values(train__steps=1)
+    monkeypatch.setattr(experiments, "load", lambda name: short)
+    first, longer, again = (demo("--text", "text.txt", *steps) for steps in ([], ["--steps", "2"], ["--steps", "1"]))
+    assert first.returncode == longer.returncode == again.returncode == 0
+    assert first.stdout == again.stdout and again.stderr.count("already finished with 1 steps") == 2
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["demo", "demo-2"]
+    assert first.stdout.splitlines()[-2:] == ["Report: runs/demo/report.html", "To train longer: --steps 300"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "every"), [(None, 6, 5), (1, 1, 5), (20, 2, 5), (60, 6, 5), (300, 20, 25), (2000, 20, 166)]
+)
+def test_warm_up_and_evaluations_are_a_share_of_the_steps(
+    steps: int | None, warmup: int, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = list[Experiment]()
+
+    def stop(out: Path, source: Source, experiment: Experiment) -> None:
+        planned.append(experiment)
+        raise InputError("stopped")
+
+    monkeypatch.setattr(demo_module, "_check_same", stop)
+    (tmp_path / "text.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(InputError, match="stopped"):
+        demo_module.run_demo(tmp_path / "out", tmp_path / "text.txt", steps)
+    (found,) = planned
+    assert (found.train.steps, found.schedule.warmup_steps, found.evaluation.every) == (steps or 60, warmup, every)
+    assert found.schedule.warmup_steps <= found.train.steps
 
 
 @pytest.mark.parametrize(
@@ -174,7 +231,19 @@ def test_the_table_is_that_of_the_terminal(page: Page, finished: Path) -> None:
     row = page.locator("#figures tbody tr").filter(has_text="isotropy").locator("td").all_inner_texts()
     runs = [f"{results['runs'][m]['figures']['isotropy']:.3f}" for m in ("adamw", "coupled_adam")]
     assert row == [*runs, "0.1", "0.83"]
-    assert page.locator("#benchmarks tbody tr").count() == 5
+
+
+def test_the_study_stands_beside_the_runs_at_one_rate(page: Page, finished: Path) -> None:
+    study = read_study()
+    assert page.locator("#study-table thead th").all_inner_texts() == study["headings"]
+    shown = page.locator("#study-table tbody tr").evaluate_all(
+        "rows => rows.map(r => [...r.cells].map(c => c.innerText))"
+    )
+    assert shown == study["rows"] and len(shown) > 1
+    assert all("[" in row[4] for row in shown), "every difference has its interval"
+    assert study["sentence"] in page.locator("#study + p").inner_text().replace("\n", " ")
+    printed = " ".join((finished / "printed").read_text("utf-8").split())
+    assert f"one learning rate for all parameters. {study['sentence']} Report: " in printed
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,6 +1,7 @@
 """Every number of README and docs that rests on docs/results is what the files there say."""
 
 import csv
+import json
 import re
 import shutil
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from coupled_adam.report.paired import Interval, PairedDifference
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "report"))
@@ -258,3 +261,51 @@ def test_pictures_are_made_of_what_there_is(evidence: ModuleType, root: Path) ->
         "similarity.png": 4,
         "front.png": 4,
     }
+
+
+def test_the_table_of_the_demo_is_what_the_files_say(evidence: ModuleType, root: Path) -> None:
+    assert evidence.update_demo(ROOT, evidence.Results(ROOT / "docs" / "results"), check=True) == []
+    results, file = evidence.Results(root / "docs" / "results"), root / "src/coupled_adam/report/study.json"
+    told = ["src/coupled_adam/report/study.json is not what docs/results has; run python tools/evidence.py"]
+    file.parent.mkdir(parents=True)
+    assert evidence.update_demo(root, results, check=True) == told and not file.exists()
+    assert evidence.update_demo(root, results, check=False) == []
+    written = file.read_text("utf-8")
+    assert written == (ROOT / "src/coupled_adam/report/study.json").read_text("utf-8")
+    file.write_text(written.replace("parameters, tied", "parameters", 1), "utf-8")
+    assert evidence.update_demo(root, results, check=True) == told
+    (root / "docs" / "results" / "study.csv").unlink()
+    (problem,) = evidence.update_demo(root, evidence.Results(root / "docs" / "results"), check=False)
+    assert problem == "src/coupled_adam/report/study.json cannot be made yet: study.csv has no tuned runs"
+
+
+def test_the_table_of_the_demo_takes_the_rows_of_any_study(evidence: ModuleType, root: Path) -> None:
+    write(root / "docs" / "results" / "study.csv", whole_study())
+    results = evidence.Results(root / "docs" / "results")
+    made = json.loads(evidence.evidence_demo.study_json(results))
+    block = [line.strip("| ").split(" | ") for line in evidence.BLOCKS["headline"](results).splitlines()]
+    assert [made["headings"], *made["rows"]] == [block[0], *block[2:]]
+    assert re.fullmatch(
+        r"In our study the loss .*, is 0\.\d{3} .* at one .*, and 0\.\d{3} .* for each\.", made["sentence"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("intervals", "told"),
+    [
+        ([(0.1, 0.3), (0.4, 0.6)], "0.200 to 0.500 higher"),
+        ([(-0.6, -0.4), (-0.3, -0.1)], "0.200 to 0.500 lower"),
+        ([(0.1, 0.3)], "0.200 higher"),
+        ([(0.1, 0.3), (-0.1, 0.4)], "0.150 to 0.200 higher (not significant in 1 of 2)"),
+        ([(-0.3, -0.1), (0.1, 0.3)], "from 0.200 lower to 0.200 higher"),
+        ([None, (0.1, 0.3)], "0.200 to 0.500 higher (not significant in 1 of 2)"),
+    ],
+)
+def test_differences_in_words(intervals: list[tuple[float, float] | None], told: str, evidence: ModuleType) -> None:
+    differences = [
+        PairedDifference(1, 0.5, None, None, None)
+        if each is None
+        else PairedDifference(3, sum(each) / 2, 0.1, Interval(*each), 0.01)
+        for each in intervals
+    ]
+    assert evidence.evidence_demo.compared(differences) == told

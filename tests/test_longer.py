@@ -124,6 +124,11 @@ def test_the_demo_is_never_made_longer_in_silence(tmp_path: Path, monkeypatch: p
     demo.run_demo(tmp_path / "demo", tmp_path / "text.txt", 24)
     with pytest.raises(InputError, match=r"train\.steps: 24 there, 30 requested"):
         demo.run_demo(tmp_path / "demo", tmp_path / "text.txt", 30)
+    for method in demo.METHODS:
+        assert command("train", tmp_path / "demo" / method, "train.steps=30").returncode == 0
+    for steps in (24, 30):
+        with pytest.raises(InputError, match=r"adamw was trained longer\); give another directory with --out"):
+            demo.run_demo(tmp_path / "demo", tmp_path / "text.txt", steps)
 
 
 def test_figures_while_training_go_on(place: Path) -> None:

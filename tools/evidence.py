@@ -5,6 +5,8 @@
     python tools/evidence.py --list       # the blocks, and whether their runs are in the files
     python tools/evidence.py --pictures   # draw docs/*.png that rest on the files; needs Chromium
 
+The table that `coupled-adam demo` shows, src/coupled_adam/report/study.json, is written and checked too.
+
 A block stands in a page between `<!-- evidence: NAME -->` and `<!-- /evidence -->`: in paragraphs by itself where
 the first marker begins a line, else within the line.
 """
@@ -17,6 +19,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import evidence_demo
 import evidence_memory  # noqa: F401
 import evidence_models  # noqa: F401
 import evidence_sweeps  # noqa: F401  # registers its blocks
@@ -72,6 +75,21 @@ def differing(before: str, after: str) -> list[str]:
     """Name the blocks whose text differs."""
     pairs = zip(MARKED.finditer(before), MARKED.finditer(after), strict=True)
     return [old["name"] for old, new in pairs if old[0] != new[0]]
+
+
+def update_demo(root: Path, results: Results, check: bool) -> list[str]:
+    """Write the table of the demo unless ``check``, and return what is wrong: with ``check`` also that it differs."""
+    path = root / evidence_demo.FILE
+    try:
+        content = evidence_demo.study_json(results)
+    except NotYet as reason:
+        return [f"{evidence_demo.FILE} cannot be made yet: {reason}"]
+    if path.exists() and path.read_text("utf-8") == content:
+        return []
+    if check:
+        return [f"{evidence_demo.FILE} is not what docs/results has; run python tools/evidence.py"]
+    path.write_text(content, "utf-8")
+    return []
 
 
 def update(root: Path, results: Results, check: bool) -> list[str]:
@@ -166,7 +184,7 @@ def main() -> None:
             draw(charts, ROOT / "docs" / name)
             print(f"docs/{name}: {len(charts)} charts")
         return
-    if complaints := update(ROOT, results, arguments.check):
+    if complaints := [*update(ROOT, results, arguments.check), *update_demo(ROOT, results, arguments.check)]:
         sys.exit("\n".join(complaints))
 
 

@@ -321,7 +321,7 @@ def front(results: Results) -> str:
     return markdown(["embeddings", "method", "factor", "loss", "isotropy", "r̄", "best for its loss in"], rows, left=2)
 
 
-def _headline_cells(results: Results) -> list[Cell]:
+def headline_cells(results: Results) -> list[Cell]:
     """The settings of README: tied, untied, and the larger models; those that have been run."""
     found: list[Cell] = []
     for grid, name in ((WHAT, ""), (RATES, "1.85M parameters, 0.6M tokens"), (WORDS, "1.85M parameters, 4M tokens")):
@@ -370,10 +370,13 @@ def _door_row(first: Arm, first_factor: float, second: Arm, second_factor: float
     return [*(cell(mean, f"{{:{form}}}") for mean in means), difference_text(difference, form)]
 
 
-@block("headline")
-def headline(results: Results) -> str:
+HEADLINE = ["model", "learning rate of the embedding", "AdamW", "Coupled Adam", "difference [95%]", "pairs"]
+
+
+def headline_rows(results: Results) -> list[list[str]]:
+    """The rows of the block below, which the demo shows too."""
     rows = []
-    for each in versus(_headline_cells(results)):
+    for each in versus(headline_cells(results)):
         a, v = each.adamw, each.coupled
         at_one = [outcome.arm.figures("loss_report", 1.0) for outcome in (a, v)]
         shared = sorted(at_one[0].keys() & at_one[1].keys())
@@ -385,13 +388,17 @@ def headline(results: Results) -> str:
         best = [f"{o.mean('loss_report'):.3f} (×{factor_text(o.choice)})" for o in (a, v)]
         count = str(v.difference.count) if v.difference else "0"
         rows.append([each.cell.name, "best for each", *best, difference_text(v.difference), count])
-    headings = ["model", "learning rate of the embedding", "AdamW", "Coupled Adam", "difference [95%]", "pairs"]
-    return markdown(headings, rows, left=2)
+    return rows
+
+
+@block("headline")
+def headline(results: Results) -> str:
+    return markdown(HEADLINE, headline_rows(results), left=2)
 
 
 @block("headline-sentence")
 def headline_sentence(results: Results) -> str:
-    told = tuned_sections.headline(versus(_headline_cells(results)))
+    told = tuned_sections.headline(versus(headline_cells(results)))
     if not told:
         raise NotYet("study.csv has no pairs of AdamW and Coupled Adam")
     return told

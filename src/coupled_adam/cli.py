@@ -13,7 +13,7 @@ import typer
 
 from coupled_adam import __version__, completion, progress
 from coupled_adam.errors import InputError
-from coupled_adam.terminal import Justify, print_error, print_json, print_line, print_table
+from coupled_adam.terminal import Justify, print_error, print_json, print_line, print_styled, print_table
 
 if TYPE_CHECKING:
     from coupled_adam.lm.config import Experiment
@@ -63,21 +63,28 @@ def demo_command(
         Path | None, typer.Option(help="Your own UTF-8 text: a file, or a directory of .txt and .md.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps per run, 2,048 tokens each.  [default: 300]")
+        int | None, typer.Option(min=1, help="Training steps per run, 2,048 tokens each.  [default: 60]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed for weight initialization and data order.")] = 1,
-    out: Annotated[Path, typer.Option(help="Output directory; rerun the same command to resume.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Output directory; rerun the same command to resume.  [default: runs/demo, or runs/demo-STEPS]"
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
 ) -> None:
-    """Compare AdamW with Coupled Adam on real text. Prints a table and writes a report, in minutes on two cores."""
-    from coupled_adam.demo import run_demo
+    """Compare AdamW with Coupled Adam on real text. Prints a table and writes a report, in a minute on two cores."""
+    from coupled_adam.demo import LONGER, default_directory, run_demo
     from coupled_adam.experiments import published_result
     from coupled_adam.figures import figures
     from coupled_adam.report.demo_page import PUBLISHED_MODEL, PUBLISHED_TOKENS, SHOWN
+    from coupled_adam.report.study import read_study
     from coupled_adam.report.table import rows
 
-    results = run_demo(out, text, steps, seed)
+    place = out or default_directory(steps)
+    results = run_demo(place, text, steps, seed)
     if as_json:
         print_json(results)
         return
@@ -87,7 +94,10 @@ def demo_command(
     caption = f"paper: {PUBLISHED_MODEL} parameters, {PUBLISHED_TOKENS} tokens of web text"
     shown = rows(figures(SHOWN), [run["figures"] for run in runs], published)
     _print_rows([*names, *(f"{name}, paper" for name in names)], shown, caption)
-    print_line(f"Report: {out / 'report.html'}")
+    print_styled((f"Both had one learning rate for all parameters. {read_study()['sentence']}", ""))
+    print_line(f"Report: {place / 'report.html'}")
+    if results["experiment"]["train"]["steps"] < LONGER:
+        print_line(f"To train longer: --steps {LONGER}{' and another --out' if out else ''}")
 
 
 @app.command(name="prepare", epilog="Example: coupled-adam prepare books/ --tokenizer gpt2 --out data/books")

@@ -4,17 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coupled_adam import experiments
-from coupled_adam.figures import FIGURES, cell, figures
+from coupled_adam.figures import FIGURES, figures
 from coupled_adam.report import charts
 from coupled_adam.report.aggregate import Evaluated, short
 from coupled_adam.report.charts import Chart
 from coupled_adam.report.page import write_page
+from coupled_adam.report.study import read_study
 from coupled_adam.report.table import Row, rows
 
 #: The published result that stands beside the demo's.
 PUBLISHED_MODEL, PUBLISHED_TOKENS = "125M", "20B"
 
-#: What the demo shows, in the order of the paper.
+#: What the demo shows, in the order of the paper. Word similarity is not among it: it takes millions of tokens.
 SHOWN = (
     "validation_loss",
     "isotropy",
@@ -23,8 +24,6 @@ SHOWN = (
     "inverse_condition",
     "norm_frequency_pearson",
     "norm_frequency_spearman",
-    "word_similarity",
-    "word_similarity_pairs",
 )
 
 
@@ -48,7 +47,7 @@ def write_demo_page(path: Path, runs: Sequence[Evaluated], source: str) -> None:
         return Chart(charts.curves(FIGURES[name].title, series, y=FIGURES[name].axis, highest=highest), caption)
 
     samples = {run.method: sample for run in runs if (sample := run.token_sample)}
-    experiment, form = runs[0].experiment, FIGURES["word_similarity"].form
+    experiment = runs[0].experiment
     shift, loss = ([run.figures[name] for run in runs] for name in ("mean_shift_ratio", "validation_loss"))
     training = {
         "mean_shift": drawn(
@@ -82,13 +81,6 @@ def write_demo_page(path: Path, runs: Sequence[Evaluated], source: str) -> None:
         drifts=list(drifts),
         map_caption=charts.MAP_CAPTION,
         mapped=f"{len(next(iter(samples.values())).text):,}",
-        benchmarks=[
-            {
-                "name": same[0]["benchmark"],
-                "figures": [cell(result["cosine"], form) for result in same],
-                "covered": same[0]["covered"],
-                "pairs": same[0]["pairs"],
-            }
-            for same in zip(*(run.embeddings["word_similarity"]["original"] for run in runs), strict=True)
-        ],
+        lr=charts.number_text(experiment.schedule.lr),
+        study=read_study(),
     )
