@@ -115,7 +115,7 @@ def test_a_longer_demo_has_its_own_place(tmp_path: Path, monkeypatch: pytest.Mon
     assert first.returncode == longer.returncode == again.returncode == 0
     assert first.stdout == again.stdout and again.stderr.count("already finished with 1 steps") == 2
     assert sorted(path.name for path in Path("runs").iterdir()) == ["demo", "demo-2"]
-    assert first.stdout.splitlines()[-2:] == ["Report: runs/demo/report.html", "To train longer: --steps 300"]
+    assert first.stdout.splitlines()[-2:] == ["Report: runs/demo/report.html", "To train longer: the same command with --steps 300"]
 
 
 @pytest.mark.parametrize(

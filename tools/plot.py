@@ -16,5 +16,6 @@ with sync_playwright() as playwright:
     )
     page = browser.new_page(viewport={"width": 1120, "height": 900})
     page.goto(Path(report).resolve().as_uri())
+    page.add_style_tag(content="details.data { display: none }")  # the data, which open on a click
     page.locator(selector).first.screenshot(path=plot)
     browser.close()

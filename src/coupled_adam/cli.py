@@ -75,7 +75,7 @@ def demo_command(
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
 ) -> None:
-    """Compare AdamW with Coupled Adam on real text. Prints a table and writes a report, in a minute on two cores."""
+    """Compare AdamW with Coupled Adam on real text. Prints a table and writes a report, in about a minute."""
     from coupled_adam.demo import LONGER, default_directory, run_demo
     from coupled_adam.experiments import published_result
     from coupled_adam.figures import figures
@@ -97,7 +97,7 @@ def demo_command(
     print_styled((f"Both had one learning rate for all parameters. {read_study()['sentence']}", ""))
     print_line(f"Report: {place / 'report.html'}")
     if results["experiment"]["train"]["steps"] < LONGER:
-        print_line(f"To train longer: --steps {LONGER}{' and another --out' if out else ''}")
+        print_line(f"To train longer: the same command with --steps {LONGER}{' and another --out' if out else ''}")
 
 
 @app.command(name="prepare", epilog="Example: coupled-adam prepare books/ --tokenizer gpt2 --out data/books")
