@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from conftest import fits, hovered, opened, readable
+from conftest import fits, hovered, opened, readable, tiny_experiment
 from in_process import command
 from paragraphs import paragraphs
 from playwright.sync_api import Browser, Page
@@ -86,9 +86,9 @@ def test_a_second_call_reuses_everything_and_prints_json(finished: Path, text: P
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--steps", "300"], "other settings (train.steps: 20 there, 300 requested; "),
+        (["--steps", "300"], "other settings (train.steps: 20 there, 300 requested)"),
         (["--seed", "3"], "other settings (run.seed: 2 there, 3 requested)"),
-        (["--text", "OTHER"], "other text (text.txt)"),
+        (["--text", "OTHER"], "/text.txt)"),
     ],
 )
 def test_another_demo_in_the_same_folder_is_refused(
@@ -109,13 +109,16 @@ def test_another_demo_in_the_same_folder_is_refused(
 def test_a_longer_demo_has_its_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(paragraphs(200), encoding="utf-8")
-    short = experiments.load("demo").with_values(train__steps=1)
+    short = tiny_experiment().with_values(train__steps=1)
     monkeypatch.setattr(experiments, "load", lambda name: short)
     first, longer, again = (demo("--text", "text.txt", *steps) for steps in ([], ["--steps", "2"], ["--steps", "1"]))
     assert first.returncode == longer.returncode == again.returncode == 0
     assert first.stdout == again.stdout and again.stderr.count("already finished with 1 steps") == 2
     assert sorted(path.name for path in Path("runs").iterdir()) == ["demo", "demo-2"]
-    assert first.stdout.splitlines()[-2:] == ["Report: runs/demo/report.html", "To train longer: the same command with --steps 300"]
+    assert first.stdout.splitlines()[-2:] == [
+        "Report: runs/demo/report.html",
+        "To train longer: the same command with --steps 300",
+    ]
 
 
 @pytest.mark.parametrize(
