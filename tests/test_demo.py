@@ -40,7 +40,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a shortened demo on the user's own text."""
     out = tmp_path_factory.mktemp("demo")
-    result = demo("--text", text, "--steps", "20", "--seed", "2", "--out", out)
+    result = demo("--text", text, "--steps", "12", "--seed", "2", "--out", out)
     assert result.returncode == 0, result.stderr
     (out / "printed").write_text(result.stdout, encoding="utf-8")
     return out
@@ -52,7 +52,7 @@ def test_the_table_shows_both_runs_beside_the_paper(finished: Path) -> None:
     line = next(line for line in printed.splitlines() if "mean shift ratio" in line)
     adamw, coupled = (results["runs"][m]["figures"]["mean_shift_ratio"] for m in ("adamw", "coupled_adam"))
     assert line.split()[-4:] == [f"{adamw:.3f}", f"{coupled:.3f}", "0.82", "0.03"]
-    assert coupled < 0.1 < adamw, "the effect shows after 20 steps already"
+    assert coupled < 0.1 < adamw, "the effect shows after 12 steps already"
 
 
 def test_the_causes_of_the_drift_add_up(finished: Path) -> None:
@@ -77,16 +77,16 @@ def test_the_two_runs_differ_in_nothing_but_the_embeddings_optimizer(finished: P
 
 def test_a_second_call_reuses_everything_and_prints_json(finished: Path, text: Path) -> None:
     before = json.loads((finished / "results.json").read_text())
-    result = demo("--text", text, "--steps", "20", "--seed", "2", "--out", finished, "--json")
+    result = demo("--text", text, "--steps", "12", "--seed", "2", "--out", finished, "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == before == json.loads((finished / "results.json").read_text())
-    assert result.stderr.count("already finished with 20 steps") == 2 and "step 1 of" not in result.stderr
+    assert result.stderr.count("already finished with 12 steps") == 2 and "step 1 of" not in result.stderr
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--steps", "300"], "other settings (train.steps: 20 there, 300 requested)"),
+        (["--steps", "300"], "other settings (train.steps: 12 there, 300 requested)"),
         (["--seed", "3"], "other settings (run.seed: 2 there, 3 requested)"),
         (["--text", "OTHER"], "/text.txt)"),
     ],
@@ -97,7 +97,7 @@ def test_another_demo_in_the_same_folder_is_refused(
     other = tmp_path / "other.txt"
     other.write_text(paragraphs(100), encoding="utf-8")
     files = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    options = {"--text": str(text), "--steps": "20", "--seed": "2"} | dict([changed])
+    options = {"--text": str(text), "--steps": "12", "--seed": "2"} | dict([changed])
     given = [value.replace("OTHER", str(other)) for pair in options.items() for value in pair]
     result = demo(*given, "--out", finished)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
@@ -158,7 +158,7 @@ def test_bad_text_is_one_line_and_exit_code_2(content: bytes | None, message: st
 
 @pytest.mark.long
 def test_ctrl_c_ends_cleanly_and_the_next_call_finishes_the_same(finished: Path, text: Path, tmp_path: Path) -> None:
-    arguments = ["--text", str(text), "--steps", "20", "--seed", "2", "--out", str(tmp_path / "out")]
+    arguments = ["--text", str(text), "--steps", "12", "--seed", "2", "--out", str(tmp_path / "out")]
     process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "out" / "coupled_adam" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 5):
