@@ -6,6 +6,8 @@ import os
 import signal
 import unicodedata
 
+__all__ = ["DivergedError", "InputError", "Interrupted"]
+
 #: How to install an optional extra. The package is on no index yet.
 INSTALL = "in a clone of the repository: pip install '.[{extra}]'"
 

@@ -14,6 +14,8 @@ from coupled_adam.audit.verdict import (
 )
 from coupled_adam.geometry import Measurements
 
+__all__ = ["Advice"]
+
 #: The section of docs/audit.md whose subsections are the cases.
 SECTION = "What to do after an audit"
 

@@ -19,6 +19,8 @@ from coupled_adam.audit.model_copy import files_to_copy
 from coupled_adam.errors import InputError
 from coupled_adam.files import output_path, write_array, written_whole
 
+__all__ = ["Centered", "center"]
+
 #: Rows that are held in float64 at a time.
 ROWS = 4096
 

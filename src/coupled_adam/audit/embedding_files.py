@@ -29,6 +29,8 @@ from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.run import open_checkpoint, open_run
 from coupled_adam.lm.words import Words
 
+__all__ = ["Embeddings", "Origin", "read_embeddings"]
+
 Kind = Literal["safetensors", "pickle", "gguf", "numpy", "run"]
 
 #: What a file should be by its name, where its first bytes do not tell.

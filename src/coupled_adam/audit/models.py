@@ -19,6 +19,8 @@ from coupled_adam.evaluation.token_sample import TokenSample, sample_tokens
 from coupled_adam.geometry.measurements import PARTS
 from coupled_adam.progress import progress_bar, say
 
+__all__ = ["Audited", "audit_models"]
+
 #: Numbers in a matrix that takes some time to measure.
 LARGE = 10_000_000
 

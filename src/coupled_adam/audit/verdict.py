@@ -15,6 +15,8 @@ from coupled_adam.geometry import Measurements
 from coupled_adam.geometry.arrays import as_matrix
 from coupled_adam.lm.config import OPTIMIZER_LABELS
 
+__all__ = ["Finding", "Level"]
+
 #: A note judges nothing: it says what was not measured, what the metrics include, or what explains them.
 Level = Literal["good", "fair", "poor", "note"]
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+__all__ = ["downstream"]
+
 PAPER_TASKS = ("hellaswag", "winogrande", "arc_easy", "arc_challenge", "truthfulqa_mc2", "lambada_openai", "race")
 
 #: The tasks that changed since the paper's lm-eval 0.4.3, as they were there.

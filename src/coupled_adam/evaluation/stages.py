@@ -32,6 +32,8 @@ from coupled_adam.lm.parallel import World
 from coupled_adam.lm.run import Run, full_state_dict, open_run, sha256_of
 from coupled_adam.progress import progress_bar, say, warn
 
+__all__ = ["Downstream", "evaluate"]
+
 STAGES = ("validation", "embeddings", "frequency", "export", "downstream")
 
 #: In nats. There is no float for the perplexity of a model that is far worse than chance.

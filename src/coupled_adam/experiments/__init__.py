@@ -18,6 +18,17 @@ from coupled_adam.errors import InputError
 from coupled_adam.experiments.grids import Grid, check_parts, expand, matching
 from coupled_adam.lm.config import Experiment
 
+__all__ = [
+    "Published",
+    "PublishedSweep",
+    "authors_name",
+    "families",
+    "load",
+    "names",
+    "published",
+    "published_sweeps",
+]
+
 SUITES = ("small", "large", "mini", "oec")
 
 #: A name with the seed of a run at its end, as far as that is one.

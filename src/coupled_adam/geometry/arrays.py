@@ -14,11 +14,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from coupled_adam.errors import InputError
 
-Matrix: TypeAlias = ArrayLike | torch.Tensor
-Float64 = NDArray[np.float64]
+__all__ = ["Float64", "Matrix", "RowMap"]
 
-#: What is made of rows of a matrix, (n, H) -> (n, H), whichever rows they are.
+Matrix: TypeAlias = ArrayLike | torch.Tensor
+"""A matrix as the metrics take it: an array, a tensor of any dtype on any device, or nested lists."""
+
+Float64 = NDArray[np.float64]
+"""An array of float64."""
+
 RowMap: TypeAlias = Callable[[Float64], Float64]
+"""A map of any rows of a matrix, (n, H) -> (n, H), float64."""
 
 #: Between these the squares of a matrix's largest value, their sums and products are within the range of float64.
 SQUARES = (1e-100, 1e100)

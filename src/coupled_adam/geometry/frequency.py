@@ -13,7 +13,9 @@ class Correlation(NamedTuple):
     """Two correlation coefficients of the same pairs, each in [−1, 1]; NaN where one side is constant."""
 
     pearson: float
+    """Linear correlation."""
     spearman: float
+    """Rank correlation."""
 
 
 def probability(counts: ArrayLike) -> Float64:
@@ -34,44 +36,69 @@ def log_probability(counts: ArrayLike) -> Float64:
 
 
 def norm_frequency_correlation(embedding: Matrix, counts: ArrayLike) -> Correlation:
-    """Correlation of ‖e_i‖ with log(p_i + 1e-10).
+    """Correlate the norms ‖e_i‖ with the log frequencies log(p_i + 1e-10).
 
     Args:
-        embedding: (V, H).
-        counts: how often each token occurs in the training data, (V,); probabilities will do.
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists.
+        counts: how often each token occurs in the training data, (V,), as counts or probabilities.
+
+    Returns:
+        Pearson and Spearman correlation.
+
+    Raises:
+        ValueError: shapes that do not fit, values that are not finite, or counts that are negative or all zero.
 
     Source: Coupled Adam, arXiv 2502.08441, section 4.2.
 
-    Raises:
-        ValueError: shapes that do not fit, values that are not finite, or counts that are all zero.
+    Examples:
+        >>> norm_frequency_correlation([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]], counts=[10, 100, 1000]).spearman
+        1.0
     """
     return _correlation(row_norms(in_range(as_matrix(embedding))[0]), log_probability(counts))
 
 
 def projection_frequency_correlation(embedding: Matrix, counts: ArrayLike) -> Correlation:
-    """Correlation of e_i·μ with log(p_i + 1e-10): does the common direction tell frequent tokens from rare ones?
+    """Correlate the projections e_i·μ with log(p_i + 1e-10): does the mean direction separate frequent and rare tokens?
 
-    Arguments, source and errors as ``norm_frequency_correlation``.
+    Args:
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists.
+        counts: how often each token occurs in the training data, (V,), as counts or probabilities.
+
+    Returns:
+        Pearson and Spearman correlation.
+
+    Raises:
+        ValueError: shapes that do not fit, values that are not finite, or counts that are negative or all zero.
+
+    Source: Coupled Adam, arXiv 2502.08441, section 4.2.
+
+    Examples:
+        >>> projection_frequency_correlation([[1.0, 1.0], [2.0, -1.0], [3.0, 0.0]], counts=[10, 100, 1000]).spearman
+        1.0
     """
     e, _ = in_range(as_matrix(embedding))
     return _correlation(e @ e.mean(0), log_probability(counts))
 
 
 def second_moment_frequency_fit(second_moment: Matrix, counts: ArrayLike) -> float:
-    """R² of v_i = a·p_i, fitted through the origin, with v_i the mean over H of Adam's second moment of token i.
+    """Compute R² of the fit v_i = a·p_i through the origin; v_i is the mean over H of Adam's second moment of token i.
 
     Args:
-        second_moment: of Adam, elementwise, (V, H).
-        counts: as above.
+        second_moment: Adam's elementwise second moment, (V, H), an array or tensor of any dtype.
+        counts: how often each token occurs in the training data, (V,), as counts or probabilities.
 
     Returns:
         1 − Σ(v_i − a·p_i)² / Σ(v_i − v̄)², at most 1, and negative where v̄ alone fits better; NaN for a constant v.
         The paper reports 0.85 to 0.91 at 125M parameters and 20B tokens.
 
+    Raises:
+        ValueError: shapes that do not fit, values that are not finite, or counts that are negative or all zero.
+
     Source: Coupled Adam, arXiv 2502.08441, section 3.
 
-    Raises:
-        ValueError: as above.
+    Examples:
+        >>> second_moment_frequency_fit([[1.0, 3.0], [2.0, 6.0], [4.0, 4.0]], counts=[1, 2, 2])
+        1.0
     """
     v, p = as_matrix(second_moment).mean(1), probability(counts)
     _same_length(v, p)

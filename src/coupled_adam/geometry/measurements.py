@@ -20,36 +20,51 @@ PARTS = 5
 
 @dataclass(frozen=True)
 class Measurements:
-    """The figures of a (V, H) embedding matrix; NaN or None where one is not defined or its data were not given."""
+    """The metrics of a (V, H) embedding matrix; NaN or None where one is not defined or its data were not given.
+
+    The functions of ``coupled_adam.geometry`` of the same names say what each metric is, its unit and its range.
+    """
 
     tokens: int
+    """V, the number of rows."""
     hidden_size: int
+    """H, the number of columns."""
     isotropy: float
+    """Isotropy of E, in (0, 1]."""
     isotropy_centered: float
-    """Of E − μ."""
+    """Isotropy of E − μ."""
     isotropy_post_processed: float
-    """Of E without its mean and its first ⌈H/100⌉ principal components (All-but-the-Top)."""
+    """Isotropy of E without its mean and its first ⌈H/100⌉ principal components (All-but-the-Top)."""
     mean_of_norms: float
+    """mean_i ‖e_i‖, in units of the embedding."""
     norm_of_mean: float
+    """‖μ‖, in units of the embedding."""
     mean_shift_ratio: float
+    """‖μ‖ / mean_i ‖e_i‖, in [0, 1]."""
     mean_cosine: float
-    """Of two different rows."""
+    """Mean cosine similarity of two different rows, in [−1, 1]."""
     smallest_singular_value: float
+    """S_min, in units of the embedding."""
     largest_singular_value: float
+    """S_max, in units of the embedding."""
     inverse_condition: float
+    """100·S_min/S_max, in percent."""
     logit_bound_ratio: float
+    """Bound on the logits along μ after centering, over that before."""
     norm_frequency: frequency.Correlation | None
+    """Correlation of ‖e_i‖ with log frequency; None without counts."""
     projection_frequency: frequency.Correlation | None
+    """Correlation of e_i·μ with log frequency; None without counts."""
     word_similarity: dict[str, list[WordSimilarity]]
-    """By post-processing, then a benchmark each; empty without a way to look words up."""
+    """By post-processing, one entry per benchmark; empty without a way to look words up."""
     singular_values: Float64
-    """(min(V, H),), largest first."""
+    """All singular values, (min(V, H),), largest first."""
     zero_rows: int
-    """Rows that are exactly zero: unused tokens, as a rule."""
+    """How many rows are exactly zero; these are usually unused tokens."""
 
     @property
     def mean_similarity(self) -> float | None:
-        """r̄ of the matrix as it is, by cosine; None if no benchmark gives a figure."""
+        """r̄ of the unprocessed matrix, by cosine; None if no benchmark has a result."""
         return mean_similarity(self.word_similarity.get("original", []))
 
 
@@ -61,22 +76,26 @@ def measure(
     benchmarks: Sequence[Benchmark] = (),
     show: Callable[[int], None] | None = None,
 ) -> Measurements:
-    """Measure a (V, H) embedding matrix.
+    """Measure an embedding matrix: all metrics at once, with shared work done once.
 
     Args:
-        embedding: array or tensor of any dtype; worked on in float64, with one copy of it in that.
-        counts: how often each token occurs in the training data, (V,), for the correlations with frequency.
-        token_of: the row of a word, None for a word that is not one token; for word similarity.
-        benchmarks: for instance ``coupled_adam.geometry.published_benchmarks``.
-        show: told how many of the ``PARTS`` that take long are done.
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists. One copy of it is made, in
+            float64 on the CPU.
+        counts: how often each token occurs in the training data, (V,); needed for the correlations with frequency.
+        token_of: returns the row of a word, or None for a word that is not a single token; needed for word similarity.
+        benchmarks: of word similarity, for instance those of ``coupled_adam.geometry.published_benchmarks``.
+        show: called after each of the five slow parts with the number of parts done.
+
+    Returns:
+        The metrics.
 
     Raises:
-        ValueError: not a finite matrix with two rows or more, or counts that do not fit it.
+        ValueError: E is not a finite matrix with two rows or more, or the counts do not fit it.
 
-    >>> import numpy as np
-    >>> shifted = np.random.default_rng(0).normal(size=(1000, 16)) + 2
-    >>> round(measure(shifted).mean_shift_ratio, 1)
-    0.9
+    Examples:
+        >>> shifted = np.random.default_rng(0).normal(size=(1000, 16)) + 2
+        >>> round(measure(shifted).mean_shift_ratio, 1)
+        0.9
     """
     e, done = as_matrix(embedding), itertools.count(1)
 

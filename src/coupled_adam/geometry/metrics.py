@@ -17,21 +17,27 @@ LARGEST_SCALE = 2.0**990
 
 
 def isotropy(embedding: Matrix, row_map: RowMap | None = None) -> float:
-    """Iso(E) = min_c Z(c) / max_c Z(c) with Z(c) = Σ_i exp(e_i·c), over the unit eigenvectors c of EᵀE; in (0, 1].
+    """Compute the isotropy min_c Z(c) / max_c Z(c) with Z(c) = Σ_i exp(e_i·c), over the unit eigenvectors c of EᵀE.
 
-    1 means that no direction is preferred. It depends on the scale of E: do not compare it across models whose
-    embeddings differ in norm without saying so. The sign of an eigenvector is arbitrary; here its component of largest
-    magnitude is positive, so that the figure is reproducible.
+    It depends on the scale of E: when you compare models whose embeddings differ in norm, say so. The sign of an
+    eigenvector is arbitrary; here its component of largest magnitude is positive, which makes the result reproducible.
 
     Source: Arora et al. 2016, "A latent variable model approach to PMI-based word embeddings"; Mu & Viswanath 2018,
     "All-but-the-Top", eq. 5; used by Biś et al. 2021 and by Coupled Adam, arXiv 2502.08441, section 4.2.
 
     Args:
-        embedding: E.
-        row_map: what to make of the rows of E first, as of ``coupled_adam.geometry.post_processing``.
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
+        row_map: applied to the rows of E first, for instance one of ``coupled_adam.geometry.post_processing``.
+
+    Returns:
+        Isotropy in (0, 1], without unit; 1 where no direction is preferred.
 
     Raises:
-        ValueError: not a finite matrix with two rows or more. The same holds for the other functions.
+        ValueError: E is not a finite matrix with two rows or more.
+
+    Examples:
+        >>> round(isotropy([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), 6)
+        1.0
     """
     e = as_matrix(embedding)
     scale = in_range(e)[1]
@@ -61,21 +67,64 @@ def _log_partition(parts: Iterable[Float64], directions: Float64) -> Float64:
 
 
 def norm_of_mean(embedding: Matrix) -> float:
-    """‖μ‖, the norm of the mean embedding. Source: Coupled Adam, arXiv 2502.08441, section 4.2."""
+    """Compute ‖μ‖, the norm of the mean embedding.
+
+    Args:
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
+
+    Returns:
+        A length in units of the embedding, 0 or above.
+
+    Raises:
+        ValueError: E is not a finite matrix with two rows or more.
+
+    Source: Coupled Adam, arXiv 2502.08441, section 4.2.
+
+    Examples:
+        >>> norm_of_mean([[3.0, 0.0], [3.0, 8.0]])
+        5.0
+    """
     e, scale = in_range(as_matrix(embedding))
     return float(np.linalg.norm(e.mean(0))) * scale
 
 
 def mean_of_norms(embedding: Matrix) -> float:
-    """mean_i ‖e_i‖, the mean of the embeddings' norms."""
+    """Compute mean_i ‖e_i‖, the mean of the embeddings' norms.
+
+    Args:
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
+
+    Returns:
+        A length in units of the embedding, 0 or above.
+
+    Raises:
+        ValueError: E is not a finite matrix with two rows or more.
+
+    Examples:
+        >>> mean_of_norms([[3.0, 4.0], [0.0, 1.0]])
+        3.0
+    """
     e, scale = in_range(as_matrix(embedding))
     return float(row_norms(e).mean()) * scale
 
 
 def mean_shift_ratio(embedding: Matrix) -> float:
-    """‖μ‖^r = ‖μ‖ / mean_i ‖e_i‖, in [0, 1]: 0 for a cloud around the origin, 1 where all rows are the same.
+    """Compute the mean shift ratio ‖μ‖ / mean_i ‖e_i‖: how much of an average embedding is shared by all of them.
 
-    NaN for a matrix of zeros. Source: Coupled Adam, arXiv 2502.08441, section 4.2.
+    Args:
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
+
+    Returns:
+        A ratio in [0, 1]; 0 for a cloud centered on the origin, 1 where all rows are equal, NaN for a matrix of zeros.
+
+    Raises:
+        ValueError: E is not a finite matrix with two rows or more.
+
+    Source: Coupled Adam, arXiv 2502.08441, section 4.2.
+
+    Examples:
+        >>> mean_shift_ratio([[1.0, 1.0], [1.0, -1.0]])  # the mean is (1, 0), the norms are √2
+        0.7071067811865475
     """
     e, _ = in_range(as_matrix(embedding))
     length = mean_of_norms(e)
@@ -83,14 +132,26 @@ def mean_shift_ratio(embedding: Matrix) -> float:
 
 
 def mean_cosine(embedding: Matrix) -> float:
-    """Mean cosine of two different rows, over all pairs, in [-1, 1]: the anisotropy of Ethayarajh 2019.
+    """Compute the mean cosine similarity of two different rows, over all pairs.
 
-    0 for directions that are spread evenly, 1 where all rows point the same way. Rows of zeros have no direction and
-    are left out; NaN with fewer than two others. Source: Ethayarajh 2019, "How contextual are contextualized word
-    representations?", arXiv 1909.00512, which estimates it from a sample of pairs.
+    Rows of zeros have no direction and are left out.
 
-    >>> mean_cosine([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])  # the cosines are 0, 1 and 0
-    0.3333333333333333
+    Args:
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
+
+    Returns:
+        A cosine in [−1, 1]; 0 for evenly spread directions, 1 where all rows point the same way, NaN with fewer than
+        two rows that are not zero.
+
+    Raises:
+        ValueError: E is not a finite matrix with two rows or more.
+
+    Source: the anisotropy of Ethayarajh 2019, "How contextual are contextualized word representations?",
+    arXiv 1909.00512, which estimates it from a sample of pairs.
+
+    Examples:
+        >>> mean_cosine([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])  # the cosines are 0, 1 and 0
+        0.3333333333333333
     """
     e, _ = in_range(as_matrix(embedding))
     total, count = np.zeros(e.shape[1]), 0
@@ -105,7 +166,21 @@ def mean_cosine(embedding: Matrix) -> float:
 
 
 def singular_values(embedding: Matrix) -> Float64:
-    """Compute the min(V, H) singular values of E, largest first."""
+    """Compute the singular values of E.
+
+    Args:
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
+
+    Returns:
+        The min(V, H) singular values, float64, largest first, in units of the embedding.
+
+    Raises:
+        ValueError: E is not a finite matrix with two rows or more.
+
+    Examples:
+        >>> singular_values([[2.0, 0.0], [0.0, 3.0], [0.0, 0.0]]).tolist()
+        [3.0, 2.0]
+    """
     e, scale = in_range(as_matrix(embedding))
     squares = np.linalg.eigvalsh(e.T @ e if len(e) > e.shape[1] else e @ e.T)[::-1]
     # Squaring costs digits of the small ones: below this, the exact way, which takes ten times as long.
@@ -115,9 +190,22 @@ def singular_values(embedding: Matrix) -> Float64:
 
 
 def inverse_condition(embedding: Matrix) -> float:
-    """100·S_min/S_max of the singular values, in percent: the inverse of the condition number, so higher is better.
+    """Compute 100·S_min/S_max of the singular values: the inverse of the condition number, so higher is better.
 
-    NaN for a matrix of zeros. Source: Coupled Adam, arXiv 2502.08441, section 4.2.
+    Args:
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
+
+    Returns:
+        Percent, in [0, 100]; NaN for a matrix of zeros.
+
+    Raises:
+        ValueError: E is not a finite matrix with two rows or more.
+
+    Source: Coupled Adam, arXiv 2502.08441, section 4.2.
+
+    Examples:
+        >>> inverse_condition([[1.0, 0.0], [0.0, 4.0]])
+        25.0
     """
     return inverse_condition_of(singular_values(embedding))
 
@@ -128,9 +216,20 @@ def inverse_condition_of(values: Float64) -> float:
 
 
 def principal_share(embedding: Matrix) -> float:
-    """The share of the largest principal direction in the variance around the mean: λ_1/Σλ of (E − μ)ᵀ(E − μ).
+    """Compute the share of the first principal component in the variance around the mean, λ_1/Σλ of (E − μ)ᵀ(E − μ).
 
-    In [1/H, 1]: 1 where all embeddings lie on a line, 1/H for a round cloud; NaN where all are the same.
+    Args:
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
+
+    Returns:
+        A share in [1/H, 1]; 1 where all embeddings lie on a line, 1/H for a round cloud, NaN where all are equal.
+
+    Raises:
+        ValueError: E is not a finite matrix with two rows or more.
+
+    Examples:
+        >>> principal_share([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        0.8
     """
     e, _ = in_range(as_matrix(embedding))
     mean = e.mean(0)
@@ -145,10 +244,25 @@ def principal_share_of(values: Float64, squares: float) -> float:
 
 
 def logit_bound_ratio(embedding: Matrix) -> float:
-    """By which factor centering the output embedding bounds the logits along μ more tightly, in [0, 1] or above.
+    """Compute by which factor centering the output embedding tightens the bound on the logits along μ.
 
-    max(B₋, B₊) / max(B₋ − ‖μ‖², B₊ + ‖μ‖²) with B₊ = max_i e_i·μ − ‖μ‖² and B₋ = ‖μ‖² − min_i e_i·μ: the widest
-    e_i·μ after centering over that before. Well below 1: centering helps. NaN for μ = 0. Source: arXiv 2601.02031.
+    It is max(B₋, B₊) / max(B₋ − ‖μ‖², B₊ + ‖μ‖²) with B₊ = max_i e_i·μ − ‖μ‖² and B₋ = ‖μ‖² − min_i e_i·μ: the largest
+    |e_i·μ| after centering over that before.
+
+    Args:
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
+
+    Returns:
+        A ratio of 0 or above. Well below 1, centering helps; NaN for μ = 0.
+
+    Raises:
+        ValueError: E is not a finite matrix with two rows or more.
+
+    Source: "Output Embedding Centering", arXiv 2601.02031.
+
+    Examples:
+        >>> logit_bound_ratio([[3.0, 0.0], [1.0, 0.0]])  # e_i·μ is 6 and 2, centered 2 and -2
+        0.3333333333333333
     """
     e, _ = in_range(as_matrix(embedding))
     mean = e.mean(0)

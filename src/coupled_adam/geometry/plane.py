@@ -6,9 +6,24 @@ from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix, in_range
 
 
 def plane(embedding: Matrix) -> tuple[Float64, Float64]:
-    """Return two orthonormal directions (H,): of the mean embedding, and the widest one at right angles to it.
+    """Find the plane in which to draw embeddings: through the origin, the mean embedding and the widest direction.
 
-    The plane passes through the origin, so distances from it are not distorted by centering.
+    As it passes through the origin, it shows how far the embeddings are shifted off it.
+
+    Args:
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
+
+    Returns:
+        Two orthonormal directions, each (H,) and float64. The first is that of the mean embedding, the second that of
+        the largest variance orthogonal to it.
+
+    Raises:
+        ValueError: E is not a finite matrix with two rows or more.
+
+    Examples:
+        >>> along, across = plane([[1.0, 3.0, 0.0], [1.0, -3.0, 0.0]])
+        >>> along.tolist(), across.round(6).tolist()
+        ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])
     """
     e, _ = in_range(as_matrix(embedding))
     mean = e.mean(0)

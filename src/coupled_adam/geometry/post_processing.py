@@ -12,18 +12,52 @@ import numpy as np
 
 from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix, blocks, in_range, mean_row, row_norms
 
+__all__ = ["all_but_the_top", "centering", "scaled_centering"]
+
 #: Components that the word similarity of the literature takes out.
 WORD_SIMILARITY_COMPONENTS = 2
 
 
 def centering(embedding: Matrix) -> RowMap:
-    """e_i − μ."""
+    """Subtract the mean: e_i − μ.
+
+    Args:
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
+
+    Returns:
+        A map of rows of E, (n, H) -> (n, H), float64: apply it to all rows or to some.
+
+    Raises:
+        ValueError: E is not a finite matrix with two rows or more.
+
+    Examples:
+        >>> matrix = np.array([[1.0, 2.0], [3.0, 4.0]])
+        >>> centering(matrix)(matrix).tolist()
+        [[-1.0, -1.0], [1.0, 1.0]]
+    """
     mean = mean_row(as_matrix(embedding))
     return lambda rows: np.asarray(rows - mean)
 
 
 def scaled_centering(embedding: Matrix) -> RowMap:
-    """e_i − ‖e_i‖·d with d the mean of e_i/‖e_i‖: each row loses as much of the mean direction as it is long."""
+    """Subtract the mean direction d = mean_i e_i/‖e_i‖ in proportion to each row's norm: e_i − ‖e_i‖·d.
+
+    Args:
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
+
+    Returns:
+        A map of rows of E, (n, H) -> (n, H), float64: apply it to all rows or to some.
+
+    Raises:
+        ValueError: E is not a finite matrix with two rows or more.
+
+    Source: Biś et al. 2021, "Too Much in Common", section 5.
+
+    Examples:
+        >>> matrix = np.array([[2.0, 0.0], [0.0, 4.0]])
+        >>> scaled_centering(matrix)(matrix).tolist()
+        [[1.0, -1.0], [-2.0, 2.0]]
+    """
     e = as_matrix(embedding)
     direction = sum(_directions(rows).sum(0) for rows in blocks(e)) / len(e)
     return lambda rows: np.asarray(rows - np.outer(row_norms(rows), direction))
@@ -47,7 +81,25 @@ def all_but_the_top_as_computed(embedding: Matrix, top: Float64 | None = None) -
 
 
 def all_but_the_top(embedding: Matrix, top: Float64 | None = None) -> RowMap:
-    """As its authors meant it: e_i − μ without its first two principal components, or without ``top``."""
+    """All-but-the-Top: remove the mean and the first principal components.
+
+    Args:
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
+        top: orthonormal components to remove, (H, D); None for the first two principal components.
+
+    Returns:
+        A map of rows of E, (n, H) -> (n, H), float64: apply it to all rows or to some.
+
+    Raises:
+        ValueError: E is not a finite matrix with two rows or more.
+
+    Source: Mu & Viswanath 2018, "All-but-the-Top", algorithm 1.
+
+    Examples:
+        >>> matrix = np.array([[2.0, 0.0, 1.0], [-2.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, -1.0, 1.0]])
+        >>> bool(np.allclose(all_but_the_top(matrix)(matrix), 0))  # two components are all that varies
+        True
+    """
     e = as_matrix(embedding)
     mean = mean_row(e)
     top = principal_components(e, WORD_SIMILARITY_COMPONENTS) if top is None else top

@@ -36,16 +36,20 @@ class Benchmark:
     """Pairs of words with a human rating of their similarity."""
 
     name: str
+    """What reports call it."""
     pairs: tuple[tuple[str, str, float], ...]
+    """Two words and their rating, on any scale; higher is more similar."""
 
 
 @dataclass(frozen=True)
 class WordSimilarity:
-    """The figures of one benchmark."""
+    """The results of one benchmark."""
 
     benchmark: str
+    """Its name."""
     cosine: float | None
-    """100·Pearson correlation of cosine similarity and rating; None where fewer than 10 pairs are covered."""
+    """100 times the Pearson correlation of cosine similarity and rating, in [−100, 100]; None where fewer than 10 pairs
+    are covered."""
     dot: float | None
     """The same for the dot product."""
     covered: int
@@ -56,12 +60,19 @@ class WordSimilarity:
 
 @functools.cache
 def published_benchmarks() -> tuple[Benchmark, ...]:
-    """Return the five benchmarks of the literature, from the wheels of gensim and hyperhyper.
+    """Load the five benchmarks of the literature from the wheels of gensim and hyperhyper; nothing is downloaded.
 
-    hyperhyper's curators removed a few contradictory rows, so the counts are a little below the originals'.
+    The curators of hyperhyper removed a few contradictory rows, so some counts are slightly lower than the originals'.
+
+    Returns:
+        MEN, RW, SimLex-999, and the two halves of WordSim-353: similarity and relatedness.
 
     Raises:
         ImportError: one of the two packages is not installed; the message names the extra.
+
+    Examples:
+        >>> [(benchmark.name, len(benchmark.pairs)) for benchmark in published_benchmarks()][2]
+        ('SimLex-999', 999)
     """
     require("geometry", *sorted({package for package, _ in PUBLISHED.values()}))
     return tuple(
@@ -82,13 +93,26 @@ FILES = {
 
 
 def read_benchmarks(directory: Path) -> tuple[Benchmark, ...]:
-    """Read the benchmarks of r̄ in ``directory``, as their authors distribute them, in the order of the literature.
+    r"""Read word-similarity benchmarks from files as their authors distribute them.
 
-    A file is known by its name: MEN_dataset_natural_form_full, MEN_dataset_lemma_form_full, rw.txt, SimLex-999.txt,
-    wordsim_similarity_goldstandard.txt, wordsim_relatedness_goldstandard.txt and the like; others are passed over.
+    Files are recognized by name: MEN_dataset_natural_form_full, MEN_dataset_lemma_form_full, rw.txt, SimLex-999.txt,
+    wordsim_similarity_goldstandard.txt, wordsim_relatedness_goldstandard.txt and the like. Others are ignored.
+
+    Args:
+        directory: that holds the files, in UTF-8.
+
+    Returns:
+        The benchmarks found, in the order of ``published_benchmarks``.
 
     Raises:
-        ValueError: the directory holds none, two of the same, or a line that cannot be read; the message names it.
+        ValueError: the directory holds none or the same one twice, or a line cannot be parsed; the message names it.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as directory:
+        ...     _ = Path(directory, "rw.txt").write_text("cat,dog,7.5\ncat,idea,0.5\n")
+        ...     read_benchmarks(Path(directory))
+        (Benchmark(name='RW', pairs=(('cat', 'dog', 7.5), ('cat', 'idea', 0.5))),)
     """
     found: dict[str, Path] = {}
     for path in sorted(p for p in directory.iterdir() if p.is_file()) if directory.is_dir() else []:
@@ -146,15 +170,30 @@ def _rating(fields: list[str], column: int) -> float | None:
 
 
 def word_similarity(embedding: Matrix, token_of: Callable[[str], int | None], benchmark: Benchmark) -> WordSimilarity:
-    """Correlation of the similarity of embeddings with human ratings, over the pairs that are single tokens.
+    """Correlate the similarity of embeddings with human ratings, over the pairs of which both words are one token.
 
     Args:
-        embedding: (V, H).
-        token_of: the row of a word, None for a word that is not one token. A GPT-2-like byte-level tokenizer is asked
-            for the word with a leading space.
+        embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists.
+        token_of: returns the row of a word, or None for a word that is not a single token. With a byte-level tokenizer
+            such as that of GPT-2, look the word up with a leading space.
         benchmark: the pairs.
 
+    Returns:
+        The correlations by cosine and by dot product, and how many pairs they cover.
+
+    Raises:
+        ValueError: E is not a finite matrix with two rows or more.
+
     Source: Biś et al. 2021, "Too Much in Common", section 5.3; Coupled Adam, arXiv 2502.08441, section 4.2.
+
+    Examples:
+        >>> words = [f"word{i}" for i in range(12)]
+        >>> angles = np.linspace(0, np.pi, 12)
+        >>> embedding = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        >>> by_cosine = Benchmark("angles", tuple((words[0], w, float(np.cos(a))) for w, a in zip(words, angles)))
+        >>> found = word_similarity(embedding, {word: i for i, word in enumerate(words)}.get, by_cosine)
+        >>> round(found.cosine, 6), found.covered, found.pairs
+        (100.0, 12, 12)
     """
     e, _ = in_range(as_matrix(embedding))
     covered = [
@@ -175,7 +214,20 @@ def word_similarity(embedding: Matrix, token_of: Callable[[str], int | None], be
 
 
 def mean_similarity(results: Iterable[WordSimilarity]) -> float | None:
-    """r̄: the mean of the cosine figures over the benchmarks that have one; None if none has."""
+    """Average word similarity over benchmarks: r̄ of the literature.
+
+    Args:
+        results: one per benchmark; those whose ``cosine`` is None are left out.
+
+    Returns:
+        The mean of ``cosine``, in [−100, 100]; None if no benchmark has it.
+
+    Source: Coupled Adam, arXiv 2502.08441, section 4.2.
+
+    Examples:
+        >>> mean_similarity([WordSimilarity("a", 60.0, 50.0, 40, 50), WordSimilarity("b", 30.0, 20.0, 40, 50)])
+        45.0
+    """
     figures = [r.cosine for r in results if r.cosine is not None]
     return sum(figures) / len(figures) if figures else None
 

@@ -17,6 +17,8 @@ from transformers import Trainer  # noqa: E402
 
 from coupled_adam.integrations.transformers import trainer_optimizer  # noqa: E402
 
+__all__ = ["CoupledAdamArgs", "CoupledAdamPlugin"]
+
 #: What axolotl does by param groups of its own, which an optimizer that makes its groups does not see.
 IGNORED = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
 

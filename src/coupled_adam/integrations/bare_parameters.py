@@ -12,6 +12,8 @@ from coupled_adam.integrations.announce import announce
 from coupled_adam.optim import CoupledAdam
 from coupled_adam.optim.checks import check_factor
 
+__all__ = ["VocabularyCoupledAdam", "Which"]
+
 Which = Literal["first", "last", "all"]
 
 

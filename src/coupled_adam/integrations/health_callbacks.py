@@ -10,6 +10,8 @@ from coupled_adam.models.output_heads import embedding_of
 from coupled_adam.monitor import DriftMonitor, health
 from coupled_adam.progress import warn
 
+__all__ = ["HealthReport"]
+
 #: What stands before the name of every figure.
 PREFIX = "embedding/"
 

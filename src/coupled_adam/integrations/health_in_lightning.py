@@ -9,6 +9,8 @@ require_trainer("lightning", "lightning")
 
 from lightning.pytorch import Callback  # noqa: E402
 
+__all__ = ["EmbeddingHealth"]
+
 
 class EmbeddingHealth(Callback):  # type: ignore[misc]
     """Logs health and drift of the model's embeddings every ``every`` steps, with any optimizer.

@@ -9,6 +9,8 @@ require("demo", "transformers")
 
 from transformers import TrainerCallback  # noqa: E402
 
+__all__ = ["EmbeddingHealth"]
+
 #: Where a Trainer's checkpoint keeps the sums of the drift: in the field of trainer_state.json for callbacks.
 SAVED = "embedding_drift"
 

@@ -17,6 +17,8 @@ require_trainer("olmo_core", "ai2-olmo-core")
 
 from olmo_core.optim import OptimConfig, OptimGroupOverride  # noqa: E402
 
+__all__ = ["CoupledAdamConfig", "coupled_head"]
+
 
 def coupled_head(embedding_lr_factor: float | None = None) -> list[OptimGroupOverride]:
     """The group of OLMo-core's output embedding: coupled, without weight decay.

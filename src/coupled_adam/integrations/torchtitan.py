@@ -19,6 +19,8 @@ require_trainer("torchtitan", "torchtitan")
 
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig  # noqa: E402
 
+__all__ = ["CoupledOptimizers", "coupled_adamw"]
+
 OURS = {"CoupledAdam": CoupledAdam, "Adams": Adams}
 
 

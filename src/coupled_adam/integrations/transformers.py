@@ -22,6 +22,8 @@ require("demo", "transformers")
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 
+__all__ = ["OptimizerFactory", "resume_from_adamw", "trainer_optimizer"]
+
 
 def trainer_optimizer(
     args: TrainingArguments,

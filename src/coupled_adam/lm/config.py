@@ -21,6 +21,22 @@ from pydantic import (
 
 from coupled_adam.errors import InputError, of_system
 
+__all__ = [
+    "CoreOptimizer",
+    "Data",
+    "EmbeddingOptimizer",
+    "Evaluation",
+    "Experiment",
+    "Loss",
+    "Model",
+    "Optimizer",
+    "Parallel",
+    "Run",
+    "Schedule",
+    "Tracking",
+    "Train",
+]
+
 #: Tokens of the largest vocabulary that is supported.
 LARGEST_VOCABULARY = 2_000_000
 

@@ -56,6 +56,8 @@ from coupled_adam.lm.tokenizer import (
 )
 from coupled_adam.progress import progress_bar, say
 
+__all__ = ["prepare"]
+
 SPLITS: tuple[Split, ...] = get_args(Split)
 KIND = "corpus"
 """What its directory is said to be, where it would be replaced."""

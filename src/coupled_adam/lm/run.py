@@ -19,6 +19,8 @@ from coupled_adam.lm.corpus import Corpus, open_corpus
 from coupled_adam.lm.model import LanguageModel, build_model
 from coupled_adam.lm.parallel import World, parallelize
 
+__all__ = ["Run", "open_run"]
+
 #: Of environment.json. In the first there was no digest.
 FORMAT = 2
 

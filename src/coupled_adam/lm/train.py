@@ -55,6 +55,8 @@ from coupled_adam.lm.tracking import Track, require_trackers, trackers
 from coupled_adam.monitor import DriftMonitor
 from coupled_adam.progress import progress_bar, say, warn
 
+__all__ = ["Evaluate", "train"]
+
 Evaluate = Callable[[LanguageModel, bool], Figures]
 
 #: The files of a run that are written whole, under another name at first.

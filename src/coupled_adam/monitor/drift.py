@@ -27,34 +27,34 @@ CAUSES = ("second_moments", "gradients", "decay")
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the mean of an embedding matrix moved, by cause: vectors (H,), float64, which add up to the movement.
+    """How far the mean of an embedding matrix moved, by cause: vectors (H,), float64, that add up to the movement.
 
-    ``first + second`` is the drift of both, the second being the later: vectors add, and the mean is the second's.
+    Two of them can be added, the earlier one first: the vectors add up, and the mean is that of the later one.
     """
 
     second_moments: Tensor
-    """Through rows that have second moments of their own: what coupling removes. Zero with Coupled Adam."""
+    """Due to one second moment per row, (H,): what coupling removes. Zero with Coupled Adam."""
     gradients: Tensor
-    """Through gradients that do not sum to zero over the vocabulary. Zero for an untied softmax head without extras."""
+    """Due to gradients that do not sum to zero over the vocabulary, (H,). Zero for an untied head and a plain softmax."""
     decay: Tensor
-    """Through weight decay."""
+    """Due to weight decay, (H,)."""
     mean: Tensor
-    """μ after the (last) step."""
+    """μ after the (last) step, (H,)."""
 
     @property
     def total(self) -> Tensor:
-        """How far the mean moved, (H,)."""
+        """How far the mean moved in all, (H,)."""
         return self.second_moments + self.gradients + self.decay
 
     def norms(self) -> dict[str, float]:
-        """Return the length of each cause's vector."""
+        """Return the length of each cause's vector, in units of the embedding."""
         return {cause: getattr(self, cause).norm().item() for cause in CAUSES}
 
     def along_mean(self) -> dict[str, float]:
-        """Return Δ·μ/‖μ‖ of each cause's vector Δ: how far it moved the mean away from the origin, or towards it (< 0).
+        """Return Δ·μ/‖μ‖ of each cause's vector Δ: how far it moved the mean away from the origin (> 0) or towards it.
 
-        Lengths in units of the embedding, along μ as it is after the step; NaN for μ = 0. Summed over all steps of a
-        run they add up to ‖μ‖ less what the initial mean has in that direction.
+        Lengths in units of the embedding, along μ as it is after the step; NaN for μ = 0. Over all steps of a run they
+        add up to ‖μ‖ minus the component of the initial mean in that direction.
         """
         direction = self.mean / self.mean.norm()
         return {cause: (getattr(self, cause) @ direction).item() for cause in CAUSES}
@@ -62,7 +62,7 @@ class Drift:
     def shares(self) -> dict[str, float]:
         """Return Δ·μ/‖μ‖² of each cause's vector Δ: ``along_mean`` as a share of ‖μ‖.
 
-        Summed over all steps of a run the shares, and that of the initial mean, add up to 1.
+        Over all steps of a run, these shares and that of the initial mean add up to 1.
         """
         length = self.mean.norm().item()
         return {cause: along / length if length else float("nan") for cause, along in self.along_mean().items()}
@@ -74,30 +74,34 @@ class Drift:
 
 @torch.no_grad()
 def drift(optimizer: Optimizer, param: Tensor) -> Drift:
-    """Split the movement of the mean of ``param`` in the optimizer's last step by cause, from the state alone.
+    """Split the movement of the mean of ``param`` in the optimizer's last step by cause, using only the state.
 
-    Call it after ``optimizer.step()`` and before the learning rate changes: the group's learning rate and weight decay
-    are taken as those of the step. The three vectors add up to the movement, to the rounding of the parameter; with a
-    first moment in bfloat16 or eight bits, which the state holds rounded, to that rounding. Clipping and ``maximize``
-    are in the moments already. ``DriftMonitor`` sums over steps, and knows when a step left the parameter alone.
+    Call it after ``optimizer.step()`` and before the learning rate changes: it reads learning rate and weight decay
+    from the group. The three vectors add up to the movement within the rounding of the parameter, or of the first moment
+    where that is stored in bfloat16 or 8 bits. Clipping and ``maximize`` are already part of the moments.
+    ``DriftMonitor`` sums over steps, and skips steps that left the parameter unchanged.
 
     Args:
-        optimizer: ``torch.optim.AdamW`` or ``Adam`` in any implementation, with ``amsgrad`` or without;
-            ``coupled_adam.CoupledAdam``. One inside Accelerate's wrapper is found.
-        param: an embedding matrix (V, H) of one of its groups. If it is a DTensor, all ranks must call this; four
+        optimizer: ``torch.optim.AdamW`` or ``Adam`` in any implementation, with or without ``amsgrad``, or
+            ``coupled_adam.CoupledAdam``; also inside the wrapper of Accelerate.
+        param: an embedding matrix (V, H) in one of its groups. If it is a DTensor, all ranks must call this; four
             vectors (H,) are summed.
+
+    Returns:
+        One vector (H,) per cause, and the mean after the step.
 
     Raises:
         TypeError: the optimizer is of another kind.
-        ValueError: ``param`` is no matrix of the optimizer or has not been stepped; its step or decay does not split:
-            atan2 (Adams), spectral decay, L2 regularization inside Adam's gradient; or the group has ``center=True``.
+        ValueError: ``param`` is not a matrix of the optimizer or has not been stepped; its step or decay cannot be
+            split (atan2 of Adams, spectral decay, L2 regularization inside Adam's gradient); the group has ``center=True``.
 
-    >>> weight = torch.nn.Parameter(torch.ones(3, 2))
-    >>> optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5)
-    >>> weight.grad = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])  # sums to zero, as a softmax head's
-    >>> optimizer.step()
-    >>> {cause: round(length, 3) for cause, length in drift(optimizer, weight).norms().items()}
-    {'second_moments': 0.033, 'gradients': 0.0, 'decay': 0.071}
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.ones(3, 2))
+        >>> optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5)
+        >>> weight.grad = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])  # sums to zero, as with a softmax head
+        >>> optimizer.step()
+        >>> {cause: round(length, 3) for cause, length in drift(optimizer, weight).norms().items()}
+        {'second_moments': 0.033, 'gradients': 0.0, 'decay': 0.071}
     """
     optimizer = inner_optimizer(optimizer)
     group = _group_of(optimizer, param)
@@ -141,27 +145,28 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
 
 
 class DriftMonitor:
-    """Sums the drift of a parameter over all steps that its optimizer takes from now on, in any training loop.
+    """Sums the drift of a parameter over all further steps of its optimizer, in any training loop.
 
-    It looks at the state after every ``optimizer.step()``, before a scheduler can change the learning rate. A step in
-    which the parameter had no gradient, or that a ``GradScaler`` skips, adds nothing. No number is read from the device
-    until a sum is asked for.
+    It reads the state after every ``optimizer.step()``, before a scheduler can change the learning rate. A step in
+    which the parameter had no gradient, or that a ``GradScaler`` skips, adds nothing. Nothing is copied from the device until
+    you ask for a sum.
 
     Args:
-        optimizer: as ``monitor.drift`` takes it, with its state or before the first step.
-        param: an embedding matrix (V, H) of one of its groups.
+        optimizer: as for ``coupled_adam.monitor.drift``, with its state or before the first step.
+        param: an embedding matrix (V, H) in one of its groups.
 
     Raises:
-        TypeError, ValueError: as ``drift``.
+        TypeError, ValueError: as for ``coupled_adam.monitor.drift``.
 
-    >>> weight = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    >>> optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0)
-    >>> monitor = DriftMonitor(optimizer, weight)
-    >>> for _ in range(3):
-    ...     weight.square().sum().backward()
-    ...     optimizer.step()
-    >>> [round(x, 3) for x in (monitor.total.mean - monitor.total.total).tolist()]  # where the mean was before
-    [0.5, 0.5]
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0)
+        >>> monitor = DriftMonitor(optimizer, weight)
+        >>> for _ in range(3):
+        ...     weight.square().sum().backward()
+        ...     optimizer.step()
+        >>> [round(x, 3) for x in (monitor.total.mean - monitor.total.total).tolist()]  # the mean before the first step
+        [0.5, 0.5]
     """
 
     def __init__(self, optimizer: Optimizer, param: Tensor) -> None:
@@ -173,7 +178,7 @@ class DriftMonitor:
 
     @property
     def total(self) -> Drift:
-        """The sum over the steps so far. If the parameter is a DTensor, all ranks must ask for it before the first."""
+        """The sum over the steps so far. With a DTensor, all ranks must read it before the first step."""
         if self._sum is None:
             mean = sum_over_rows(self.param, lambda e: [e], self.param.detach())[0] / self.param.shape[0]
             zero = torch.zeros_like(mean)
@@ -181,7 +186,7 @@ class DriftMonitor:
         return self._sum
 
     def remove(self) -> None:
-        """Look no more."""
+        """Stop watching the optimizer."""
         self._handle.remove()
 
     def state_dict(self) -> dict[str, list[float]]:
@@ -189,10 +194,13 @@ class DriftMonitor:
         return {cause: getattr(self.total, cause).tolist() for cause in CAUSES}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Go on from sums of ``state_dict``, once parameter and optimizer are loaded. All ranks must call it.
+        """Continue from the sums in ``state``, once parameter and optimizer are loaded. All ranks must call it.
+
+        Args:
+            state: what ``state_dict`` returned.
 
         Raises:
-            ValueError: the sums are not those of a matrix with as many columns.
+            ValueError: the sums are those of a matrix with another number of columns.
         """
         if any(len(state.get(cause, ())) != self.param.shape[1] for cause in CAUSES):
             raise ValueError(f"the saved drift is not that of a matrix of shape {tuple(self.param.shape)}")

@@ -23,31 +23,32 @@ def health(model_or_matrix: nn.Module | Matrix, *, isotropy: bool = False) -> di
     * ``mean_shift_ratio``: ‖μ‖ / mean_i ‖e_i‖, in [0, 1]
     * ``norm_of_mean``: ‖μ‖
     * ``principal_share``: the share of the largest principal direction in the variance around the mean, in [1/H, 1]
-    * ``inverse_condition``: 100·S_min/S_max of the singular values, in percent; from EᵀE, so that below 0.003 only its
-      order of magnitude is known
-    * ``isotropy``, if asked for: as of ``geometry.isotropy``; it takes twice as long as all the others
+    * ``inverse_condition``: 100·S_min/S_max of the singular values, in percent; computed from EᵀE, so below 0.003 only
+      its order of magnitude is reliable
+    * ``isotropy``, on request: see ``coupled_adam.geometry.isotropy``; it takes twice as long as all the others
 
-    The functions of ``coupled_adam.geometry`` of the same names give the same figures, of a matrix that is whole and on
-    the CPU. Everything is summed in float64 on the matrix's device, a block of rows at a time.
+    The functions of ``coupled_adam.geometry`` of the same names compute the same metrics on the CPU. Here everything is
+    summed in float64 on the matrix's device, one block of rows at a time.
 
     Args:
-        model_or_matrix: a matrix (array or tensor), or a model that has ``get_output_embeddings()`` and
-            ``get_input_embeddings()``, as those of transformers have, also inside wrappers (DistributedDataParallel,
-            a LightningModule). If its parameters are DTensors, all ranks must call this, and get the same figures;
-            sums (H, H) and (H,) are reduced, and the matrix is not gathered. One that is cut by columns is sent once,
-            to be cut by rows.
-        isotropy: whether to measure it too; every n-th call will do.
+        model_or_matrix: a matrix (array or tensor), or a model with ``get_output_embeddings()`` and
+            ``get_input_embeddings()``, as in transformers, also inside a wrapper such as DistributedDataParallel or a
+            LightningModule. If its parameters are DTensors, all ranks must call this and get the same metrics: sums of
+            shapes (H, H) and (H,) are reduced, and the matrix is not gathered. A matrix sharded by columns is sent
+            once, to be sharded by rows.
+        isotropy: whether to measure isotropy too. As it is slow, do so in every n-th call.
 
     Returns:
-        Figures by name: of the output embedding, and after ``input_`` those of the input embedding, if the model has
-        one that is not tied. NaN where one is not defined.
+        The metrics of the output embedding by name, and with the prefix ``input_`` those of an input embedding that is
+        not tied to it. NaN where a metric is not defined.
 
     Raises:
         ValueError: no embedding is found, or it is not a matrix with two rows or more.
 
-    >>> shifted = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)) + 2
-    >>> {name: round(figure, 2) for name, figure in health(shifted).items()}
-    {'mean_shift_ratio': 0.9, 'norm_of_mean': 7.97, 'principal_share': 0.08, 'inverse_condition': 11.23}
+    Examples:
+        >>> shifted = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)) + 2
+        >>> {name: round(value, 2) for name, value in health(shifted).items()}
+        {'mean_shift_ratio': 0.9, 'norm_of_mean': 7.97, 'principal_share': 0.08, 'inverse_condition': 11.23}
     """
     if isinstance(model_or_matrix, nn.Module):
         found = _embeddings(model_or_matrix)

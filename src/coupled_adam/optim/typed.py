@@ -6,6 +6,8 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
+__all__ = ["MomentDtype", "ParamGroup", "State"]
+
 #: What first moments are kept in; None: float32 (float64 for float64 parameters).
 MomentDtype = torch.dtype | Literal["8bit"] | None
 

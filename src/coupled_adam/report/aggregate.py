@@ -30,6 +30,8 @@ from coupled_adam.lm.metrics_jsonl import MetricsLog
 from coupled_adam.lm.run import planned_steps, read_environment, read_experiment
 from coupled_adam.report.paired import PairedDifference, paired_difference
 
+__all__ = ["Evaluated", "read_runs", "table"]
+
 Value = float | None
 
 #: The two methods that the reports compare, as ``Evaluated.method`` calls them.

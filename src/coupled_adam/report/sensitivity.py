@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+__all__ = ["lr_sensitivity"]
+
 
 def lr_sensitivity(losses: Sequence[float | None], initial_loss: float) -> float:
     """Compute the learning-rate sensitivity (LRS) of a method from its losses over a grid of learning rates.
