@@ -13,15 +13,20 @@ INSTALL = "in a clone of the repository: pip install '.[{extra}]'"
 
 
 class InputError(ValueError):
-    """A bad input. The command line prints the message alone and exits with status 2."""
+    """The user can fix it: the message names the value and the remedy. The command line prints it and exits with 2."""
 
 
 class DivergedError(RuntimeError):
-    """The loss or the gradient is no longer finite."""
+    """The loss or the gradient is no longer finite, so training stops; the last checkpoint is intact."""
 
 
 class Interrupted(Exception):
-    """The user, or whoever runs the machine, asked to stop. All that was done is saved."""
+    """A signal asked the process to stop. Everything done so far is saved.
+
+    Args:
+        message: what was saved, and how to continue.
+        signal_number: the signal that was received.
+    """
 
     def __init__(self, message: str, signal_number: int = signal.SIGINT) -> None:
         super().__init__(message)

@@ -11,8 +11,8 @@ from coupled_adam.models.output_heads import candidates, computed, flat, kind, n
 from coupled_adam.optim.checks import check_factor, check_number
 from coupled_adam.optim.state_dict import bare
 
-#: A module with a 2-D ``weight``, a parameter, or the name of either in the model.
 Coupled = nn.Module | Tensor | str
+"""What can be coupled: a module with a 2-D ``weight``, a parameter, or the name of either in the model."""
 
 #: What models call the bound of a soft cap on their logits in their ``config``.
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -33,46 +33,52 @@ def param_groups(
     * matrices (two dimensions and more) that are not coupled: ``weight_decay``
     * vectors and scalars: no weight decay
 
-    With ``lr`` each group has a learning rate, which any optimizer takes from there, and which any schedule that
-    multiplies, such as ``LambdaLR``, keeps in proportion.
+    With ``lr``, each group has a learning rate, which any optimizer reads from the group, and which multiplicative
+    schedules such as ``LambdaLR`` keep in proportion.
 
-    Groups without parameters are left out. Optimizers of torch take no notice of the keys ``second_moment``, ``decay``
-    and ``lr_factor``. The parameters are (name, parameter) pairs; for an optimizer that takes no names, such as
+    Groups without parameters are left out. The optimizers of torch ignore the keys ``second_moment``, ``decay`` and
+    ``lr_factor``. The parameters are (name, parameter) pairs; for an optimizer that does not accept names, such as
     ``ZeroRedundancyOptimizer``, strip them:
 
-        groups = [{**group, "params": [p for _, p in group["params"]]} for group in param_groups(model)]
+        groups = [
+            {**group, "params": [p for _, p in group["params"]]}
+            for group in param_groups(model)
+        ]
 
     Args:
-        model: any module, trained from here on; wrap or resize it before. The output embedding is what its
-            ``get_output_embeddings()`` returns, as every causal language model of transformers has it: one module or
-            several. It must fit the vocabulary of the model's ``config`` or of its input embedding. A model without an
-            output embedding, such as a classifier, and one whose output embedding is frozen couple nothing, with a
-            warning.
-        weight_decay: λ of the matrices.
+        model: any module; wrap or resize it first. The output embedding is what its ``get_output_embeddings()``
+            returns, one module or several, as in every causal language model of transformers. It must match the
+            vocabulary of the model's ``config`` or of its input embedding. If a model has no output embedding, as with
+            a classifier, or a frozen one, nothing is coupled, with a warning.
+        weight_decay: λ ≥ 0 of the matrices.
         coupled: what to couple instead: a module with a 2-D ``weight``, a parameter, the name of either, or several of
             them; ``[]`` for nothing, without a warning.
-        center: subtract the mean of the coupled matrices' rows in every step (μ-centering, arXiv 2601.02031). With an
-            untied output embedding under a softmax this changes no probability; a warning says where it does.
-            After the step of an optimizer of torch, which takes no notice of this key either, call
-            ``coupled_adam.center_`` instead.
-        lr: learning rate of all groups. The optimizer then needs none; ours reject another one.
-        embedding_lr_factor: what the learning rate of the coupled matrices is multiplied by; needs ``lr``. An input
-            embedding that is not tied keeps the rate of the other matrices. With ``lr`` each group also has its factor
+        center: subtract the mean of the rows of coupled matrices in every step (μ-centering, arXiv 2601.02031). With an
+            untied output embedding and a softmax this changes no probability; otherwise there is a warning. The
+            optimizers of torch ignore this key too: call ``coupled_adam.center_`` after their step instead.
+        lr: learning rate of all groups. Then leave it out in the optimizer; those of this package reject a different
+            one.
+        embedding_lr_factor: factor on the learning rate of the coupled matrices, positive and finite; needs ``lr``. An
+            untied input embedding keeps the rate of the other matrices. With ``lr``, each group also stores its factor
             as ``"lr_factor"`` (1.0 unless coupled), for loops that set the rates in every step:
 
                 for group in optimizer.param_groups:
                     group["lr"] = lr_of_this_step * group.get("lr_factor", 1.0)
 
+    Returns:
+        Up to three param groups, the coupled one first, for the constructor of an optimizer.
+
     Raises:
-        ValueError: the model has no ``get_output_embeddings()``, or its answer cannot be right (the message lists
-            candidates), or an entry of ``coupled`` is no trainable matrix of this model; or ``embedding_lr_factor`` is
-            not positive and finite, comes without ``lr``, or finds nothing that is coupled.
-        TypeError: ``model`` is no module, ``coupled`` is none of the above, or a rate or factor is no number.
+        ValueError: the model has no ``get_output_embeddings()``, or what it returns cannot be right (the message lists
+            candidates); an entry of ``coupled`` is not a trainable matrix of this model; ``embedding_lr_factor`` is not
+            positive and finite, comes without ``lr``, or nothing is coupled.
+        TypeError: ``model`` is not a module, ``coupled`` is none of the above, or a rate or factor is not a number.
 
     Examples:
         >>> from torch import nn
         >>> from coupled_adam import CoupledAdam, param_groups
-        >>> model = nn.Sequential(nn.Embedding(100, 8), nn.LayerNorm(8), nn.Linear(8, 100, bias=False))
+        >>> embedding, norm, head = nn.Embedding(100, 8), nn.LayerNorm(8), nn.Linear(8, 100, bias=False)
+        >>> model = nn.Sequential(embedding, norm, head)
         >>> groups = param_groups(model, coupled=[model[2]])
         >>> [[name for name, _ in group["params"]] for group in groups]
         [['2.weight'], ['0.weight'], ['1.weight', '1.bias']]

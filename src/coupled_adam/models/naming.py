@@ -17,28 +17,28 @@ UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 
 
 def name_checkpoint(model: nn.Module, adamw: Optimizer | dict[str, Any]) -> dict[str, Any]:
-    """Put the parameters' names into a state dict of an AdamW, so that an optimizer with other groups can load it.
+    """Add the names of the parameters to a state dict of AdamW, so that an optimizer with other groups can load it.
 
-    Without names it cannot tell whose moments they are. An optimizer says which parameters it holds. Of a state dict
-    the groups tell, if they have the sizes, and the moments the shapes, that one of these ways to build it makes for
-    this model:
+    Without names it is unknown which moments belong to which parameter. An optimizer knows its parameters. The groups
+    of a bare state dict are recognized by their sizes, and by the shapes of the moments, if they were built for this
+    model in one of these ways:
 
     * ``AdamW(model.parameters())``
     * two groups, of parameters with and without decay: by dimensions, as nanoGPT; by names and types, as the Trainer
       of transformers; all but biases and ``LayerNorm.weight``, as its older examples
 
-    For any other: build the AdamW as it was built, load the state dict into it, and give the optimizer.
+    Otherwise, build the AdamW as it was built, load the state dict into it, and pass the optimizer.
 
     Args:
-        model: whose parameters it updates, with the same ones frozen.
+        model: the model that AdamW was built for, with the same parameters frozen.
         adamw: the optimizer, or its ``state_dict()``; it is not modified.
 
     Returns:
         The state dict with ``param_names`` in its groups and without frozen parameters, for ``load_state_dict`` of an
-        optimizer that was built with ``param_groups``.
+        optimizer built with ``param_groups``.
 
     Raises:
-        ValueError: the groups are of no known kind, or of several that differ; a parameter is not in the model.
+        ValueError: the groups match none of these ways, or several that differ; a parameter is not in the model.
 
     Examples:
         >>> import torch

@@ -35,7 +35,8 @@ class Drift:
     second_moments: Tensor
     """Due to one second moment per row, (H,): what coupling removes. Zero with Coupled Adam."""
     gradients: Tensor
-    """Due to gradients that do not sum to zero over the vocabulary, (H,). Zero for an untied head and a plain softmax."""
+    """Due to gradients that do not sum to zero over the vocabulary, (H,). Zero for an untied head and a plain
+    softmax."""
     decay: Tensor
     """Due to weight decay, (H,)."""
     mean: Tensor
@@ -77,8 +78,8 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
     """Split the movement of the mean of ``param`` in the optimizer's last step by cause, using only the state.
 
     Call it after ``optimizer.step()`` and before the learning rate changes: it reads learning rate and weight decay
-    from the group. The three vectors add up to the movement within the rounding of the parameter, or of the first moment
-    where that is stored in bfloat16 or 8 bits. Clipping and ``maximize`` are already part of the moments.
+    from the group. The three vectors add up to the movement within the rounding of the parameter, or of the first
+    moment where that is stored in bfloat16 or 8 bits. Clipping and ``maximize`` are already part of the moments.
     ``DriftMonitor`` sums over steps, and skips steps that left the parameter unchanged.
 
     Args:
@@ -93,7 +94,8 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
     Raises:
         TypeError: the optimizer is of another kind.
         ValueError: ``param`` is not a matrix of the optimizer or has not been stepped; its step or decay cannot be
-            split (atan2 of Adams, spectral decay, L2 regularization inside Adam's gradient); the group has ``center=True``.
+            split (atan2 of Adams, spectral decay, L2 regularization inside Adam's gradient); the group has
+            ``center=True``.
 
     Examples:
         >>> weight = torch.nn.Parameter(torch.ones(3, 2))
@@ -148,8 +150,8 @@ class DriftMonitor:
     """Sums the drift of a parameter over all further steps of its optimizer, in any training loop.
 
     It reads the state after every ``optimizer.step()``, before a scheduler can change the learning rate. A step in
-    which the parameter had no gradient, or that a ``GradScaler`` skips, adds nothing. Nothing is copied from the device until
-    you ask for a sum.
+    which the parameter had no gradient, or that a ``GradScaler`` skips, adds nothing. Nothing is copied from the device
+    until you ask for a sum.
 
     Args:
         optimizer: as for ``coupled_adam.monitor.drift``, with its state or before the first step.

@@ -13,9 +13,9 @@ from coupled_adam.optim.typed import MomentDtype
 
 
 class Adams(AdamFamily):
-    r"""Adam with the bounded step atan2 and with weight decay on the leading singular value of a matrix.
+    r"""Adam with the bounded step atan2, and with weight decay on the leading singular value of a matrix.
 
-    A matrix W of shape (…, M, N), leading dimensions are a batch of matrices, with u of shape (…, M) that persists:
+    For a matrix W of shape (…, M, N), where leading dimensions are a batch, and a persistent u of shape (…, M):
 
     $$v = W^T u / \|W^T u\|, \quad u \leftarrow W v / \|W v\|, \quad \sigma = u^T W v$$
 
@@ -24,27 +24,34 @@ class Adams(AdamFamily):
     with Adam's bias-corrected moments. Scalars, vectors, matrices with a dimension of 1, and parameters marked with
     ``param.use_spectral_decay = False`` before the first step (embeddings, output heads) take decoupled decay by
     ``scalar_vector_weight_decay`` instead; a group with ``decay="decoupled"``, as ``coupled_adam.param_groups``
-    makes for embeddings and vectors, takes its own ``weight_decay``. Per step no element moves by more than
-    η·π/2 beside the decay.
+    makes for embeddings and vectors, takes its ``weight_decay`` as decoupled decay. Apart from the decay, no element
+    moves by more than η·π/2 per step.
 
     A group with ``second_moment="vocabulary"`` shares the second moment over the rows, as in
     ``coupled_adam.CoupledAdam``; one with ``center=True`` keeps the mean of the rows at 0, by a pass after the step.
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups; floating point, not complex.
-        lr: learning rate η ≥ 0, a float or a tensor of one element; 1e-3 by default. For another one of the output
-            embedding see ``coupled_adam.param_groups``.
+        lr: learning rate η ≥ 0, a float or a tensor with one element; 1e-3 by default. To give the output embedding a
+            different one, see ``coupled_adam.param_groups``.
         betas: decay rates (β1, β2) of the moments, each in [0, 1).
-        weight_decay: spectral decay λ ≥ 0. A warning tells when η·λ·√M exceeds 1, where it overshoots; above 2 it
+        weight_decay: spectral decay λ ≥ 0. There is a warning when η·λ·√M exceeds 1, where it overshoots; above 2 it
             diverges.
         scalar_vector_weight_decay: decoupled decay of the parameters that take no spectral decay.
-
-    ``coupling_scale``, ``coupling_factor``, ``max_grad_norm``, ``error_if_nonfinite``, ``maximize``, ``exp_avg_dtype``,
-    ``capturable``, ``fused``, ``foreach``, ``amsgrad`` and ``differentiable`` are those of
-    ``coupled_adam.CoupledAdam``.
+        coupling_scale: as in ``coupled_adam.CoupledAdam``, like all that follow.
+        coupling_factor: κ in [0, 1], the share of the squared first moment in the second one.
+        max_grad_norm: bound on the global norm of the gradients; None for none.
+        error_if_nonfinite: raise RuntimeError before anything moves if that norm is infinite or NaN.
+        maximize: maximize the objective.
+        exp_avg_dtype: how the first moment is stored: None for float32, ``torch.bfloat16``, or ``"8bit"``.
+        capturable: keep the step count on the GPU, for CUDA graphs.
+        fused: None for the fastest implementation available, False for plain operations, True to insist on a fast one.
+        foreach: accepted for compatibility with ``torch.optim.AdamW``; no effect.
+        amsgrad: likewise; only False is supported.
+        differentiable: likewise; only False is supported.
 
     Raises:
-        ValueError, TypeError: as ``coupled_adam.CoupledAdam``.
+        ValueError, TypeError: as for ``coupled_adam.CoupledAdam``.
 
     Source: Algorithm 1 of Adams (github.com/imoneoi/Adams, the package ``adams-torch``). Where that implementation
     departs from its own Algorithm 1 this class follows the algorithm: atan2 is taken of the corrected moments, so the

@@ -13,22 +13,22 @@ from coupled_adam.optim.reductions import Reduction, local, run_one, vocabulary_
 
 @torch.no_grad()
 def center_(weight: Tensor) -> Tensor:
-    """Subtract the mean of its rows from every row of an embedding matrix, in place and unseen by autograd.
+    """Subtract the mean of its rows from every row of an embedding matrix, in place and outside of autograd.
 
-    For optimizers of other people: call it after ``optimizer.step()``, on every process. Our own do it by themselves in
-    groups with ``center=True``, in fewer passes.
+    For any optimizer: call it after ``optimizer.step()``, on every process. The optimizers of this package do it
+    themselves in groups with ``center=True``, in fewer passes.
 
     Args:
-        weight: (V, H) of any floating dtype: a plain tensor, a DTensor, or a shard with ``vocabulary_group``; then the
-            mean is that of all V rows, and the processes exchange H numbers (H + 1 for ``vocabulary_group``). It is
-            summed in float32, of a float64 matrix in float64.
+        weight: (V, H) of any floating dtype: a plain tensor, a DTensor, or a shard with ``vocabulary_group``. With
+            shards, the mean is that of all V rows, and the processes exchange H numbers (H + 1 with
+            ``vocabulary_group``). Sums are taken in float32 (float64 for a float64 matrix).
 
     Returns:
-        ``weight``. The mean of its rows is 0 to the rounding of its dtype.
+        ``weight``. The mean of its rows is 0 within the rounding of its dtype.
 
     Raises:
-        ValueError: ``weight`` is no matrix.
-        TypeError: ``weight`` is no tensor, or not floating point.
+        ValueError: ``weight`` is not a matrix.
+        TypeError: ``weight`` is not a tensor, or not floating point.
 
     Source: μ-centering of "Output Embedding Centering", arXiv 2601.02031.
 

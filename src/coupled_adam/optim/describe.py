@@ -22,18 +22,18 @@ Member = tuple[dict[str, Any], int]
 
 
 def describe(optimizer: Optimizer) -> str:
-    """Say what is coupled, what is decayed and how, how large the state is, and whether the optimizer clips.
+    """Describe what is coupled, what is decayed and how, how large the state is, and whether the optimizer clips.
 
     Args:
-        optimizer: one of this package, or a trainer's wrapper that holds it as ``.optimizer``, as those of Accelerate
-            and Lightning do.
+        optimizer: one of this package, or the wrapper of a trainer that holds it as ``.optimizer``, as in Accelerate
+            and Lightning.
 
     Returns:
-        Some lines of text. The state is that of this process, as it is or will be from the first step on. A coupled
-        parameter that has had no gradient, where others have, is told: the model may not hold it any more.
+        A few lines of text. The size is that of this process's state from the first step on. A coupled parameter that
+        has had no gradient while others have is pointed out: the model may no longer use it.
 
     Raises:
-        TypeError: an optimizer that is not of this package.
+        TypeError: the optimizer is not one of this package.
 
     Examples:
         >>> from torch import nn

@@ -83,9 +83,15 @@ class AdamFamily(Optimizer):
             self.defaults["lr"] = bases[-1]  # which schedules read, and groups that are added take
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. Its missing keys take the defaults of the constructor; it is checked like the others.
+        """Add a param group. Missing keys take the defaults of the constructor.
 
-        With the key ``lr_factor`` and without ``lr`` its learning rate is that multiple of the default.
+        With ``lr_factor`` but without ``lr``, its learning rate is that multiple of the default.
+
+        Args:
+            param_group: as in ``coupled_adam.optim.typed.ParamGroup``; it is not modified.
+
+        Raises:
+            ValueError, TypeError: as for the constructor. The optimizer is then unchanged.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group is a dict, not {type(param_group).__name__}: {{'params': […], …}}")
@@ -125,12 +131,15 @@ class AdamFamily(Optimizer):
         """Update every parameter that has a gradient; gradients are not modified.
 
         Args:
-            closure: recomputes the loss, which is returned.
+            closure: recomputes the loss and returns it.
+
+        Returns:
+            What ``closure`` returned; None without one.
 
         Raises:
             RuntimeError, ValueError, TypeError: a parameter, its gradient, its state or a hyperparameter cannot be
-                used: the parameter was resized, flattened or moved after its state was made, for one; or a norm that
-                ``error_if_nonfinite`` refuses. Nothing has moved.
+                used, for instance because the parameter was resized, flattened or moved after its state was created; or
+                ``error_if_nonfinite`` rejects the norm. Nothing has moved.
         """
         loss = None
         if closure is not None:
@@ -392,7 +401,14 @@ class AdamFamily(Optimizer):
             )
 
     def first_moment(self, param: Tensor) -> Tensor:
-        """Return the first moment of a parameter as floating-point numbers, in whatever form the state keeps it.
+        """Return the first moment of a parameter as floating-point numbers, however the state stores it.
+
+        Args:
+            param: a parameter of this optimizer.
+
+        Returns:
+            The first moment, of the shape and placement of ``param``: the stored tensor itself, or numbers decoded from
+            8 bits.
 
         Raises:
             ValueError: it has no state yet.
@@ -404,22 +420,22 @@ class AdamFamily(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any], *, resize_vocabulary: bool = False) -> None:
         """Load a checkpoint of this class, of ``torch.optim.AdamW``, or of the authors' reference implementation.
 
-        A full (V, H) second moment of a parameter that is coupled here is folded to its mean over the vocabulary, so a
-        running AdamW job can switch to Coupled Adam; the row of one that is not coupled here is unfolded. Moments keep
-        their precision whatever the parameters' dtype. The checkpoint's hyperparameters replace this optimizer's, but
-        which groups are coupled does not change.
+        The (V, H) second moment of a parameter that is coupled here is averaged over the vocabulary, so a running AdamW
+        job can switch to Coupled Adam; conversely, a shared second moment of a parameter that is not coupled here is
+        copied to every row. Moments keep their precision whatever the dtype of the parameters. The hyperparameters of
+        the checkpoint replace those of this optimizer, but which groups are coupled does not change.
 
-        Parameters are matched by name where both sides have names (``param_groups`` gives them), else by position,
-        which needs groups of the same sizes, in the same order. Where the checkpoint has other groups (an AdamW of one
-        group, say), the hyperparameters stay this optimizer's.
+        Parameters are matched by name if both sides have names (``param_groups`` provides them), else by position,
+        which needs groups of the same sizes in the same order. If the checkpoint has different groups (for instance the
+        single group of an AdamW), this optimizer keeps its hyperparameters.
 
         A warning names parameters whose moments are infinite or NaN.
 
         Args:
             state_dict: what ``state_dict()`` returned; it is not modified.
-            resize_vocabulary: take a checkpoint of the model with fewer or more tokens. Its parameters may have another
-                number of rows, all the same one. Rows beyond are dropped. New ones get a first moment of 0; a shared
-                second moment stays, and in one that is not shared they get the mean of the others.
+            resize_vocabulary: accept a checkpoint of the model with fewer or more tokens. Its parameters may differ in
+                the number of rows, by the same number for all. Surplus rows are dropped. New rows get a first moment of
+                0; a shared second moment is kept, and in one that is not shared they get the mean of the other rows.
 
         Raises:
             ValueError: the groups or the shapes of the state do not fit; the message names the parameter.

@@ -19,20 +19,19 @@ OF_SCHEDULERS = ("initial_lr", "swa_lr")
 
 
 def adamw_state_dict(optimizer: AdamFamily, adamw: Optimizer | None = None) -> dict[str, Any]:
-    """Return the state of a Coupled Adam as ``torch.optim.AdamW.load_state_dict`` takes it.
+    """Convert the state of a Coupled Adam to that of a ``torch.optim.AdamW``, for its ``load_state_dict``.
 
-    A second moment that rows share is given to each of them; first moments in 8 bits or bfloat16 become float32. What
-    AdamW does not know is left out: coupling with its scale and factor, centering, clipping by the optimizer.
+    Every row gets a copy of a shared second moment; first moments in 8 bits or bfloat16 become float32. What AdamW does
+    not support is left out: coupling with its scale and factor, centering, clipping by the optimizer.
 
     Args:
-        optimizer: ``coupled_adam.CoupledAdam``, or another whose groups all take the direction "ratio" and decoupled
-            decay.
-        adamw: the optimizer that is to load it, if its groups are others; parameters are then matched by name, which
-            both must have, or by identity, and hyperparameters are those of ``adamw``. None: the groups are those of
-            ``optimizer``.
+        optimizer: ``coupled_adam.CoupledAdam``, or another optimizer of this package whose groups all have the
+            direction "ratio" and decoupled decay.
+        adamw: the optimizer that will load the state, if its groups differ. Parameters are then matched by identity, or
+            by name if both have names, and hyperparameters are those of ``adamw``. None: the groups of ``optimizer``.
 
     Returns:
-        A state dict of tensors that nobody else holds, or DTensors of the parameters' placements.
+        A state dict of new tensors, or of DTensors with the placements of the parameters.
 
     Raises:
         ValueError: a parameter takes a step of Adams, which AdamW cannot continue; ``adamw`` was built with

@@ -25,34 +25,53 @@ if TYPE_CHECKING:
 
 
 class Adams_ZeRO(Adams):
-    """``coupled_adam.Adams`` whose moments and master weights are spread over the processes of a group.
+    """``coupled_adam.Adams`` with moments and master weights sharded over the processes of a group.
 
-    Every process holds the whole model, of plain tensors, and computes gradients of its own part of the batch; it is
+    Every process holds the whole model as plain tensors and computes gradients of its part of the batch; the model is
     not wrapped in ``DistributedDataParallel``. A step averages the gradients over the processes (reduce-scatter),
-    updates each process's shard of the master weights, and hands the result to everybody (all-gather): what one
-    process with the mean gradient would do. The parameters of the first process are everybody's from the start. From
-    the first step on the master weights count: to change parameters by hand, change them before.
+    updates each process's shard of the master weights, and distributes the result (all-gather): the same as one process
+    with the mean gradient. At the start, all processes take the parameters of the first one. From the first step on,
+    the master weights are authoritative: change parameters by hand only before it.
 
     A group with ``second_moment="vocabulary"`` is coupled, and ``max_grad_norm`` bounds the norm of the averaged
-    gradient. A parameter without a gradient in some processes counts as 0 there; without one in any it is left alone.
-    ``p.grad`` is never modified. All processes must call ``step`` and ``add_param_group`` together.
+    gradient. In processes where a parameter has no gradient it counts as 0; a parameter without a gradient in all of
+    them is not updated. ``p.grad`` is never modified. All processes must call ``step`` and ``add_param_group``
+    together.
 
     The state holds DTensors: save and load it with ``torch.distributed.checkpoint``, on any number of processes. The
-    moments and master weights come back exactly. In a single process, with or without an initialized process group,
+    moments and master weights are restored exactly. In a single process, with or without an initialized process group,
     everything is a plain tensor.
 
     Args:
-        params: plain parameters, on the device that the process group serves, of any floating dtype.
+        params: plain parameters of any floating dtype, on a device that the process group supports.
+        lr: learning rate η ≥ 0, a float or a tensor with one element; 1e-3 by default.
+        betas: decay rates (β1, β2) of the moments, each in [0, 1).
+        weight_decay: spectral decay λ ≥ 0.
+        scalar_vector_weight_decay: decoupled decay of the parameters that take no spectral decay.
+        coupling_scale: as in ``coupled_adam.CoupledAdam``, like all that follow.
+        coupling_factor: κ in [0, 1], the share of the squared first moment in the second one.
+        max_grad_norm: bound on the global norm of the gradients; None for none.
+        error_if_nonfinite: raise RuntimeError before anything moves if that norm is infinite or NaN.
+        maximize: maximize the objective.
+        exp_avg_dtype: how the first moment is stored: None for float32, ``torch.bfloat16``, or ``"8bit"``.
+        fused: None for the fastest implementation available, False for plain operations, True to insist on a fast one.
         master_dtype: dtype of the master weights, in which gradients are averaged.
         process_group: the processes that share the state; None for all.
 
-    All other arguments are those of ``coupled_adam.Adams``.
-
     Raises:
-        ValueError, TypeError: as ``coupled_adam.Adams``; also for parameters that are sharded already.
-        RuntimeError: from ``step``, under an enabled ``GradScaler``: it skips a step in one process alone.
+        ValueError, TypeError: as for ``coupled_adam.Adams``; also for parameters that are sharded already.
+        RuntimeError: from ``step``, with an enabled ``GradScaler``, which would skip a step in one process only.
 
-    Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054, stage 1 and 2; the interface is that of ``adams-torch``.
+    Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054, stages 1 and 2; the interface is that of ``adams-torch``.
+
+    Examples:
+        >>> from coupled_adam import Adams_ZeRO
+        >>> model = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
+        >>> optimizer = Adams_ZeRO(model.parameters(), lr=1e-3)
+        >>> model(torch.ones(1, 8, dtype=torch.bfloat16)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model.weight]["master"].dtype
+        torch.float32
     """
 
     spread = True
@@ -133,7 +152,7 @@ class Adams_ZeRO(Adams):
         self.broadcast_buffers(p.detach() for p in group["params"])
 
     def broadcast_buffers(self, buffers: Iterable[Tensor]) -> None:
-        """Give every process the first one's values of tensors, ``model.buffers()`` for one."""
+        """Broadcast tensors such as ``model.buffers()`` from the first process to all others, in place."""
         for buffer in buffers:
             if self._processes > 1:
                 dist.broadcast(buffer, group=self.process_group, group_src=0)
@@ -257,9 +276,14 @@ class Adams_ZeRO(Adams):
                     self._copy_master(param, self.state[param]["master"])
 
     def load_state_dict(self, state_dict: dict[str, Any], *, resize_vocabulary: bool = False) -> None:
-        """Load a checkpoint, as ``Adams.load_state_dict``; parameters then are what its master weights are.
+        """Load a checkpoint, as ``Adams.load_state_dict``; the parameters are then set to its master weights.
 
-        Whole tensors are spread over the processes. One that has no master weights takes the parameters' values.
+        Whole tensors are sharded over the processes. Without master weights in the checkpoint, those of the parameters
+        are used.
+
+        Args:
+            state_dict: what ``state_dict()`` returned; it is not modified.
+            resize_vocabulary: accept a checkpoint of the model with fewer or more tokens.
         """
         super().load_state_dict(state_dict, resize_vocabulary=resize_vocabulary)
         for group in self.param_groups:
