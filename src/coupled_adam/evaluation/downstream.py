@@ -40,6 +40,7 @@ PAPER_TASKS_043 = tuple(OLDER_VERSIONS.get(name, name) for name in PAPER_TASKS)
 BOOTSTRAP = 1000
 
 Record = dict[str, Any]
+"""The content of downstream.json, as ``downstream`` describes it."""
 
 
 def downstream(
@@ -53,24 +54,38 @@ def downstream(
     batch_size: int = 16,
     device: str | None = None,
 ) -> Record:
-    """Evaluate a Hugging Face directory on ``tasks``; write ``out`` (JSON) after each of them; return what it holds.
+    """Evaluate an exported model on downstream tasks with lm-eval, in one process.
 
-    ``digest`` stands for the weights and the tokenizer: a result in ``out`` is used again if digest, task, version,
-    limit, definition (the files it names included) and lm-eval are the same. The model is loaded if a result is
-    missing, on ``device`` (a GPU if there is one), in the precision of the directory. Tasks have as many examples in
-    the prompt as they say, by default none. One process; no process group is joined.
+    A result in ``out`` is reused if digest, task, version, limit, definition (with the files that it names) and version
+    of lm-eval are the same. The model is loaded only if a result is missing, in the precision of the directory. The
+    number of examples in the prompt is that of the task definition, by default none.
 
-    ``limit`` is the number of samples a task, all if None. Definitions in the directory ``include_path`` (lm-eval's
-    YAML) come before those of lm-eval.
+    Args:
+        model_dir: a Hugging Face model directory.
+        out: JSON file, written after each task.
+        digest: identifies the weights and the tokenizer.
+        tasks: names of lm-eval tasks; by default the seven of the paper.
+        limit: samples per task, at least 1; None for all.
+        include_path: directory of further task definitions (YAML of lm-eval), which take precedence.
+        batch_size: sequences per forward pass.
+        device: for instance ``"cuda"``; None for a GPU if there is one.
 
-    The result: ``acc``, the mean over the tasks ``mean_over`` (those that ran and have an ``acc``; ``n_tasks`` of
-    them), and ``acc_stderr``, √(Σ s²)/n; ``complete``: whether these are the seven of the paper, in either version;
-    ``settings``; ``tasks``: per task its version, number of samples n, ``acc``, ``acc_stderr`` and other ``metrics``,
-    and what else it depends on; ``failed``: why a task was not run, above all for want of its data; ``earlier``: other
-    results for the same digest. A figure that is not defined is None, and so is a standard error that needs it.
+    Returns:
+        A dictionary. ``acc`` is the mean accuracy over the tasks ``mean_over`` (the ``n_tasks`` that ran and have an
+        accuracy), in [0, 1], and ``acc_stderr`` its standard error √(Σ s²)/n. ``complete`` says whether these are the
+        seven tasks of the paper, in either version. ``settings`` are the arguments, ``tasks`` the results per task,
+        ``failed`` the reasons why tasks were not run, mostly missing data, and ``earlier`` other results for the same
+        digest. A value that is not defined is None.
 
-    Raises InputError for an unknown task, a limit below 1, a directory without a model, or an ``out`` that is something
-    else; ImportError without lm-eval.
+    Raises:
+        InputError: a task is unknown, ``limit`` is below 1, ``model_dir`` has no model, or ``out`` is another file.
+        ImportError: lm-eval is not installed; the message names the extra.
+
+    Examples:
+        ```python
+        results = downstream(Path("run/model"), Path("downstream.json"), digest="v1", tasks=["arc_easy"], limit=100)
+        print(results["acc"], results["acc_stderr"])
+        ```
     """
     require("eval", "lm_eval", "accelerate")
     import datasets

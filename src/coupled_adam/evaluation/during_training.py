@@ -19,10 +19,21 @@ from coupled_adam.lm.train import Evaluate
 
 
 def evaluator(experiment: Experiment, corpus: Corpus, world: World | None = None) -> Evaluate:
-    """Make the function that ``coupled_adam.lm.train.train`` calls: validation loss, and figures of the embeddings.
+    """Make the function that ``coupled_adam.lm.train.train`` calls: validation loss and embedding metrics.
 
-    All ranks call it; what depends on the tokens' frequency and meaning is computed, and returned, on rank 0 only. It
-    raises DivergedError where the loss or the logits are not finite: no step says so before the next.
+    All ranks call that function together. Metrics that depend on the frequency and meaning of tokens are computed and
+    returned on rank 0 only. It raises DivergedError if the loss or the logits are not finite.
+
+    Args:
+        experiment: the settings of the run.
+        corpus: its text.
+        world: the ranks; None for a single process.
+
+    Returns:
+        The function.
+
+    Raises:
+        ImportError: a package with word-similarity benchmarks is not installed.
     """
     world, settings = world or World(), experiment.evaluation
     benchmarks, token_of = geometry.published_benchmarks(), functools.cache(corpus.words.token_of)

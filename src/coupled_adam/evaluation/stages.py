@@ -42,11 +42,14 @@ HIGHEST_LOSS = 700.0
 
 @dataclass(frozen=True)
 class Downstream:
-    """What the stage of that name runs: see ``coupled_adam.evaluation.downstream.downstream``."""
+    """Settings of the stage ``downstream``, as of ``coupled_adam.evaluation.downstream.downstream``."""
 
     tasks: tuple[str, ...] = PAPER_TASKS
+    """Names of lm-eval tasks."""
     limit: int | None = None
+    """Samples per task; None for all."""
     include_path: Path | None = None
+    """Directory of further task definitions."""
 
 
 def evaluate(
@@ -57,22 +60,24 @@ def evaluate(
     tasks: Downstream | None = None,
     world: World | None = None,
 ) -> dict[str, Any]:
-    """Run the stages ``only`` for the run in ``directory``, as far as they are not done, and return their results.
+    """Evaluate a trained run. Stages that are done already are not repeated.
 
     Args:
         directory: of the run.
         data: of its corpus; None for where it was during training.
-        only: a choice of ``STAGES``. ``downstream`` exports the model first.
+        only: the stages to run: ``"validation"``, ``"embeddings"``, ``"frequency"``, ``"export"``, ``"downstream"``.
+            ``downstream`` exports the model first.
         benchmarks: a directory of word-similarity benchmarks; None for those that come with packages.
-        tasks: of the stage ``downstream``.
-        world: the ranks that share the validation text; all call this, and rank 0 does the rest.
+        tasks: settings of the stage ``downstream``; None for the tasks of the paper.
+        world: the ranks that share the validation text; all call this, and rank 0 does the rest. None for a single
+            process.
 
     Returns:
-        By stage: the content of its JSON file, or for ``export`` the directory. Empty on other ranks.
+        The results of each stage by its name, as in its JSON file; for ``export``, the directory. Empty on other ranks.
 
     Raises:
-        InputError: not a trained run, a damaged checkpoint, no corpus, an unknown stage, bad benchmarks, files in the
-            run's directory that are no results of an evaluation, or a directory that cannot be written to.
+        InputError: the run is not trained, or its checkpoint is damaged; the corpus is missing; a stage is unknown;
+            benchmarks cannot be read; the directory holds foreign files under the names of results, or is not writable.
     """
     if unknown := [stage for stage in only if stage not in STAGES]:
         raise InputError(f"{unknown[0]}: no stage of that name; choose from {', '.join(STAGES)}")

@@ -37,42 +37,76 @@ WITH_SEED = re.compile(r"(?P<name>.+)-s(?P<seed>-?[0-9][^-]*|)")
 
 @dataclass(frozen=True)
 class Published:
-    """A row of the tables of arXiv 2502.08441. None where the paper does not give the figure."""
+    """A row of the tables of arXiv 2502.08441. None where the paper does not give the value."""
 
     model: str
+    """Its size: parameters, as the paper writes them."""
     tokens: str
+    """Training tokens, as the paper writes them."""
     method: str
+    """What the paper calls the optimizer."""
     loss: float
+    """Validation loss, in nats per token."""
     isotropy: float
+    """Isotropy, in (0, 1]."""
     mean_shift_ratio: float | None = None
+    """‖μ‖ / mean_i ‖e_i‖, in [0, 1]."""
     word_similarity: float | None = None
+    """r̄: 100 times the mean correlation with human ratings."""
     downstream_accuracy: float | None = None
+    """Mean accuracy over the downstream tasks, in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class PublishedSweep:
-    """A sweep over learning rates of arXiv 2601.02031. None where a figure is not known at every rate."""
+    """A sweep over learning rates of arXiv 2601.02031. None where a value is not known at every rate."""
 
     model: str
+    """Its size: parameters, as the paper writes them."""
     method: str
+    """What the paper calls the method."""
     lr_sensitivity: float
+    """Learning-rate sensitivity, in nats per token."""
     initial_loss: float
+    """Loss before the first step, in nats per token."""
     coefficient: float | None = None
     """λ of μ-loss or z-loss."""
     best_loss: float | None = None
+    """Lowest loss over the learning rates, in nats per token."""
     losses: list[float] | None = None
+    """Final loss per learning rate, in nats per token."""
     norm_of_mean: list[float] | None = None
+    """‖μ‖ of the output embedding per learning rate."""
     logit_mean: list[float] | None = None
+    """Mean logit per learning rate."""
     logit_max: list[float] | None = None
+    """Largest logit per learning rate."""
 
 
 def names(suite: str | None = None) -> list[str]:
-    """List all experiments, or those of ``"small"``, ``"large"``, ``"mini"`` or ``"oec"``."""
+    """List the names of experiments.
+
+    Args:
+        suite: ``"small"``, ``"large"``, ``"mini"`` or ``"oec"``; None for all of them.
+
+    Returns:
+        Names that ``load`` accepts.
+
+    Examples:
+        >>> names("small")[0]
+        'exp00A'
+    """
     return [name for s in (SUITES if suite is None else (suite,)) for name in _suite(s)["experiments"]]
 
 
 def authors_name(name: str) -> str:
-    """Return what the authors call an experiment of the suite ``small``, without a seed.
+    """Translate the name of an experiment of the suite ``small`` to that of the paper's authors.
+
+    Args:
+        name: of the experiment, without a seed.
+
+    Returns:
+        The authors' name, which ``load`` accepts too.
 
     Examples:
         >>> authors_name("exp15V-as3"), authors_name("exp15A-sgd-200"), authors_name("exp22A")
@@ -87,14 +121,22 @@ def authors_name(name: str) -> str:
 
 
 def load(name: str, seed: int | None = None) -> Experiment:
-    """Load an experiment.
+    """Load an experiment by name.
 
     Args:
-        name: ours or the authors' (``exp15V-node-125M-200k-AVG-as3``). It may end in a seed, as the names of runs do.
-        seed: None for that of the name, or else 1.
+        name: one of ``names``, ``"demo"``, or a name of the paper's authors (``exp15V-node-125M-200k-AVG-as3``). It may
+            end in a seed, as the names of runs do.
+        seed: None for that in the name, or else 1.
+
+    Returns:
+        The settings of the run.
 
     Raises:
-        InputError: there is none of that name (the nearest is named), or its seed is no number or not ``seed``.
+        InputError: no experiment has that name (the nearest is named), or its seed is not a number or not ``seed``.
+
+    Examples:
+        >>> load("demo").optimizer.core.name
+        'adamw'
     """
     ours = {authors_name(short): short for short in names("small")}
     known = {*names(), *ours, "demo"}
@@ -123,7 +165,18 @@ def _load(name: str, seed: int) -> Experiment:
 
 
 def families(suite: str = "mini") -> dict[str, dict[str, Any]]:
-    """Return the experiments and seeds of each family that ``coupled-adam reproduce`` runs."""
+    """List the families of experiments that ``coupled-adam reproduce`` runs.
+
+    Args:
+        suite: that has families: ``"mini"`` or ``"oec"``.
+
+    Returns:
+        By the name of the family, a table with the names of its ``experiments`` and its ``seeds``.
+
+    Examples:
+        >>> sorted(families("mini"))[:2]
+        ['batch', 'core']
+    """
     return {
         family: {
             **content,
@@ -139,12 +192,32 @@ def grids() -> list[Grid]:
 
 
 def published() -> list[Published]:
-    """Return the results of the paper, in its order."""
+    """Load the results of the paper on Coupled Adam, in its order.
+
+    Returns:
+        One entry per row of its tables.
+
+    Source: arXiv 2502.08441.
+
+    Examples:
+        >>> published()[0].method, published()[0].loss
+        ('AdamW', 3.03)
+    """
     return [Published(**row) for row in tomllib.loads(_read("published.toml"))["result"]]
 
 
 def published_sweeps() -> list[PublishedSweep]:
-    """Return the sweeps of arXiv 2601.02031, by size; the figures of a list belong to ``published_learning_rates``."""
+    """Load the sweeps over learning rates of the paper on output embedding centering, by size of the model.
+
+    Returns:
+        One entry per model and method; the values of a list belong to the rates of ``published_learning_rates``.
+
+    Source: arXiv 2601.02031.
+
+    Examples:
+        >>> published_sweeps()[0].method
+        'baseline'
+    """
     return [PublishedSweep(**row) for row in tomllib.loads(_read("published.toml"))["centering"]["result"]]
 
 

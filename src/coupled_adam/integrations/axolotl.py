@@ -24,25 +24,34 @@ IGNORED = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio
 
 
 class CoupledAdamArgs(BaseModel):
-    """What the plugin adds to the configuration."""
+    """The settings that the plugin adds to the configuration."""
 
     embedding_lr_factor: PositiveFloat | None = None
-    """What the learning rate of the output embedding is multiplied by."""
+    """Factor on the learning rate of the output embedding; None for 1."""
 
 
 class CoupledAdamPlugin(BasePlugin):  # type: ignore[misc]
     """Trains with Coupled Adam, whatever ``optimizer`` says; learning rate, betas, ε and weight decay are axolotl's.
 
+    Name it in the configuration, with ``embedding_lr_factor`` if the output embedding is to have another learning rate.
+
     Raises:
         ValueError: the configuration has settings that would have no effect.
+
+    Examples:
+        ```yaml
+        plugins:
+          - coupled_adam.integrations.axolotl.CoupledAdamPlugin
+        embedding_lr_factor: 10.0
+        ```
     """
 
     def get_input_args(self) -> str:
-        """Return where the keys are declared that the plugin adds to the configuration."""
+        """Return the path of the class that declares the settings."""
         return f"{__name__}.{CoupledAdamArgs.__name__}"
 
     def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
-        """Give the trainer the optimizer."""
+        """Set the optimizer of the trainer."""
         if ignored := [name for name in IGNORED if cfg.get(name) is not None]:
             raise ValueError(
                 f"CoupledAdamPlugin: {', '.join(ignored)} would have no effect; leave it out. For the learning rate of "

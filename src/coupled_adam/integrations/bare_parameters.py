@@ -15,24 +15,28 @@ from coupled_adam.optim.checks import check_factor
 __all__ = ["VocabularyCoupledAdam", "Which"]
 
 Which = Literal["first", "last", "all"]
+"""Which of several matrices with as many rows as the vocabulary is coupled, in the order of the parameters."""
 
 
 class VocabularyCoupledAdam(CoupledAdam):
     """``coupled_adam.CoupledAdam`` for bare parameters: couples the matrix with exactly as many rows as the vocabulary.
 
-    That matrix takes no weight decay; other matrices take ``weight_decay``, vectors and scalars none.
+    That matrix has no weight decay; other matrices have ``weight_decay``, vectors and scalars none.
 
     Args:
-        params: all parameters of the model, as ``model.parameters()`` gives them; no param groups.
-        vocabulary_size: rows of the output embedding, padded ones included (litgpt: ``padded_vocab_size``).
+        params: all parameters of the model, as from ``model.parameters()``; not param groups.
+        vocabulary_size: rows of the output embedding, including padding (litgpt: ``padded_vocab_size``).
         which: which of several such matrices is the output embedding, in the order of ``params``: the "first", the
-            "last", or "all" of them. An untied model has two; in the order in which a model registers its modules the
-            output embedding is the last as a rule, and the first in litgpt.
-        embedding_lr_factor: what the steps of that matrix are multiplied by, as by another learning rate. Its group
-            keeps the rate of the others, since litgpt sets one rate for all groups in every step, and torchtune
-            accepts no other; the second moment is scaled instead, and ε with it: η·m̂/(sqrt(v̂/f²) + ε/f).
-
-    All other arguments are those of ``coupled_adam.CoupledAdam``.
+            "last", or "all" of them. An untied model has two. Models usually register the output embedding last; litgpt
+            registers it first.
+        betas: decay rates (β1, β2) of the moments, each in [0, 1); a list is accepted too, as from YAML.
+        eps: ε ≥ 0, added to the root of the second moment.
+        weight_decay: decoupled weight decay λ ≥ 0 of matrices that are not coupled.
+        coupling_scale: s > 0, multiplies the coupled second moment.
+        embedding_lr_factor: factor on the steps of that matrix, with the effect of another learning rate; positive and
+            finite. Its group keeps the rate of the others, because litgpt sets one rate for all groups in every step
+            and torchtune accepts only one; instead, second moment and ε are scaled: η·m̂/(sqrt(v̂/f²) + ε/f).
+        options: the other arguments of ``coupled_adam.CoupledAdam``, among them ``lr``.
 
     Raises:
         ValueError: no matrix has that many rows, or several have and ``which`` is not given; the message lists them.

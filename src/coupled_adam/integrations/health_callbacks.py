@@ -17,16 +17,22 @@ PREFIX = "embedding/"
 
 
 class HealthReport:
-    """Measures the embeddings of a model every so many steps; all ranks must use it alike.
+    """Measures the embeddings of a model every so many steps, for callbacks of any trainer. All ranks must call it.
 
     Args:
-        every: steps between two reports.
-        isotropy_every: reports of which one has the isotropy, which takes twice as long as all the others; 0 for none.
-        drift: whether to sum at every step why the mean of the output embedding moves. If the optimizer's steps do not
-            split by cause, one warning says so, and the other figures are reported.
+        every: steps between two reports, at least 1.
+        isotropy_every: isotropy, which takes twice as long as all other metrics, is measured in every so many reports;
+            0 for never.
+        drift: whether to split the movement of the mean output embedding by cause, in every step. If the steps of the
+            optimizer cannot be split, there is one warning, and the other metrics are reported.
 
     Raises:
-        ValueError: a number of steps out of range.
+        ValueError: ``every`` or ``isotropy_every`` is out of range.
+
+    Examples:
+        >>> report = HealthReport(every=100)
+        >>> report.is_due(100), report.is_due(150)
+        (True, False)
     """
 
     def __init__(self, every: int = 100, isotropy_every: int = 10, drift: bool = True) -> None:
@@ -39,7 +45,16 @@ class HealthReport:
         self._monitor: DriftMonitor | None = None
 
     def begin(self, model: nn.Module, optimizers: Iterable[Optimizer], state: dict[str, Any] | None = None) -> None:
-        """Watch the optimizer of the output embedding; ``state`` is what ``state_dict`` returned before a resume."""
+        """Start to watch the optimizer of the output embedding.
+
+        Args:
+            model: a model with ``get_output_embeddings()``, also inside a wrapper.
+            optimizers: of which one holds the output embedding.
+            state: what ``state_dict`` returned, when a run is resumed.
+
+        Raises:
+            ValueError: the model has no ``get_output_embeddings()``, or it returns None.
+        """
         self.end()
         self._sums = {}
         if not self.drift:
@@ -56,18 +71,19 @@ class HealthReport:
             _ = self._monitor.total  # all ranks are here
 
     def end(self) -> None:
-        """Watch no more. The sums so far can still be saved."""
+        """Stop watching. The sums so far can still be saved."""
         if self._monitor is not None:
             self._sums = self._monitor.state_dict()
             self._monitor.remove()
             self._monitor = None
 
     def is_due(self, step: int) -> bool:
-        """Return whether to report after ``step`` steps; once for each."""
+        """Return whether a report is due after ``step`` steps, at most once per step."""
         return step % self.every == 0 and step != self.last
 
     def figures(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Measure, and return the figures with their prefix. All ranks must call it."""
+        """Measure after ``step`` steps; return the metrics by name, with the prefix ``embedding/``. All ranks must
+        call it."""
         self.last = step
         measured = health(model, isotropy=bool(self.isotropy_every) and self._reports % self.isotropy_every == 0)
         self._reports += 1
@@ -76,7 +92,7 @@ class HealthReport:
         return {PREFIX + name: figure for name, figure in measured.items()}
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Return the sums of the drift as plain numbers; empty if there are none."""
+        """Return the sums of the drift as plain numbers, for a checkpoint; empty if there are none."""
         return self._sums if self._monitor is None else self._monitor.state_dict()
 
 

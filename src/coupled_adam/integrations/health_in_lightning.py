@@ -15,25 +15,28 @@ __all__ = ["EmbeddingHealth"]
 class EmbeddingHealth(Callback):  # type: ignore[misc]
     """Logs health and drift of the model's embeddings every ``every`` steps, with any optimizer.
 
-        lightning.Trainer(callbacks=[EmbeddingHealth()])
-
-    The figures of ``monitor.health`` and, as ``drift_…``, how far each cause has moved the mean of
-    the output embedding (``monitor.Drift.along_mean``), go through ``pl_module.log_dict``, so to the
-    loggers at steps that are multiples of ``log_every_n_steps`` too, and to ``trainer.callback_metrics``. The model is
-    the LightningModule, or the outermost module in it that has ``get_output_embeddings()``. A resumed run goes on from
-    the sums in its checkpoint.
+    The metrics of ``coupled_adam.monitor.health`` and, as ``drift_…``, how far each cause has moved the mean of the
+    output embedding (``coupled_adam.monitor.Drift.along_mean``) are logged with ``pl_module.log_dict``. They are in
+    ``trainer.callback_metrics``, and reach the loggers at steps that are multiples of ``log_every_n_steps`` too. The
+    model is the LightningModule, or the outermost module in it with ``get_output_embeddings()``. A resumed run
+    continues the sums of its checkpoint.
 
     All ranks measure together; with ModelParallelStrategy (FSDP2) the matrices are not gathered. FSDPStrategy, which
-    flattens parameters, is a ValueError at the start.
+    flattens parameters, raises a ValueError at the start.
 
     Args:
-        every: steps between two reports.
-        isotropy_every: reports of which one has the isotropy; 0 for none.
-        drift: whether to sum at every step why the mean of the output embedding moves.
+        every: steps between two reports, at least 1.
+        isotropy_every: isotropy is measured in every so many reports, as it is slow; 0 for never.
+        drift: whether to split the movement of the mean output embedding by cause, in every step.
 
     Raises:
-        ValueError: a number of steps out of range.
+        ValueError: ``every`` or ``isotropy_every`` is out of range.
         ImportError: lightning is not installed.
+
+    Examples:
+        >>> import lightning
+        >>> options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+        >>> trainer = lightning.Trainer(callbacks=[EmbeddingHealth(every=100)], **options)
     """
 
     def __init__(self, every: int = 100, isotropy_every: int = 10, drift: bool = True) -> None:

@@ -18,25 +18,30 @@ SAVED = "embedding_drift"
 class EmbeddingHealth(TrainerCallback):
     """Logs health and drift of the model's embeddings every ``every`` steps, with any optimizer.
 
-        trainer.add_callback(EmbeddingHealth(trainer))
-
-    The figures of ``monitor.health`` and, as ``drift_…``, how far each cause has moved the mean of
-    the output embedding (``monitor.Drift.along_mean``), go through ``trainer.log`` to wherever the
-    Trainer reports: before the first step, every ``every`` steps, and after the last. A resumed run goes on from the
-    sums in its checkpoint; where there are none, they begin with the first step that is seen.
+    The metrics of ``coupled_adam.monitor.health`` and, as ``drift_…``, how far each cause has moved the mean of the
+    output embedding (``coupled_adam.monitor.Drift.along_mean``) are logged with ``trainer.log``: before the first step,
+    every ``every`` steps, and after the last. A resumed run continues the sums of its checkpoint; without any, they
+    start at the first step after resuming.
 
     All ranks measure together; with FSDP2 the matrices are not gathered. FSDP1 and DeepSpeed ZeRO-3, which flatten
-    parameters, are a ValueError at the start.
+    parameters, raise a ValueError at the start.
 
     Args:
-        trainer: to whose log the figures go.
-        every: steps between two reports.
-        isotropy_every: reports of which one has the isotropy; 0 for none.
-        drift: whether to sum at every step why the mean of the output embedding moves.
+        trainer: that logs the metrics.
+        every: steps between two reports, at least 1.
+        isotropy_every: isotropy is measured in every so many reports, as it is slow; 0 for never.
+        drift: whether to split the movement of the mean output embedding by cause, in every step.
 
     Raises:
-        ValueError: a number of steps out of range.
+        ValueError: ``every`` or ``isotropy_every`` is out of range.
         ImportError: transformers is not installed.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> trainer = Trainer(model, TrainingArguments("runs/tuned", use_cpu=True))
+        >>> trainer.add_callback(EmbeddingHealth(trainer, every=100))
     """
 
     def __init__(self, trainer: Any, every: int = 100, isotropy_every: int = 10, drift: bool = True) -> None:

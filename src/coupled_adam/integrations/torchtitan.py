@@ -25,17 +25,26 @@ OURS = {"CoupledAdam": CoupledAdam, "Adams": Adams}
 
 
 class CoupledOptimizers(OptimizersContainer):  # type: ignore[misc]
-    """``torchtitan``'s ``OptimizersContainer`` that knows the optimizer names "CoupledAdam" and "Adams" too.
+    """The ``OptimizersContainer`` of torchtitan, which also accepts the optimizer names "CoupledAdam" and "Adams".
 
-    What a param group of theirs may hold (``second_moment``, ``decay``, …) goes into ``optimizer_kwargs``.
+    The keys of their param groups (``second_moment``, ``decay``, …) go into ``optimizer_kwargs``.
+
+    Args:
+        config: of torchtitan, for instance that of ``coupled_adamw``.
+        model_parts: the modules that this process trains.
 
     Raises:
-        ValueError: ``implementation="fused_opt_states_bf16"``, which would not reach them.
+        ValueError: ``implementation="fused_opt_states_bf16"``, which these optimizers do not support.
+
+    Examples:
+        ```python
+        optimizers = CoupledOptimizers(coupled_adamw(lr=3e-4), model_parts=[model])
+        ```
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):  # type: ignore[misc]
-        """As of ``OptimizersContainer``."""
+        """As for ``OptimizersContainer``."""
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         if config.implementation == "fused_opt_states_bf16":
@@ -62,19 +71,28 @@ def coupled_adamw(
     embedding_lr_factor: float | None = None,
     **kwargs: Any,
 ) -> "CoupledOptimizers.Config":
-    """Make the configuration of torchtitan's ``default_adamw``, but with a coupled output embedding without decay.
+    """Make the configuration of torchtitan's ``default_adamw``, with a coupled output embedding without weight decay.
 
     Args:
-        lr: of all parameters.
-        head: the pattern of the output embedding's name. That it matches nothing is an error of torchtitan's.
-        embedding_lr_factor: what the learning rate of the output embedding is multiplied by; torchtitan's schedulers
-            keep the proportion.
-        kwargs: more arguments of ``coupled_adam.CoupledAdam``, for all parameters, but ``max_grad_norm``.
+        lr: learning rate η ≥ 0 of all parameters.
+        head: regular expression for the name of the output embedding. If it matches nothing, torchtitan raises an
+            error.
+        embedding_lr_factor: factor on the learning rate of the output embedding, positive and finite; the schedulers of
+            torchtitan keep the ratio.
+        kwargs: further arguments of ``coupled_adam.CoupledAdam`` for all parameters, except ``max_grad_norm``.
+
+    Returns:
+        The configuration, for ``optimizer=`` of torchtitan's ``Trainer.Config``.
 
     Raises:
         ValueError, TypeError: ``embedding_lr_factor`` is not a positive finite number.
-        ValueError: ``max_grad_norm`` is given. torchtitan clips by itself (``training.max_norm``), and builds one
-            optimizer per model part, each of which would bound its own norm.
+        ValueError: ``max_grad_norm`` is given. torchtitan clips (``training.max_norm``), and builds one optimizer per
+            model part, each of which would bound only the norm of its part.
+
+    Examples:
+        ```python
+        optimizer = coupled_adamw(lr=3e-4, embedding_lr_factor=10.0)
+        ```
     """
     if kwargs.get("max_grad_norm") is not None:
         raise ValueError("torchtitan clips by itself: set training.max_norm, and leave max_grad_norm out")

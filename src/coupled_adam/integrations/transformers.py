@@ -33,33 +33,36 @@ def trainer_optimizer(
     embedding_lr_factor: float | None = None,
     **options: Any,
 ) -> tuple[type["OptimizerFactory"], dict[str, Any]]:
-    """Make what ``Trainer(optimizer_cls_and_kwargs=…)`` takes, from the Trainer's own arguments.
+    """Make the argument ``optimizer_cls_and_kwargs`` of a ``Trainer`` from its training arguments.
 
-    The learning rate, the betas, ε and the weight decay are those of ``args``, and the Trainer clips
-    (``args.max_grad_norm``). A trainer that does not take the argument, as some of TRL, takes it afterwards:
+    Learning rate, betas, ε and weight decay are those of ``args``, and the Trainer clips (``args.max_grad_norm``). Some
+    trainers of TRL do not accept the argument; set it afterwards:
 
         trainer.optimizer_cls_and_kwargs = trainer_optimizer(trainer.args)
 
     Args:
-        args: of the Trainer; those of TRL too.
-        coupled: as of ``coupled_adam.param_groups``; None for the output embedding, or for nothing, with a warning, if
-            there is none, as in classifiers and reward models, or if it is frozen, as with LoRA. Names
-            (``coupled="lm_head"``) survive what the Trainer does to the model.
+        args: the arguments of the Trainer, or of a trainer of TRL.
+        coupled: as in ``coupled_adam.param_groups``; None for the output embedding. If there is none, as in classifiers
+            and reward models, or if it is frozen, as with LoRA, nothing is coupled, with a warning. Names
+            (``coupled="lm_head"``) stay valid when the Trainer wraps or replaces modules.
         optimizer: ``coupled_adam.CoupledAdam`` or ``coupled_adam.Adams``.
-        embedding_lr_factor: what the learning rate of the coupled matrices is multiplied by, throughout the schedule.
-            The Trainer logs the rate of the first group, which is theirs.
-        options: more arguments of ``optimizer``, and such as replace those of ``args``; ``center=True`` as of
+        embedding_lr_factor: factor on the learning rate of the coupled matrices, throughout the schedule; positive and
+            finite. The Trainer logs the learning rate of the first group, which is the coupled one.
+        options: further arguments of ``optimizer``, which override those of ``args``; ``center=True`` as in
             ``coupled_adam.param_groups``.
+
+    Returns:
+        The class that builds the optimizer when the model is known, and its keyword arguments.
 
     Raises:
         ValueError, TypeError: ``embedding_lr_factor`` is not a positive finite number.
 
     Examples:
         >>> from transformers import TrainingArguments
-        >>> args = TrainingArguments("runs/tuned", learning_rate=1e-5, weight_decay=0.1, use_cpu=True)
+        >>> args = TrainingArguments("runs/tuned", learning_rate=1e-5, use_cpu=True)
         >>> factory, kwargs = trainer_optimizer(args)
         >>> kwargs["lr"], kwargs["betas"], kwargs["weight_decay"]
-        (1e-05, (0.9, 0.999), 0.1)
+        (1e-05, (0.9, 0.999), 0.0)
     """
     if embedding_lr_factor is not None:
         check_factor("embedding_lr_factor", embedding_lr_factor)
@@ -88,9 +91,14 @@ def trainer_optimizer(
 
 
 class OptimizerFactory:
-    """Builds the optimizer when the model is there: ``OptimizerFactory()(model, **kwargs)``.
+    """Builds the optimizer once the model exists: ``OptimizerFactory()(model, **kwargs)``.
 
-    That is the protocol of transformers; axolotl passes its training arguments as a second positional argument.
+    This is the protocol of transformers; axolotl passes its training arguments as a second positional argument.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 100, bias=False))
+        >>> type(OptimizerFactory()(model, coupled="1", lr=1e-3)).__name__
+        'CoupledAdam'
     """
 
     def __call__(
@@ -170,17 +178,24 @@ class _AllHeld:
 
 
 def resume_from_adamw(trainer: Trainer) -> None:
-    """Let a Trainer resume from checkpoints that it wrote with its own AdamW; later ones of its own it resumes too.
+    """Let a Trainer resume from checkpoints written with the AdamW of the Trainer, as well as from its own later ones.
 
-        trainer = Trainer(…, optimizer_cls_and_kwargs=trainer_optimizer(args))
-        resume_from_adamw(trainer)
-        trainer.train(resume_from_checkpoint=True)
+    The moments are kept, the second moment of a coupled matrix is averaged over the vocabulary, and the schedule of the
+    learning rate continues.
 
-    The moments are kept, the second one of a coupled matrix is averaged over the vocabulary, and the learning rate goes
-    on where the schedule stood.
+    Args:
+        trainer: built with ``optimizer_cls_and_kwargs=trainer_optimizer(args)``; not trained yet.
 
     Raises:
-        ValueError: the trainer's optimizer is not that of ``trainer_optimizer``.
+        ValueError: the optimizer of the trainer is not that of ``trainer_optimizer``.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> args = TrainingArguments("runs/tuned", use_cpu=True)
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=trainer_optimizer(args))
+        >>> resume_from_adamw(trainer)  # then: trainer.train(resume_from_checkpoint=True)
     """
     chosen: Any = trainer.optimizer_cls_and_kwargs or (None, {})
     factory, kwargs = chosen

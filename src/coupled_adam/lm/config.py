@@ -48,8 +48,12 @@ class Section(BaseModel):
 
 
 class Run(Section):
+    """Which run of the experiment it is."""
+
     name: str = Field(min_length=1)
+    """Name in reports, not empty."""
     seed: int = Field(default=1, ge=0)
+    """Seed of the initial weights and of the order of the data, 0 or above."""
 
 
 class Model(Section):
@@ -58,25 +62,28 @@ class Model(Section):
     family: Literal["gpt2", "llama"] = "gpt2"
     """``gpt2``: learned positions, LayerNorm, GELU. ``llama``: rotary positions, RMSNorm, SwiGLU."""
     n_layers: PositiveInt = 4
+    """Number of blocks."""
     n_heads: PositiveInt = 4
+    """Attention heads per block; they divide ``hidden_size``."""
     hidden_size: PositiveInt = 128
+    """H, the width of the embeddings and of the residual stream."""
     tied: bool = True
     """Whether the token embedding is also the output head."""
     gelu: Literal["tanh", "exact"] = "tanh"
-    """Of ``gpt2``: GELU by the approximation that GPT-2 was trained with, or exact, as in nanoGPT."""
+    """``gpt2`` only: GELU by the approximation that GPT-2 was trained with, or exact as in nanoGPT."""
     norm: Literal["layernorm", "rmsnorm"] | None = None
     """None: that of the family."""
     qk_norm: bool = False
-    """Normalize queries and keys, head by head, so that attention stands large learning rates."""
+    """Normalize queries and keys per head, which keeps attention stable at large learning rates."""
     qkv: Literal["fused", "split", "heads"] = "fused"
-    """The projections to queries, keys and values are one parameter, (3·hidden_size, hidden_size); three; or three
-    batches of one matrix per head, (n_heads, hidden_size / n_heads, hidden_size). Initial weights and the function are
-    the same: it is for optimizers that take a matrix as a whole, ``muon`` and ``adams``."""
+    """How the projections to queries, keys and values are stored: as one parameter, (3·hidden_size, hidden_size); as
+    three; or as three batches of one matrix per head, (n_heads, hidden_size / n_heads, hidden_size). The model and its
+    initial weights are the same; it matters for optimizers that treat matrices as a whole, ``muon`` and ``adams``."""
     mlp_multiple: PositiveInt = 128
     """The width of the MLP of ``llama``, 8/3·hidden_size, is rounded up to a multiple of this."""
     logits: Literal["float32", "bfloat16"] | None = None
-    """What the head's products are rounded to, in training and after it, whatever the rest is. None: as all products
-    are, so as ``train.precision`` in training and ``evaluation.precision`` in evaluation."""
+    """Precision of the output head's matrix product, in training and evaluation. None: as for all other products,
+    ``train.precision`` in training and ``evaluation.precision`` in evaluation."""
 
     @model_validator(mode="after")
     def _heads_divide_hidden_size(self) -> Self:
@@ -116,17 +123,21 @@ class Model(Section):
 
 
 class Data(Section):
+    """The text and its tokens."""
+
     source: str = Field(default="wikipedia-sample", min_length=1)
-    """What ``coupled-adam prepare`` is given: ``wikipedia-sample`` or ``wikipedia-leads`` (both come with packages), a
-    file or directory, or a dataset's name."""
+    """Where the text comes from: ``wikipedia-sample`` or ``wikipedia-leads`` (both come with packages), a file, a
+    directory, or the name of a dataset."""
     tokenizer: str = Field(default="bpe", min_length=1)
-    """``bpe``: a byte-level BPE of ``vocab_size`` tokens, trained on the text; or a tokenizer's name or directory."""
+    """``bpe``: a byte-level BPE of ``vocab_size`` tokens, trained on the text; or the name or directory of a
+    tokenizer."""
     vocab_size: int = Field(default=8192, ge=1, le=LARGEST_VOCABULARY)
-    """Tokens of the tokenizer; the model's embedding has as many rows, padded to a multiple of 64."""
+    """Tokens of the tokenizer; the embedding of the model has as many rows, padded to a multiple of 64."""
     sequence_length: PositiveInt = 128
+    """Tokens per training sequence."""
     held_out: float | None = Field(default=None, ge=1e-6, le=0.5)
-    """Share of the text that is held out for validation: of the characters of a text below ten million, of the
-    documents of a larger table. None: 0.05 and 0.005."""
+    """Share of the text that is held out for validation: of the characters if the text has fewer than ten million, else
+    of the documents. None: 0.05 and 0.005."""
 
     @model_validator(mode="after")
     def _bytes_and_end(self) -> Self:
@@ -141,14 +152,15 @@ class Data(Section):
 
 
 class Loss(Section):
-    """What is minimized besides the cross entropy, and what bounds the logits. Figures are of the cross entropy."""
+    """What is minimized in addition to the cross entropy, and what bounds the logits. Reported losses are the cross
+    entropy."""
 
     z_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """λ of λ·(log Z)², mean over the tokens; usual: 1e-4."""
+    """λ ≥ 0 of λ·(log Z)², averaged over the tokens; usually 1e-4."""
     mu_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """λ of λ·‖μ‖², μ the mean output embedding; usual: 1e-4."""
+    """λ ≥ 0 of λ·‖μ‖², with μ the mean output embedding; usually 1e-4."""
     softcap: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Logits are cap·tanh(logits / cap), in training and after it; usual: 30. None: as they are."""
+    """Soft cap: logits become cap·tanh(logits / cap), in training and evaluation; usually 30. None: no cap."""
 
     @property
     def label(self) -> str:
@@ -158,14 +170,16 @@ class Loss(Section):
 
 
 class CoreOptimizer(Section):
-    """The optimizer of all that is not the output embedding."""
+    """The optimizer of everything except the output embedding."""
 
     name: Literal["adamw", "adams", "muon"] = "adamw"
     """``muon``: torch.optim.Muon on the matrices inside the blocks, with AdamW's step size, and AdamW on the rest."""
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    """Decay rates (β1, β2) of the moments, each in [0, 1)."""
     eps: NonNegativeFloat = 1e-8
+    """ε ≥ 0, added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
-    """On matrices and positions; vectors are not decayed."""
+    """λ ≥ 0 of matrices and positions; vectors are not decayed."""
 
 
 #: Values of optimizer.embedding.name, and what people call them.
@@ -179,30 +193,33 @@ OPTIMIZER_LABELS = {
 
 
 class EmbeddingOptimizer(Section):
-    """The optimizer of the output embedding, which is not decayed. Adam's moments are set as the core's."""
+    """The optimizer of the output embedding, which has no weight decay. β and ε are those of the core."""
 
     name: Literal["adamw", "coupled_adam", "adams", "sgd", "adam_variant"] = "adamw"
-    """``adams``: its step with a second moment that is shared over the vocabulary. ``adam_variant``: one that differs
-    from Adam in the five keys below, to find out which difference matters (lm/adam_variant.py)."""
+    """``adams``: its step, with a second moment shared over the vocabulary. ``adam_variant``: differs from Adam in the
+    five keys below, to find out which difference matters."""
     second_moment: Literal["element", "token", "hidden", "scalar", "frequency", "factored"] = "element"
-    """Of ``adam_variant``: Adam's, one per token, per hidden unit (Coupled Adam's), or one; or per hidden unit, times
-    the power ``frequency_exponent`` of the token's relative frequency, or (``factored``) of its relative second
-    moment."""
+    """``adam_variant`` only: one second moment per element (Adam), per token, per hidden unit (Coupled Adam), or a
+    single one; or one per hidden unit, multiplied by a power of the token's relative frequency (``frequency``) or
+    relative second moment (``factored``)."""
     frequency_exponent: float = Field(default=0.0, ge=0, le=2)
+    """``adam_variant`` only: the exponent of that power, in [0, 2]."""
     zero_sum: bool = False
-    """Of ``adam_variant``: subtract from every update its mean over the vocabulary."""
+    """``adam_variant`` only: subtract the mean over the vocabulary from every update."""
     amsgrad: bool = False
-    """Of ``adam_variant``."""
+    """``adam_variant`` only: use the largest second moment so far, as AMSGrad."""
     beta2: float | None = Field(default=None, ge=0, lt=1)
-    """Of ``adam_variant``; None: that of the core."""
+    """``adam_variant`` only: β2 in [0, 1); None for that of the core."""
     coupling_scale: PositiveFloat = 1.0
+    """s > 0, multiplies a coupled second moment."""
     coupling_factor: float = Field(default=0.0, ge=0, le=1)
+    """κ in [0, 1], the share of the squared first moment in the second one."""
     lr_factor: PositiveFloat = 1.0
-    """Multiplies the learning rate of the schedule."""
+    """Factor > 0 on the learning rate of the schedule."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of ``sgd``."""
+    """``sgd`` only: momentum in [0, 1)."""
     center: bool = False
-    """Subtract the mean row of the matrix after every step."""
+    """Subtract the mean of the rows after every step."""
 
     @property
     def label(self) -> str:
@@ -221,12 +238,16 @@ class EmbeddingOptimizer(Section):
 
 
 class Optimizer(Section):
+    """The two optimizers of a run."""
+
     core: CoreOptimizer = CoreOptimizer()
+    """Of everything except the output embedding."""
     embedding: EmbeddingOptimizer = EmbeddingOptimizer()
+    """Of the output embedding."""
 
     @property
     def embedding_beta2(self) -> float:
-        """β2 of the output embedding: its own where it has one, or that of the rest."""
+        """β2 of the output embedding: ``embedding.beta2``, or else that of the core."""
         return self.core.betas[1] if self.embedding.beta2 is None else self.embedding.beta2
 
 
@@ -234,8 +255,11 @@ class Schedule(Section):
     """Linear warm-up from 0, then a cosine that reaches ``min_lr`` at the last step."""
 
     lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
     min_lr: NonNegativeFloat = 1e-4
+    """Learning rate of the last step, at most ``lr``."""
     warmup_steps: int = Field(default=20, ge=0)
+    """Steps of the warm-up."""
 
     @model_validator(mode="after")
     def _min_below_max(self) -> Self:
@@ -245,71 +269,98 @@ class Schedule(Section):
 
 
 class Train(Section):
+    """Length, batches, checkpoints and precision of the training."""
+
     steps: PositiveInt = 300
+    """Optimizer steps."""
     batch_tokens: PositiveInt = 2048
-    """Tokens of one step, over all processes."""
+    """Tokens per step over all processes, a multiple of ``data.sequence_length``."""
     sampling: Literal["permutation", "replacement"] = "permutation"
-    """``permutation``: the text is cut into sequences, and every pass takes each of them once. ``replacement``: every
-    sequence begins at a token that is drawn at random, as in nanoGPT; those of the held-out text too."""
+    """``permutation``: the text is cut into sequences, and every epoch uses each of them once. ``replacement``: every
+    sequence starts at a token drawn at random, as in nanoGPT; in the held-out text too."""
     max_grad_norm: PositiveFloat = 1.0
     """Bound on the global norm of the gradients."""
     checkpoint_every: PositiveInt = 100
+    """Steps between two checkpoints."""
     keep_last: PositiveInt = 2
-    """Checkpoints that are kept: the newest ones. With more than one, a damaged one does not end the run."""
+    """How many of the newest checkpoints are kept. With more than one, a run survives a damaged checkpoint."""
     keep_every: PositiveInt | None = None
-    """Steps whose checkpoints are kept besides: the multiples of this."""
+    """Checkpoints at multiples of this many steps are kept too; None for none."""
     micro_batch: PositiveInt | None = None
-    """Sequences that a process takes at a time; the rest of its share of the batch accumulates. None: all at once."""
+    """Sequences per forward pass of one process; gradients accumulate over its share of the batch. None: all at
+    once."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """``bfloat16``: autocast; weights and optimizer state stay float32."""
+    """``bfloat16``: autocast; weights and optimizer state stay in float32."""
     activation_checkpointing: bool = False
-    """Keep the inputs of the blocks alone, and compute the rest again in the backward pass."""
+    """Keep only the inputs of the blocks, and recompute the rest in the backward pass."""
     compile: bool = False
-    """torch.compile of every block."""
+    """Apply torch.compile to every block."""
 
 
 class Parallel(Section):
+    """How several processes share the model."""
+
     strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    """What more than one process does: replicate the model, shard it (FSDP2), or shard it within ``shard_size``."""
+    """Replicate the model (``ddp``), shard it (``fsdp``: FSDP2), or shard it within groups and replicate the groups
+    (``hsdp``)."""
     shard_size: PositiveInt | None = None
-    """Processes that share one copy under ``hsdp``. None: those of one machine."""
+    """``hsdp`` only: processes per group. None: those of one machine."""
 
 
 class Evaluation(Section):
+    """How often and how the model is evaluated."""
+
     every: PositiveInt = 25
-    """Steps between two evaluations; the first is before the first step, the last after the last."""
+    """Steps between two evaluations; there is also one before the first step and one after the last."""
     batches: PositiveInt = 16
-    """Batches of ``train.batch_tokens`` of the validation text; one pass over it at most, unless ``train.sampling``
+    """Validation batches of ``train.batch_tokens`` tokens; at most one pass over the text, unless ``train.sampling``
     draws with replacement."""
     final_batches: PositiveInt | None = None
-    """The same, for the evaluation after the last step. None: ``batches``."""
+    """The same for the evaluation after the last step. None: ``batches``."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the validation loss, in training and after it; ``bfloat16``: autocast."""
+    """Of the validation loss, during training and afterwards; ``bfloat16``: autocast."""
     drift: bool = True
-    """Split the movement of the mean output embedding by cause, at every step of AdamW or Coupled Adam."""
+    """Split the movement of the mean output embedding by cause, in every step of AdamW or Coupled Adam."""
 
 
 class Tracking(Section):
-    """Where a run can be watched besides metrics.jsonl. No part of what the run is: it may change between resumes."""
+    """Where metrics are logged in addition to metrics.jsonl. It may change when a run is resumed."""
 
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(default=(), strict=False)
+    """The trackers that the metrics go to."""
     project: str = Field(default="coupled-adam", min_length=1)
-    """What W&B and trackio file the run under."""
+    """The name of the project in W&B and trackio."""
 
 
 class Experiment(Section):
-    """A whole run. ``Experiment.from_toml(experiment.to_toml())`` is the same experiment."""
+    """All settings of a run. ``Experiment.from_toml(experiment.to_toml())`` is the same experiment.
+
+    Examples:
+        >>> experiment = Experiment.from_toml('run.name = "mine"').overridden(["train.steps=100"])
+        >>> experiment.train.steps, experiment.batch_size
+        (100, 16)
+    """
 
     run: Run
+    """Name and seed."""
     model: Model = Model()
+    """Architecture."""
     data: Data = Data()
+    """Text and tokens."""
     loss: Loss = Loss()
+    """Terms in addition to the cross entropy."""
     optimizer: Optimizer = Optimizer()
+    """Of the output embedding, and of the rest."""
     schedule: Schedule = Schedule()
+    """Learning rates."""
     train: Train = Train()
+    """Length, batches, checkpoints, precision."""
     parallel: Parallel = Parallel()
+    """Several processes."""
     evaluation: Evaluation = Evaluation()
+    """During training."""
     tracking: Tracking = Tracking()
+    """Where metrics are logged."""
 
     @model_validator(mode="after")
     def _batch_holds_sequences(self) -> Self:
@@ -331,14 +382,14 @@ class Experiment(Section):
 
     @property
     def method(self) -> str:
-        """What people call how the output embedding was trained; how the head rounds is no part of it."""
+        """The usual name of the way in which the output embedding is trained; its precision is not part of it."""
         embedding = self.optimizer.embedding
         parts = [embedding.label, "center" if embedding.center else "", self.loss.label]
         return " + ".join(part for part in parts if part)
 
     @property
     def caveats(self) -> list[str]:
-        """What a user may not expect of settings that go together, each in one line."""
+        """Possibly unexpected effects of combined settings, one line each."""
         if not self.optimizer.embedding.center:
             return []
         shifted = "optimizer.embedding.center changes what the model predicts"
@@ -348,7 +399,7 @@ class Experiment(Section):
 
     @property
     def batch_size(self) -> int:
-        """Sequences of one step."""
+        """Sequences per step."""
         return self.train.batch_tokens // self.data.sequence_length
 
     @classmethod

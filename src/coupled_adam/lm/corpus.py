@@ -98,16 +98,18 @@ class Corpus:
     """A prepared corpus, opened with ``open_corpus``."""
 
     directory: Path
+    """Where it is."""
     meta: Meta
+    """The content of its ``meta.json``: text, settings, counts, shards and checksums."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the text and of the settings that made the corpus."""
+        """Digest of the text and of the settings."""
         return self.meta["fingerprint"]
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding: the tokens, padded to a multiple of 64."""
+        """Rows of the embedding: the number of tokens, padded to a multiple of 64."""
         return self.meta["vocab_size"]
 
     @cached_property

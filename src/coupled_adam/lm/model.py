@@ -115,9 +115,15 @@ def make_norm(config: Model, size: int) -> nn.Module:
 
 
 class LanguageModel(nn.Module):
-    """Tokens in, logits of the next token out.
+    """A decoder-only transformer: tokens in, logits of the next token out.
 
-    Initialized as GPT-2: N(0, 0.02), residual projections by 1/√(2·layers) smaller.
+    Weights are initialized as in GPT-2: N(0, 0.02²), residual projections smaller by 1/√(2·layers).
+
+    Args:
+        config: the architecture.
+        vocab_size: V, rows of the embedding.
+        sequence_length: largest number of tokens.
+        loss: terms in addition to the cross entropy; None for none.
     """
 
     def __init__(self, config: Model, vocab_size: int, sequence_length: int, loss: Loss | None = None) -> None:
@@ -143,7 +149,7 @@ class LanguageModel(nn.Module):
         return self.head
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Return the token embedding, likewise."""
+        """Return the token embedding, under the name that transformers gives it."""
         return self.token_embedding
 
     def hidden(self, tokens: Tensor, tied: TiedGradient | None = None) -> Tensor:

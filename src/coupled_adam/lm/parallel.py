@@ -27,10 +27,13 @@ class World:
     """The processes that torchrun started, or a single one."""
 
     rank: int = 0
+    """Rank of this process, 0 to ``size`` − 1."""
     size: int = 1
+    """Number of ranks."""
     local_size: int = 1
     """Ranks on this machine."""
     device: torch.device = CPU
+    """Where this process computes."""
 
     @property
     def is_main_process(self) -> bool:

@@ -115,19 +115,24 @@ def resolved(experiment: Experiment, corpus: Corpus) -> Experiment:
 
 
 def prepare(source: Source, config: Data, directory: Path, overwrite: bool = False) -> Corpus:
-    """Write the tokens of ``source`` to ``directory``, and open it.
+    """Tokenize the text of ``source`` into ``directory``, and open the corpus.
 
-    A corpus of the same text and settings that is there is reused; what an interrupted call has left is resumed.
+    An existing corpus of the same text and settings is reused, and an interrupted call is resumed.
 
     Args:
         source: of the text.
-        config: tokenizer and vocabulary. Either part of the text must hold a sequence of ``sequence_length``.
-        directory: of the corpus. It may neither be, hold nor lie in what is read.
-        overwrite: replace a corpus of other text or settings, finished or not. Nothing else is ever replaced.
+        config: tokenizer and vocabulary. Both the training and the validation text must be at least ``sequence_length``
+            tokens long.
+        directory: of the corpus. It must not be, contain or lie in what is read.
+        overwrite: replace a corpus of another text or with other settings, finished or not. Nothing else is ever
+            replaced.
+
+    Returns:
+        The corpus.
 
     Raises:
         InputError: the text is missing, unreadable, or too short for a single training sequence; the tokenizer is not
-            available; something else is in the place of the corpus; or another process is preparing the same directory.
+            available; ``directory`` holds something else; or another process is preparing the same directory.
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: not a directory; choose another place")

@@ -75,10 +75,17 @@ class Run:
 
 
 def open_run(directory: Path, data: Path | None = None) -> Run:
-    """Open the run in ``directory``; its corpus is ``data``, or else where it was during training.
+    """Open a run.
+
+    Args:
+        directory: of the run.
+        data: of its corpus; None for where it was during training.
+
+    Returns:
+        The newest checkpoint, and the corpus.
 
     Raises:
-        InputError: no run there, one that has no checkpoint yet, or a corpus that is missing or not the run's.
+        InputError: there is no run, or it has no checkpoint yet; the corpus is missing, or is not that of the run.
     """
     experiment, checkpoint = open_checkpoint(directory)
     corpus = open_corpus(corpus_of(directory, data))

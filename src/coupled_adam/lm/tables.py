@@ -57,7 +57,16 @@ class Reading:
 
 
 class TableFiles:
-    """A column of local tables: ``.parquet``, JSON lines or a JSON array, ``.csv`` or ``.tsv``, compressed or not."""
+    """A column of local tables: ``.parquet``, JSON lines or a JSON array, ``.csv`` or ``.tsv``, compressed or not.
+
+    Args:
+        path: the file or directory.
+        column: the column with the text.
+
+    Examples:
+        >>> TableFiles(Path("text.jsonl"), column="text").name
+        'text.jsonl'
+    """
 
     def __init__(self, path: Path, column: str = COLUMN) -> None:
         self.path, self.column = path, column

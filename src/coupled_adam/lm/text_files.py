@@ -151,9 +151,16 @@ def _listed(counts: Counter[str]) -> str:
 
 
 class TextFiles:
-    """A text file, whose blank-line separated paragraphs are the documents, or a directory, whose files are.
+    """A text file, whose paragraphs separated by blank lines are the documents, or a directory, whose files are.
 
-    UTF-8, or what a byte-order mark says; compressed with gzip, Zstandard, bzip2 or xz or not at all.
+    Text is UTF-8, or as a byte-order mark says; it may be compressed with gzip, Zstandard, bzip2 or xz.
+
+    Args:
+        path: the file or directory.
+
+    Examples:
+        >>> TextFiles(Path("text.txt")).name
+        'text.txt'
     """
 
     def __init__(self, path: Path) -> None:

@@ -58,6 +58,7 @@ from coupled_adam.progress import progress_bar, say, warn
 __all__ = ["Evaluate", "train"]
 
 Evaluate = Callable[[LanguageModel, bool], Figures]
+"""Measures a model during training; the second argument says whether it is the last time."""
 
 #: The files of a run that are written whole, under another name at first.
 WRITTEN = frozenset({"environment.json", "experiment.toml", "metrics.jsonl", "tracking-id"})
@@ -72,23 +73,33 @@ def train(
     *,
     longer: bool = False,
 ) -> LanguageModel:
-    """Train the run in ``run_dir``, or resume it, and return the trained model.
+    """Train the run in ``run_dir``, or resume it. A finished run is only loaded.
 
-    Writes experiment.toml, environment.json, metrics.jsonl (one line a step; every ``evaluation.every`` steps also what
-    ``evaluate`` returns, which is told whether it is the last time, and why the mean embedding has moved) and
-    checkpoints/. The lines of metrics.jsonl go to the experiment's trackers too. A finished run is only loaded. The
-    number of ranks does not change the global batch, nor the run; all ranks call this and ``evaluate`` together.
+    It writes experiment.toml, environment.json, metrics.jsonl and checkpoints/. metrics.jsonl has one line per step;
+    every ``evaluation.every`` steps it also holds the result of ``evaluate`` and the causes of the movement of the mean
+    embedding. Its lines also go to the trackers of the experiment. The number of ranks changes neither the global batch
+    nor the result; all ranks call this function together.
 
-    With ``longer``, the finished run in ``run_dir`` goes on if ``experiment`` is the same with more steps. The steps
-    that are done stay as they are; the learning rate of the others is that of the longer run, so that the whole is the
-    run that was longer from the start only if its schedule gives the steps before the same rates (``min_lr`` = ``lr``).
-    environment.json records the numbers of steps, and the last checkpoint of each part is kept.
+    Args:
+        experiment: all settings, with the vocabulary of the corpus (``coupled_adam.lm.prepare.resolved``).
+        corpus: the text.
+        run_dir: directory of the run; created if need be.
+        evaluate: measures the model, for instance ``coupled_adam.evaluation.during_training.evaluator``. All ranks call
+            it together.
+        world: the ranks; None for a single process.
+        longer: continue the finished run in ``run_dir`` if ``experiment`` is the same with more steps. The learning
+            rates of the additional steps are those of the longer run. So the result is that of a run that was longer
+            from the start only if both schedules agree on the earlier steps (``min_lr`` = ``lr``). environment.json
+            records the numbers of steps, and the last checkpoint of each part is kept.
+
+    Returns:
+        The trained model.
 
     Raises:
-        InputError: ``run_dir`` is in use, or holds a run with other settings or another corpus, or one to be trained
-            longer that is not finished, or files that are no run's under the names of a run; every checkpoint there is
-            damaged; the batch cannot be split over the ranks; a tracker is not installed or cannot be opened.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved, and the next call resumes from it.
+        InputError: ``run_dir`` is in use, or holds a run with other settings or another corpus, an unfinished run that
+            is to be trained longer, or foreign files under the names of a run; all checkpoints there are damaged; the
+            batch cannot be split over the ranks; a tracker is not installed or cannot be opened.
+        Interrupted: on SIGINT or SIGTERM. A checkpoint was saved, and the next call resumes from it.
         DivergedError: the loss or gradient norm is not finite; the last checkpoint is intact.
         OSError: the disk is full; the last checkpoint is intact.
     """
