@@ -5,9 +5,11 @@
 Griffe reads the docstrings as mkdocstrings does. Each check returns its complaints, one line each.
 """
 
+import ast
 import logging
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,24 +47,29 @@ def entries(root: Path = ROOT) -> list[Entry]:
 
 def package(root: Path = ROOT) -> griffe.Module:
     """Read the package, without importing it."""
-    loaded = griffe.load(
-        "coupled_adam", search_paths=[root / "src"], docstring_parser="google", allow_inspection=False
-    )
+    loaded = griffe.load("coupled_adam", search_paths=[root / "src"], docstring_parser="google", allow_inspection=False)
     assert isinstance(loaded, griffe.Module)
     return loaded
+
+
+def resolved(found: griffe.Object | griffe.Alias) -> griffe.Object:
+    """Return the object itself, where a name is imported from elsewhere."""
+    return found.final_target if isinstance(found, griffe.Alias) else found
 
 
 def shown(read: griffe.Module, root: Path = ROOT) -> Iterator[tuple[Entry, griffe.Object]]:
     """Yield every object that a page shows: those that it asks for, and their members."""
     for entry in entries(root):
-        found = read[entry.path.partition(".")[2]]
-        target = found.final_target if isinstance(found, griffe.Alias) else found
+        target = resolved(read[entry.path.partition(".")[2]])
         yield entry, target
         if isinstance(target, griffe.Class):
             for name, member in target.members.items():
-                wanted = not name.startswith("_") if entry.members is None else name in entry.members
-                if wanted and not isinstance(member, griffe.Alias) and member.docstring is not None:
+                if _wanted(name, entry) and not isinstance(member, griffe.Alias) and member.docstring is not None:
                     yield entry, member
+
+
+def _wanted(name: str, entry: Entry) -> bool:
+    return not name.startswith("_") if entry.members is None else name in entry.members
 
 
 def missing_pages(root: Path = ROOT) -> list[str]:
@@ -71,11 +78,9 @@ def missing_pages(root: Path = ROOT) -> list[str]:
     paths, complaints = set(), []
     for entry in entries(root):
         try:
-            found = read[entry.path.partition(".")[2]]
+            paths.add(resolved(read[entry.path.partition(".")[2]]).path)
         except KeyError:
             complaints.append(f"{entry.page}: {entry.path}: no such object")
-            continue
-        paths.add(found.final_target.path if isinstance(found, griffe.Alias) else found.path)
     for path, target in public_names(read).items():
         if target not in paths:
             complaints.append(f"{path}: on none of the API pages")
@@ -89,8 +94,7 @@ def public_names(read: griffe.Module) -> dict[str, str]:
         for name in module.exports or []:
             if str(name).startswith("__"):
                 continue
-            member = module.members[str(name)]
-            target = member.final_target if isinstance(member, griffe.Alias) else member
+            target = resolved(module.members[str(name)])
             # A function has the name of its module: the package's name is the function's.
             path = f"{target.path}.{name}" if isinstance(target, griffe.Module) else target.path
             found[f"{module.path}.{name}"] = path
@@ -106,8 +110,15 @@ def _modules(module: griffe.Module) -> Iterator[griffe.Module]:
 
 def faulty_docstrings(root: Path = ROOT) -> list[str]:
     """Docstrings that Griffe cannot parse, that lack parameters, results, fields or an example, or hold a bad table."""
+    read = package(root)
+    public = set(public_names(read).values())
+    examples = "".join(
+        block
+        for page in (root / "docs" / "api").glob("*.md")
+        for block in re.findall(r"```python\n.*?```", page.read_text("utf-8"), re.DOTALL)
+    )
     complaints = []
-    for entry, target in shown(package(root), root):
+    for entry, target in shown(read, root):
         if target.docstring is None:
             complaints.append(f"{target.path}: has no docstring")
             continue
@@ -115,10 +126,16 @@ def faulty_docstrings(root: Path = ROOT) -> list[str]:
             sections = target.docstring.parse("google")
         complaints += [f"{target.path}: {warning}" for warning in warnings]
         complaints += [f"{target.path}: {fault}" for fault in bad_tables(target.docstring.value)]
-        if target.path == entry.path or target.name == entry.path.rpartition(".")[2]:
-            complaints += [f"{target.path}: {lack}" for lack in _lacks(target, sections, entry, root)]
+        lacks = [*_returns_misread(target, sections)]
+        if isinstance(target, griffe.Class) and is_record(target):
+            lacks += _without_docstring(target, entry)
+        elif target.path in public:
+            lacks += _lacks(target, sections)
+            if not _has_example(target, examples):
+                lacks.append("has no example, nor is it in one of a page")
         elif isinstance(target, griffe.Function):
-            complaints += [f"{target.path}: {lack}" for lack in _without_arguments(target, target, sections)]
+            lacks += _without_arguments(target, target, sections)
+        complaints += [f"{target.path}: {lack}" for lack in lacks]
     return complaints
 
 
@@ -127,39 +144,61 @@ class _Warnings(logging.Handler):
 
     def __enter__(self) -> list[str]:
         self.found: list[str] = []
-        griffe.logger._logger.addHandler(self)  # type: ignore[attr-defined]
+        griffe.logger._logger.addHandler(self)
         return self.found
 
     def __exit__(self, *_: object) -> None:
-        griffe.logger._logger.removeHandler(self)  # type: ignore[attr-defined]
+        griffe.logger._logger.removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
             self.found.append(record.getMessage().partition(": ")[2])
 
 
-def _lacks(
-    target: griffe.Object, sections: list[griffe.DocstringSection], entry: Entry, root: Path
-) -> Iterator[str]:
-    """Say what a public object's docstring does not tell."""
-    if isinstance(target, griffe.Class) and is_record(target):
-        for name, member in target.members.items():
-            if isinstance(member, griffe.Attribute) and not name.startswith("_") and member.docstring is None:
-                yield f"its field {name} has no docstring"
-        return
+def _without_docstring(target: griffe.Class, entry: Entry) -> Iterator[str]:
+    """Name the fields that are shown and say nothing."""
+    for name, member in target.members.items():
+        if isinstance(member, griffe.Attribute) and _wanted(name, entry) and member.docstring is None:
+            yield f"its field {name} has no docstring"
+
+
+def _lacks(target: griffe.Object, sections: list[griffe.DocstringSection]) -> Iterator[str]:
+    """Say what the docstring of a public function or class does not tell."""
     function = target.members.get("__init__") if isinstance(target, griffe.Class) else target
     if isinstance(function, griffe.Function):
         yield from _without_arguments(target, function, sections)
     if isinstance(target, griffe.Function):
-        returns = str(target.returns or "None")
-        if returns != "None" and not _of_kind(sections, griffe.DocstringSectionKind.returns):
+        if str(target.returns or "None") != "None" and not _of_kind(sections, griffe.DocstringSectionKind.returns):
             yield "has no section Returns"
-    if isinstance(target, griffe.Function | griffe.Class) and not _is_exception(target):
-        assert target.docstring is not None
-        if not re.search(r"^ *(>>> |```python)", target.docstring.value, re.MULTILINE):
-            used = "".join(re.findall(r"```python\n.*?```", (root / entry.page).read_text("utf-8"), re.DOTALL))
-            if not re.search(rf"\b{target.name}\b", used):
-                yield "has no example, nor is it in one of its page"
+        described = {
+            name
+            for section in _of_kind(sections, griffe.DocstringSectionKind.raises)
+            for item in section.value
+            for name in re.split(r",\s*", str(item.annotation))
+        }
+        raised = {
+            node.exc.func.id
+            for node in ast.walk(ast.parse(textwrap.dedent("".join(f"{line}\n" for line in target.lines))))
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name)
+        }
+        yield from (f"raises {name}, which is not under Raises" for name in sorted(raised - described))
+
+
+def _has_example(target: griffe.Object, examples: str) -> bool:
+    """Return whether a function or class has an example, in its docstring or in a block of a page."""
+    if not isinstance(target, griffe.Function | griffe.Class) or _is_abstract(target):
+        return True
+    docstring = "" if target.docstring is None else target.docstring.value
+    own = re.search(r"^ *(>>> |```\w)", docstring, re.MULTILINE)
+    return own is not None or re.search(rf"\b{target.name}\b", examples) is not None
+
+
+def _returns_misread(target: griffe.Object, sections: list[griffe.DocstringSection]) -> Iterator[str]:
+    """Find text before a colon that becomes the name or type of the result."""
+    for section in _of_kind(sections, griffe.DocstringSectionKind.returns):
+        for item in section.value:
+            if item.name or isinstance(item.annotation, str):
+                yield f"under Returns, {item.name or item.annotation!r} is read as a name or type: leave out the colon"
 
 
 def is_record(target: griffe.Class) -> bool:
@@ -168,10 +207,10 @@ def is_record(target: griffe.Class) -> bool:
     return decorated or any(str(base).rpartition(".")[2] in RECORDS for base in target.bases)
 
 
-def _is_exception(target: griffe.Object) -> bool:
-    return isinstance(target, griffe.Class) and any(
-        str(base).endswith(("Error", "Exception")) for base in target.bases
-    )
+def _is_abstract(target: griffe.Object) -> bool:
+    """Return whether a class is an exception or a protocol, of which nobody makes an instance."""
+    bases = [str(base) for base in target.bases] if isinstance(target, griffe.Class) else []
+    return any(base.endswith(("Error", "Exception", "Protocol")) for base in bases)
 
 
 def _without_arguments(
@@ -183,9 +222,9 @@ def _without_arguments(
         for parameter in section.value
     }
     taken = [p.name.lstrip("*") for p in function.parameters if p.name not in ("self", "cls")]
-    if target is function and function.parent is not None and function.parent.is_class:
-        if not documented:  # a method may say it in its one sentence
-            return
+    is_method = target is function and function.parent is not None and function.parent.is_class
+    if is_method and not documented:  # it may say it in one sentence
+        return
     for name in taken:
         if name not in documented and not name.startswith("_"):
             yield f"its parameter {name} is not under Args"
@@ -203,20 +242,20 @@ def unlinked_types(root: Path = ROOT) -> list[str]:
     objects = list(shown(read, root))
     paths = {target.path for _, target in objects}
     complaints = set()
-    for _, target in objects:
-        for name in _names_in(target):
+    for entry, target in objects:
+        for name in _names_in(target, entry):
             kept = name.partition(".")[2]
             try:
-                found = read[kept]
+                found = resolved(read[kept])
             except (KeyError, ValueError):
                 continue
-            resolved = found.final_target if isinstance(found, griffe.Alias) else found
-            if isinstance(resolved, griffe.Class | griffe.Attribute | griffe.TypeAlias) and resolved.path not in paths:
-                complaints.add(f"{target.path}: its type {resolved.path} is on none of the API pages")
+            shown_with = {found.path, found.path.rpartition(".")[0]}  # a class in a class
+            if isinstance(found, griffe.Class | griffe.Attribute | griffe.TypeAlias) and not shown_with & paths:
+                complaints.add(f"{target.path}: its type {found.path} is on none of the API pages")
     return sorted(complaints)
 
 
-def _names_in(target: griffe.Object) -> set[str]:
+def _names_in(target: griffe.Object, entry: Entry) -> set[str]:
     """Return the full names of what the annotations of an object name, as far as they are of this package."""
     functions = [target, target.members.get("__init__")] if isinstance(target, griffe.Class) else [target]
     annotations: list[object] = []
@@ -226,7 +265,11 @@ def _names_in(target: griffe.Object) -> set[str]:
         elif isinstance(function, griffe.Attribute):
             annotations.append(function.annotation)
     if isinstance(target, griffe.Class) and is_record(target):
-        annotations += [m.annotation for m in target.members.values() if isinstance(m, griffe.Attribute)]
+        annotations += [
+            member.annotation
+            for name, member in target.members.items()
+            if isinstance(member, griffe.Attribute) and _wanted(name, entry)
+        ]
     names = [
         part.canonical_path
         for annotation in annotations
@@ -240,7 +283,7 @@ def _names_in(target: griffe.Object) -> set[str]:
 def bad_tables(text: str) -> list[str]:
     """Rows of Markdown tables with more or fewer cells than the header, and headers without a line of dashes."""
     complaints = []
-    for block in re.findall(r"(?:^ *\|.*\n?)+", _without_code(text), re.MULTILINE):
+    for block in re.findall(r"(?:^ *\| .*\n?)+", _without_code(text), re.MULTILINE):
         rows = block.splitlines()
         if len(rows) < 2 or not re.fullmatch(r" *\|(?: *:?-+:? *\|)+ *", rows[1]):
             complaints.append(f"a table without a line of dashes below its header: {rows[0].strip()[:60]}")

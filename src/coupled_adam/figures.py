@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-#: Figures by name; None where one is not defined or was not measured.
 Figures = dict[str, float | None]
+"""Metrics by name; None where one is not defined or was not measured."""
 
 #: What stands in a table where there is no figure.
 MISSING = "–"

@@ -22,11 +22,12 @@ SECTION = "What to do after an audit"
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do about the embeddings of one matrix."""
+    """What to do about one embedding matrix."""
 
     case: str
-    """The heading in docs/audit.md, under ``SECTION``, that says more."""
+    """The heading on the page about audits that says more."""
     text: str
+    """The advice, in a sentence or two."""
 
 
 def advice(found: Embeddings, kind: str, measured: Measurements) -> Advice:

@@ -30,35 +30,43 @@ CAPS, OTHER_CAPS = re.compile(r"soft_?cap|logits?_cap"), re.compile(r"att(entio)
 
 @dataclass(frozen=True)
 class Centered:
-    """What ``center`` has written."""
+    """What ``center`` wrote."""
 
     path: Path
     """The copy."""
     tensor: str
-    """The name of the tensor that was centered."""
+    """The name of the centered tensor."""
     norm_of_mean: float
     """‖μ‖ of the row μ that was subtracted."""
     rounding: float
-    """The largest ‖·‖ of what rounding to the stored type added to a row. With a hidden state h and scores that the
-    model multiplies by c (1 for most), no log-probability differs by more than 2·c·‖h‖ times this."""
+    """The largest norm of the rounding error of a row. With a hidden state h, and logits that the model multiplies by c
+    (1 for most models), no log-probability changes by more than 2·c·‖h‖ times this."""
     condition: str | None
-    """What could not be seen in the file, and must hold for the predictions to be unchanged; None if nothing."""
+    """What must hold for the predictions to be unchanged but cannot be checked in the file; None if nothing."""
 
 
 def center(embeddings: Embeddings, out: Path) -> Centered:
-    """Write a copy of a model to ``out`` with W − μ as output embedding, μ the mean of its rows. It appears whole.
+    """Write a copy of a model whose output embedding is centered: W − μ, with μ the mean of its rows.
 
-    All scores of a position shift by h·μ, which the softmax does not notice. The mean is taken in float64 and the
-    result rounded to the stored type: exactly unchanged are the predictions in exact arithmetic, and in bfloat16 they
-    differ as much as by rounding the weights once more.
+    All logits of a position change by the same amount h·μ, which the softmax ignores. The mean is computed in float64
+    and the result rounded to the stored dtype. So predictions are unchanged in exact arithmetic; in bfloat16 they
+    change as much as by rounding the weights once more. Everything else is copied byte for byte, except that weights in
+    other formats than the one that was read are left out.
 
-    ``out`` is a directory for a model directory, and a file for a .safetensors or .npy file. All else in them stays as
-    it is, to the byte; weights in other forms beside those that were read are left out.
+    Args:
+        embeddings: of the model, from ``coupled_adam.audit.embedding_files.read_embeddings``.
+        out: the copy, which must not exist: a directory if the model is one, else a file of the same format
+            (.safetensors or .npy). It is written completely or not at all.
+
+    Returns:
+        What was written, and how far rounding can change the predictions.
 
     Raises:
-        InputError: the predictions would change or it cannot be told (tied, no output embedding, capped logits, an
-            unknown architecture, a head of several parts), the format cannot be written, ``out`` exists, or a link in
-            the directory leads out of the model.
+        InputError: the predictions would change, or might (tied, no output embedding, capped logits, an unknown
+            architecture, a head of several parts); the format cannot be written; ``out`` exists; or a link in the
+            directory points outside of the model.
+
+    Source: μ-centering of "Output Embedding Centering", arXiv 2601.02031.
     """
     origin = embeddings.origin
     source = origin.path

@@ -32,6 +32,7 @@ from coupled_adam.lm.words import Words
 __all__ = ["Embeddings", "Origin", "read_embeddings"]
 
 Kind = Literal["safetensors", "pickle", "gguf", "numpy", "run"]
+"""The format that embeddings were read from; ``"run"`` for a run of this package."""
 
 #: What a file should be by its name, where its first bytes do not tell.
 SUFFIXES: dict[str, Format] = {
@@ -53,17 +54,18 @@ BARE_NAMES = ("model", "pytorch_model", "embedding", "embeddings", "weights", "c
 
 @dataclass(frozen=True)
 class Origin:
-    """Where embeddings were read from; what ``coupled_adam.audit.centering.center`` needs to know."""
+    """Where embeddings were read from: what ``coupled_adam.audit.centering.center`` needs."""
 
     kind: Kind
+    """The format."""
     path: Path
     """The file, or the directory of the model or run."""
     head: str | None = None
-    """The name of the output embedding's tensor, if there is one of its own."""
+    """The name of the tensor of an output embedding that is not tied."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """The file of each tensor of the model, by the tensor's name."""
     config: dict[str, Any] | None = None
-    """config.json, where the model has one."""
+    """The content of config.json; None without one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,40 +73,44 @@ class Embeddings:
     """The embeddings of a model, and what its tokens are."""
 
     name: str
-    """Display name."""
+    """Name for display."""
     origin: Origin
+    """Where they were read from."""
     input: Tensor
-    """The token embedding (V, H), on the CPU; float64 where it is stored so, else float32. Values are as stored, also
-    where they are not finite."""
+    """The token embedding (V, H), on the CPU; float64 if stored so, else float32. Values that are not finite are
+    kept."""
     output: Tensor | None = None
-    """The output embedding (V', H), likewise, where it is a matrix of its own. V' may differ from V by padding."""
+    """The output embedding (V', H), likewise; None if it is tied or missing. V' may differ from V by padding."""
     tied: bool | None = None
-    """Whether the output embedding is the input embedding. None: it cannot be told, as for a lone array. False and no
+    """Whether the output embedding is the input embedding. None: unknown, as for a single array. False without
     ``output``: the model has no output embedding (a sentence encoder), or ``lacks_output``."""
     lacks_output: bool = False
-    """The model has, or may have, an output embedding that was not read; the notes say why."""
+    """Whether the model has, or may have, an output embedding that was not read; the notes say why."""
     notes: tuple[str, ...] = ()
     """What was not read, in sentences."""
     words: Words | None = None
-    """The words and tokens of its tokenizer; None where there is none at hand."""
+    """The words and tokens of its tokenizer; None without one."""
     unigram_counts: NDArray[np.int64] | None = None
-    """How often each token occurs in the training text, (V,); known of our own runs."""
+    """How often each token occurs in the training text, (V,); only for runs of this package."""
 
 
 def read_embeddings(model: str, *, tensor: str | None = None, data: Path | None = None) -> Embeddings:
-    """Read the embeddings of a model; of a large one no other tensors, and no other files.
+    """Read the embeddings of a model, without reading its other tensors and files.
 
     Args:
-        model: a Hugging Face model directory, the name of a model on the hub, a .safetensors, .gguf, .npy or .npz
-            file, a file of torch.save, or the directory of one of our runs, of which the last checkpoint counts. What a
-            file is, its first bytes tell; its name counts only where these do not.
-        tensor: the name of the tensor to read instead of what is found by name. It comes as ``input``, whichever it is.
-        data: the corpus of a run, which has its tokenizer and counts; None for where it was during training.
+        model: a Hugging Face model directory; the name of a model on the Hub; a .safetensors, .gguf, .npy or .npz file;
+            a file of torch.save; or the directory of a run of this package, of which the last checkpoint is read. The
+            format of a file is recognized by its first bytes, else by its name.
+        tensor: the name of the tensor to read instead of the embeddings. It is returned as ``input``.
+        data: the corpus, for a run of this package; None for where it was during training.
+
+    Returns:
+        The embeddings, as stored, and the words of the tokenizer.
 
     Raises:
-        InputError: there is no such model, it is damaged or of another kind, holds no embedding, is a file that could
-            run code, or ``data`` is not the text of the run.
-        ImportError: a package that its format needs is not installed; the message names the extra.
+        InputError: there is no such model; it is damaged, of another format, or holds no embedding; the file could run
+            code; or ``data`` is not the text of the run.
+        ImportError: a package for its format is not installed; the message names the extra.
     """
     try:
         return _read(model, tensor, data)

@@ -30,13 +30,16 @@ class Audited:
     """One embedding matrix of a model."""
 
     model: str
+    """Name of the model."""
     matrix: str
-    """``tied``, ``input``, ``output``, or ``embedding`` where it cannot be told. If ``input`` stands alone, a finding
-    says why the output embedding was not measured."""
+    """``tied``, ``input``, ``output``, or ``embedding`` if that is unknown. With ``input`` alone, a finding says why
+    the output embedding was not measured."""
     measured: geometry.Measurements
+    """Its metrics."""
     findings: list[Finding]
     """The verdict, most important first."""
     sample: TokenSample
+    """Some of its tokens, for plots."""
     advice: Advice
     """What to do about it."""
 
@@ -47,11 +50,11 @@ class Audited:
 
     @property
     def name(self) -> str:
-        """Name for a heading."""
+        """Model and matrix, for a heading."""
         return self.model if self.matrix in ("tied", "embedding") else f"{self.model} ({self.matrix})"
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return metrics, verdict and advice as plain values for JSON."""
         verdict = [asdict(finding) for finding in self.findings]
         return {
             "model": self.model,
@@ -71,22 +74,22 @@ def audit_models(
     data: Path | None = None,
     center_to: Path | None = None,
 ) -> tuple[list[Audited], Centered | None]:
-    """Audit the embeddings of models: one matrix each if they are tied or there is but one, else input and output.
+    """Audit the embeddings of models: one matrix per model if they are tied or only one exists, else input and output.
 
     Args:
-        models: as ``coupled_adam.audit.embedding_files.read_embeddings`` takes them. Two of the same short name are
-            told apart by what was given, and one that is given twice is measured once.
-        benchmarks: of word similarity; used where the model has a tokenizer.
-        tensor: the name of the tensor to measure instead.
-        data: the corpus of one of our runs; None for where it was during training.
-        center_to: where to write a copy of the model, which must be the only one, with a centered output embedding.
+        models: as for ``coupled_adam.audit.embedding_files.read_embeddings``. Models with the same short name are shown
+            under the name that you gave; duplicates are measured once.
+        benchmarks: of word similarity, for instance ``coupled_adam.geometry.published_benchmarks()``; used if the model
+            has a tokenizer.
+        tensor: the name of the tensor to measure instead of the embeddings.
+        data: the corpus, for a run of this package; None for where it was during training.
+        center_to: where to write a copy with a centered output embedding; only with a single model.
 
     Returns:
-        The audits, and what was written to ``center_to``.
+        The audits, one per matrix, and what was written to ``center_to``, or None.
 
     Raises:
-        InputError: as ``read_embeddings`` and ``coupled_adam.audit.centering.center``; or a matrix that is not
-            finite.
+        InputError: as for ``read_embeddings`` and ``coupled_adam.audit.centering.center``; or a matrix is not finite.
     """
     given = list(dict.fromkeys(models))
     if center_to is not None and len(given) > 1:

@@ -19,6 +19,7 @@ __all__ = ["Finding", "Level"]
 
 #: A note judges nothing: it says what was not measured, what the metrics include, or what explains them.
 Level = Literal["good", "fair", "poor", "note"]
+"""How a metric was judged; ``"note"`` for a remark without judgment."""
 
 #: Singular values below this share of the largest are what rounding to float32 left of zeros.
 ROUNDING = 1e-6
@@ -38,10 +39,11 @@ class Finding:
     """One metric judged, or a note."""
 
     level: Level
+    """The judgment."""
     text: str
     """A sentence with the value of the metric."""
     figure: str | None = None
-    """The name of the metric that was judged, a key of ``coupled_adam.figures.FIGURES``; None for the others."""
+    """The name of the metric that was judged, as in ``coupled_adam.geometry.Measurements``; None for a note."""
 
 
 @dataclass(frozen=True)

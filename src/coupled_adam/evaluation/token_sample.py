@@ -16,11 +16,12 @@ DIGITS = 5
 
 @dataclass(frozen=True)
 class TokenSample:
-    """One entry a token in each list, the most frequent token first."""
+    """Some tokens of a vocabulary, for plots. Each list has one entry per token, the most frequent token first."""
 
     text: list[str]
+    """The tokens."""
     count: list[int] | None
-    """Occurrences in the training text; None where they are not known, and the order is then that of the vocabulary."""
+    """Occurrences in the training text; None if unknown, and the order is then that of the vocabulary."""
     norm: list[float]
     """‖e_i‖."""
     projection: list[float]
@@ -28,12 +29,12 @@ class TokenSample:
     along: list[float]
     """Position along the mean embedding μ, measured from the origin."""
     across: list[float]
-    """Position along the first principal component of what is orthogonal to μ."""
+    """Position along the direction of largest variance orthogonal to μ."""
     second_moment: list[float] | None
-    """Of Adam, elementwise, the mean over the components; None for an optimizer without."""
+    """Adam's elementwise second moment, averaged over the components; None for an optimizer without one."""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain lists; ``TokenSample(**sample.as_json())`` is the same sample."""
+        """Return plain lists; ``TokenSample(**sample.as_json())`` is the same sample."""
         return asdict(self)
 
 

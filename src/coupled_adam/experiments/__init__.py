@@ -168,7 +168,7 @@ def families(suite: str = "mini") -> dict[str, dict[str, Any]]:
     """List the families of experiments that ``coupled-adam reproduce`` runs.
 
     Args:
-        suite: that has families: ``"mini"`` or ``"oec"``.
+        suite: a suite with families; so far this is only ``"mini"``.
 
     Returns:
         By the name of the family, a table with the names of its ``experiments`` and its ``seeds``.

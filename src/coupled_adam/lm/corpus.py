@@ -25,6 +25,7 @@ from coupled_adam.lm.words import Words, words_of
 FORMAT = 4
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+"""Token IDs, (n,), of the smallest dtype that fits the vocabulary."""
 
 
 class Shard(TypedDict):

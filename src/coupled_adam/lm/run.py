@@ -46,11 +46,15 @@ class Run:
     """The newest checkpoint of a run, with the text it was trained on. Opened with ``open_run``."""
 
     directory: Path
+    """Where it is."""
     experiment: Experiment
+    """Its settings."""
     corpus: Corpus
+    """Its text."""
     checkpoint: Path
+    """The directory of the newest checkpoint."""
     planned: tuple[int, ...] = ()
-    """As ``planned_steps``."""
+    """The numbers of steps that it was planned for; more than one if it was trained longer."""
 
     @property
     def step(self) -> int:
@@ -58,7 +62,17 @@ class Run:
         return step_of(self.checkpoint)
 
     def model(self, world: World | None = None) -> LanguageModel:
-        """Load the model in evaluation mode. Several ranks share it as they did in training."""
+        """Load the model in evaluation mode. Several ranks share it as in training.
+
+        Args:
+            world: the ranks; None for a single process.
+
+        Returns:
+            The model.
+
+        Raises:
+            InputError: the checkpoint is damaged.
+        """
         world, config = world or World(), self.experiment
         sizes = self.corpus.vocab_size, config.data.sequence_length
         model = build_model(config.model, *sizes, config.run.seed, config.loss)

@@ -33,6 +33,7 @@ from coupled_adam.report.paired import PairedDifference, paired_difference
 __all__ = ["Evaluated", "read_runs", "table"]
 
 Value = float | None
+"""The value of a metric; None if it is not defined or was not measured."""
 
 #: The two methods that the reports compare, as ``Evaluated.method`` calls them.
 ADAMW, COUPLED = OPTIMIZER_LABELS["adamw"], OPTIMIZER_LABELS["coupled_adam"]
@@ -65,29 +66,37 @@ DRIFT = ("drift_second_moments", "drift_gradients", "drift_decay")
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A run and what its stages have written."""
+    """A run and the results of its evaluation. The results of a stage are empty if it was not run."""
 
     directory: Path
+    """Where it is."""
     experiment: Experiment
+    """Its settings."""
     curve: list[dict[str, Any]]
-    """The lines of metrics.jsonl that hold an evaluation."""
+    """The lines of metrics.jsonl with an evaluation."""
     validation: dict[str, Any]
+    """The content of validation.json."""
     embeddings: dict[str, Any]
+    """The content of embeddings.json."""
     downstream: dict[str, Any]
+    """The content of downstream.json."""
     frequency: dict[str, Any]
+    """The content of frequency.json."""
     version: str | None = None
-    """Of the package that trained it."""
+    """Version of the package that trained it."""
     diverged: str | None = None
     """How it diverged; None if it did not."""
     planned: tuple[int, ...] = ()
-    """As ``coupled_adam.lm.run.planned_steps``."""
+    """The numbers of steps that it was planned for; more than one if it was trained longer."""
 
     @property
     def name(self) -> str:
+        """Name of the run."""
         return self.experiment.run.name
 
     @property
     def seed(self) -> int:
+        """Seed of the run."""
         return self.experiment.run.seed
 
     @cached_property
@@ -108,7 +117,7 @@ class Evaluated:
 
     @property
     def length(self) -> str:
-        """Tokens seen in training, for a table; of a run that was trained longer, after how many it went on."""
+        """Tokens seen in training, for a table; for a run that was trained longer, also where it continued."""
         before = [short(steps * self.experiment.train.batch_tokens) for steps in self.planned[:-1]]
         return " ".join([short(self.tokens), *(["(longer from", f"{', '.join(before)})"] if before else [])])
 
@@ -118,7 +127,7 @@ class Evaluated:
         return self.setting_without()
 
     def setting_without(self, *keys: str) -> str:
-        """Key shared by runs that differ only in seed, method, and what ``section.key`` of ``keys`` say."""
+        """Key shared by runs that differ only in seed, method, and the given keys, each as ``section.key``."""
         speed = {"micro_batch", "compile", "activation_checkpointing", "checkpoint_every", "keep_last", "keep_every"}
         content = self.experiment.model_dump(include={"model", "data", "optimizer", "schedule", "train"})
         del content["optimizer"]["embedding"]
@@ -131,12 +140,12 @@ class Evaluated:
 
     @property
     def method(self) -> str:
-        """What people call the way in which the output embedding was trained."""
+        """The usual name of the way in which the output embedding was trained."""
         return self.experiment.method
 
     @property
     def head(self) -> str:
-        """What the logits are rounded to: ``float32`` or ``bfloat16``."""
+        """Precision of the logits: ``float32`` or ``bfloat16``."""
         return self.experiment.model.logits or self.experiment.train.precision
 
     @property
@@ -152,7 +161,7 @@ class Evaluated:
 
     @property
     def figures(self) -> dict[str, Value]:
-        """All figures by name: those of the stages, and of the last evaluation during training."""
+        """All metrics by name: those of the stages, and of the last evaluation during training."""
         return {
             **self.embeddings.get("figures", {}),
             "validation_loss_during_training": self.last.get("validation_loss"),
@@ -165,7 +174,8 @@ class Evaluated:
 
     @property
     def loss_by_decile(self) -> list[Value]:
-        """Of the report half of the held-out text, from its rarest tenth to its most frequent; None if not measured."""
+        """Loss per decile of token frequency, the rarest first, on the report half of the held-out text; None if not
+        measured."""
         return self.frequency.get("loss_by_decile") or [None] * DECILES
 
     def beyond_memory(self, share: Literal["rows", "text"]) -> Value:
@@ -194,10 +204,16 @@ class Evaluated:
 
 
 def read_runs(directories: Iterable[Path]) -> list[Evaluated]:
-    """Read the runs in ``directories``, each a run or a directory that holds runs; sorted by size, then name.
+    """Read runs and the results of their evaluation.
+
+    Args:
+        directories: each a run, or a directory that contains runs.
+
+    Returns:
+        The runs, sorted by family, size, tokens and name; each of them once.
 
     Raises:
-        InputError: a directory without runs, or a damaged file.
+        InputError: a directory contains no runs, or a file is damaged.
     """
     found: dict[Path, Evaluated] = {}
     for directory in directories:
@@ -306,7 +322,14 @@ MORE_COLUMNS: dict[str, Callable[[Evaluated], str | Value]] = {
 
 
 def table(runs: Sequence[Evaluated]) -> list[dict[str, str | Value]]:
-    """Make one row a run: ``COLUMNS`` (``Smin/Smax`` in percent, as in the paper), then ``MORE_COLUMNS``."""
+    """Make a table of runs, with the column names of the reference implementation first.
+
+    Args:
+        runs: from ``read_runs``.
+
+    Returns:
+        One row per run: values by column, None where one was not measured. ``Smin/Smax`` is in percent.
+    """
     family = _families()
     return [
         {c: run.name if f == "name" else run.figures.get(f) for c, f in COLUMNS.items()}
