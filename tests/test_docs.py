@@ -1,4 +1,4 @@
-"""The code in the README and the documentation runs as it stands there."""
+"""The code in the README and the documentation runs as it stands there, and the API pages are complete."""
 
 import ast
 import functools
@@ -9,6 +9,7 @@ import textwrap
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,10 +22,10 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import coupled_adam
-from coupled_adam import geometry, monitor
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+API_PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 #: The rooms whose warnings docs/troubleshooting.md quotes.
 WARNING = ("optim", "models", "integrations", "monitor")
@@ -42,12 +43,21 @@ def is_python(text: str) -> bool:
 
 def blocks(page: Path) -> list[str]:
     """The Python of a page, between fences or indented."""
-    text = page.read_text("utf-8")
-    indented = [textwrap.dedent(block) for block in INDENTED.findall(FENCED.sub("", text))]
-    return [block for kind, block in FENCED.findall(text) if kind == "python"] + list(filter(is_python, indented))
+    indented = [textwrap.dedent(block) for block in INDENTED.findall(FENCED.sub("", page.read_text("utf-8")))]
+    return fenced(page) + list(filter(is_python, indented))
+
+
+def fenced(page: Path) -> list[str]:
+    """The Python of an API page: what is indented there are options."""
+    return [block for kind, block in FENCED.findall(page.read_text("utf-8")) if kind == "python"]
 
 
 BLOCKS = [pytest.param(block, id=f"{page.name}-{i}") for page in PAGES for i, block in enumerate(blocks(page))]
+BLOCKS += [
+    pytest.param(block, id=f"api/{page.name}-{i}", marks=pytest.mark.long)  # whole runs
+    for page in API_PAGES
+    for i, block in enumerate(fenced(page))
+]
 
 
 @pytest.fixture
@@ -110,56 +120,124 @@ def test_a_block_runs(block: str, alone: None, tmp_path: Path, monkeypatch: pyte
     exec(compile(block, "a block of the documentation", "exec"), given)
 
 
-def documented() -> set[str]:
-    """What the API pages ask for: objects, and members of them."""
-    names = set()
-    for page in (ROOT / "docs" / "api").glob("*.md"):
-        for name, options in re.findall(r"^::: (\S+)\n((?:    .*\n)*)", page.read_text("utf-8") + "\n", re.MULTILINE):
-            members = re.search(r"members: \[([^\]]*)\]", options)
-            names |= {name, *(f"{name}.{member.strip()}" for member in (members[1].split(",") if members else []))}
-    return names
+@pytest.fixture(scope="module")
+def api_pages() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import api_pages
+
+        yield api_pages
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
 
 
-@pytest.mark.parametrize("package", [coupled_adam, geometry, monitor], ids=lambda package: package.__name__)
-def test_every_public_name_stands_in_the_api_pages(package: Any) -> None:
+def test_every_public_name_stands_in_the_api_pages(api_pages: ModuleType) -> None:
     """``tools/check_docs.py`` looks for them in the pages that are built."""
-    asked_for, missing = documented(), []
-    for name in set(package.__all__) - {"__version__"}:
-        value, path = getattr(package, name), f"{package.__name__}.{name}"
-        # A name that a submodule has too stands for the submodule there: the page must ask for the function in it.
-        of_module = path in sys.modules or f"coupled_adam.optim.{name}" in sys.modules
-        found = {f"{value.__module__}.{value.__qualname__}"} | (set() if of_module else {path, package.__name__})
-        if not asked_for & found:
-            missing.append(name)
-    assert missing == []
+    assert api_pages.missing_pages() == []
+    names = api_pages.public_names(api_pages.package())
+    assert len(names) > 100
+    assert names["coupled_adam.geometry.plane"] == "coupled_adam.geometry.plane.plane"  # not the module
 
 
-PUBLIC = {name.split(".")[-1] for name in documented()} | {*geometry.__all__, *monitor.__all__}
+def test_docstrings_of_the_api_pages_are_complete(api_pages: ModuleType) -> None:
+    assert api_pages.faulty_docstrings() == []
 
 
-def arguments_without_a_parameter(path: Path) -> list[str]:
-    """What docstrings of a file describe as arguments that the function, or the class's constructor, does not take."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if not isinstance(node, ast.ClassDef | ast.FunctionDef):
-            continue
-        section = re.search(r"^Args:\n((?:(?:    .*)?\n)+)", f"{ast.get_docstring(node)}\n", re.MULTILINE)
-        of_class = [f for f in getattr(node, "body", []) if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
-        function = node if isinstance(node, ast.FunctionDef) else next(iter(of_class), None)
-        if section is None or function is None:
-            continue
-        taken = {arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)}
-        named = re.findall(r"^    (\S[^:]*):", section[1], re.MULTILINE)
-        if node.name not in PUBLIC:  # several may share a line where no page makes a table of them
-            named = [name for names in named for name in names.split(", ")]
-        found += [f"{path.name}, {node.name}: {name}" for name in named if name.lstrip("*") not in taken]
-    return found
+def test_types_in_signatures_stand_in_the_api_pages(api_pages: ModuleType) -> None:
+    assert api_pages.unlinked_types() == []
 
 
-def test_a_docstring_describes_the_arguments_there_are() -> None:
-    """On the API pages one by one: they make a table of them."""
-    source = Path(coupled_adam.__file__).parent
-    assert [line for path in sorted(source.rglob("*.py")) for line in arguments_without_a_parameter(path)] == []
+def test_tables_of_all_pages_are_whole(api_pages: ModuleType) -> None:
+    assert api_pages.faulty_tables() == []
+
+
+MODULE = '''
+"""A package."""
+
+from dataclasses import dataclass
+
+from coupled_adam.unseen import Unseen
+
+__all__ = ["Shift", "shift"]
+
+
+@dataclass
+class Shift:
+    """A shift."""
+
+    length: float
+    """Its length."""
+
+
+def shift(matrix: list[float], scale: float = 1.0) -> Shift:
+    """Measure a shift.
+
+    | a | b |
+    | - | - |
+    | 1 | 2 |
+
+    Args:
+        matrix: some numbers,
+            or none.
+        scale: a factor.
+
+    Returns:
+        The shift.
+
+    Raises:
+        ValueError: no numbers.
+
+    Examples:
+        >>> shift([1.0]).length
+        1.0
+    """
+    if not matrix:
+        raise ValueError("no numbers")
+    return Shift(scale * sum(matrix))
+'''
+PAGE = "# A page\n\n| a | b |\n| --- | --- |\n| `x|y` | 2 |\n\n::: coupled_adam.shift\n\n::: coupled_adam.Shift\n"
+
+#: Faults of that module and page: a text, what takes its place, and a part of the complaint.
+FAULTS = {
+    "an unknown parameter": ("        scale: a", "        factor: a", "'factor' does not appear"),
+    "a parameter that is missing": ("        scale: a factor.\n", "", "scale is not under Args"),
+    "two parameters in one line": ("        scale: a", "        matrix, scale: a", "'matrix, scale' does not appear"),
+    "no section of parameters": ("    Args:\n", "    Given:\n", "matrix is not under Args"),
+    "a parameter without a colon": ("scale: a factor", "scale a factor", "Failed to get 'name: description'"),
+    "a section without a blank line": ("factor.\n\n    Returns", "factor.\n    Returns", "has no section Returns"),
+    "a wrong indentation": ("            or none.", "          or none.", "Confusing indentation"),
+    "a result that is missing": ("    Returns:\n", "    Gives:\n", "no section Returns"),
+    "a result with a colon": ("        The shift.", "        Size: of the shift.", "'Size' is read as a"),
+    "an error that is missing": ("        ValueError:", "        KeyError:", "raises ValueError"),
+    "no example": ("        >>> shift", "        shift", "no example"),
+    "a field without a word": ('    """Its length."""\n', "", "field length has no docstring"),
+    "no docstring": ('    """A shift."""\n', "", "Shift: has no docstring"),
+    "a short row in a docstring": ("    | 1 | 2 |", "    | 1 |", "2 columns has a row of 1"),
+    "a public name without a page": ("::: coupled_adam.Shift\n", "", "coupled_adam.Shift: on none of the API pages"),
+    "a public name that is missing": ('"Shift", ', '"Shift", "Slide", ', "no such name"),
+    "an object that is missing": ("::: coupled_adam.Shift\n", "::: coupled_adam.Slide\n", "no such object"),
+    "a type without a page": ("matrix: list[float]", "matrix: Unseen", "its type coupled_adam.unseen.Unseen"),
+    "a type of a field without a page": ("length: float", "length: Unseen", "its type coupled_adam.unseen.Unseen"),
+    "a short row": ("| `x|y` | 2 |", "| `x|y` |", "2 columns has a row of 1"),
+    "a long row": ("| `x|y` | 2 |", "| x|y | 2 |", "2 columns has a row of 3"),
+    "a short line of dashes": ("| --- | --- |", "| --- |", "2 columns has a row of 1"),
+    "no line of dashes": ("| --- | --- |\n", "", "without a line of dashes"),
+}
+
+
+@pytest.mark.parametrize("fault", ["none", *FAULTS])
+def test_a_fault_in_an_api_page_is_found(api_pages: ModuleType, tmp_path: Path, fault: str) -> None:
+    text, instead, complaint = FAULTS.get(fault, ("", "", ""))
+    source, pages = tmp_path / "src" / "coupled_adam", tmp_path / "docs" / "api"
+    source.mkdir(parents=True)
+    pages.mkdir(parents=True)
+    assert text in MODULE or text in PAGE
+    (source / "__init__.py").write_text(MODULE.replace(text, instead) if text else MODULE, encoding="utf-8")
+    (source / "unseen.py").write_text('class Unseen:\n    """A type."""\n', encoding="utf-8")
+    (pages / "page.md").write_text(PAGE.replace(text, instead) if text else PAGE, encoding="utf-8")
+    found = api_pages.complaints(tmp_path)
+    assert (found == []) is (fault == "none")
+    assert complaint in "\n".join(found)
 
 
 def test_links_lead_somewhere() -> None:

@@ -6,6 +6,7 @@ Griffe reads the docstrings as mkdocstrings does. Each check returns its complai
 """
 
 import ast
+import functools
 import logging
 import re
 import sys
@@ -45,6 +46,7 @@ def entries(root: Path = ROOT) -> list[Entry]:
     return found
 
 
+@functools.cache
 def package(root: Path = ROOT) -> griffe.Module:
     """Read the package, without importing it."""
     loaded = griffe.load("coupled_adam", search_paths=[root / "src"], docstring_parser="google", allow_inspection=False)
@@ -82,7 +84,9 @@ def missing_pages(root: Path = ROOT) -> list[str]:
         except KeyError:
             complaints.append(f"{entry.page}: {entry.path}: no such object")
     for path, target in public_names(read).items():
-        if target not in paths:
+        if target == "nothing":
+            complaints.append(f"{path}: in __all__, but there is no such name")
+        elif target not in paths:
             complaints.append(f"{path}: on none of the API pages")
     return sorted(complaints)
 
@@ -93,6 +97,9 @@ def public_names(read: griffe.Module) -> dict[str, str]:
     for module in _modules(read):
         for name in module.exports or []:
             if str(name).startswith("__"):
+                continue
+            if str(name) not in module.members:
+                found[f"{module.path}.{name}"] = "nothing"
                 continue
             target = resolved(module.members[str(name)])
             # A function has the name of its module: the package's name is the function's.
