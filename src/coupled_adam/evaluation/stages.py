@@ -42,7 +42,7 @@ HIGHEST_LOSS = 700.0
 
 @dataclass(frozen=True)
 class Downstream:
-    """Settings of the stage ``downstream``, as of ``coupled_adam.evaluation.downstream.downstream``."""
+    """Settings of the stage ``downstream``, as in ``coupled_adam.evaluation.downstream.downstream``."""
 
     tasks: tuple[str, ...] = PAPER_TASKS
     """Names of lm-eval tasks."""

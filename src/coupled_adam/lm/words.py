@@ -15,7 +15,7 @@ MARKED_SHARE = 0.01
 
 
 class Words:
-    """A vocabulary, as far as single words are concerned.
+    """Which words of a vocabulary are single tokens.
 
     Args:
         tokens: the text of each token, by its ID, as the vocabulary writes it.
