@@ -1,6 +1,6 @@
 """What the API pages promise, checked in the sources: no build is needed.
 
-    pip install griffelib && python tools/api_pages.py
+    pip install ".[docs]" && python tools/api_pages.py
 
 Griffe reads the docstrings as mkdocstrings does. Each check returns its complaints, one line each.
 """

@@ -28,7 +28,7 @@ CODE = re.compile(r"<(pre|script)\b.*?</\1>", re.DOTALL)
 
 def complaints_of_the_build() -> list[str]:
     """What is wrong enough for the build to say so, on standard output or error."""
-    command = [Path(sys.executable).with_name("zensical"), "build", "--strict", "--clean"]
+    command = [str(Path(sys.executable).with_name("zensical")), "build", "--strict", "--clean"]
     build = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = [line for line in build.stdout.splitlines() if re.search(r"griffe|warning|error", line, re.IGNORECASE)]
     return lines or ([build.stdout] if build.returncode else [])
