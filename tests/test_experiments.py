@@ -193,6 +193,7 @@ def test_the_families_name_experiments_that_exist() -> None:
             "one-rate",
             "health",
             "batch",
+            "large-batch",
             "rest",
             "rates",
             "words",
