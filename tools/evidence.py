@@ -22,6 +22,7 @@ from pathlib import Path
 import evidence_demo
 import evidence_memory  # noqa: F401
 import evidence_models  # noqa: F401
+import evidence_programs  # noqa: F401
 import evidence_sweeps  # noqa: F401  # registers its blocks
 from evidence_results import BLOCKS, NotYet, Results
 from evidence_study import BATCH, WHAT
