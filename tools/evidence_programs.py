@@ -92,6 +92,12 @@ def finetuning(results: Results) -> str:
     return markdown(headings, made)
 
 
+@block("finetuning-difference")
+def finetuning_difference(results: Results) -> str:
+    a, v = (_by_seed(found, "loss_report") for _, found in _compared(results.rows("finetuning.csv"), True).values())
+    return difference_text(paired_difference(a, v))
+
+
 # Toy
 
 
