@@ -167,6 +167,21 @@ def batch_sentence(results: Results) -> str:
     return " and ".join(", ".join(part) for part in ([t for _, t in sorted(told)][:-1], [max(told)[1]]) if part)
 
 
+@block("kappa")
+def kappa(results: Results) -> str:
+    """How far the study is from real batches; the same for all of its runs with one batch and vocabulary."""
+    (tied,) = results.tuned(WHAT, "tied")
+    row = tied.rows[0]
+    rows, of_text, tokens, size = (number(row, c) for c in ("kappa_rows", "kappa_text", "batch_tokens", "vocab_size"))
+    if rows is None or of_text is None or tokens is None or size is None:
+        raise NotYet("study.csv does not say how often rows are forgotten")
+    beta2 = number(row, "beta2")
+    return (
+        f"At B = {tokens:,.0f} and β2 = {cell(beta2, '{:g}')}, the setting of our study, that is {rows:.0%} of a "
+        f"vocabulary of {size:,.0f}, and {of_text:.0%} of the text."
+    )
+
+
 @block("batch-tempered")
 def batch_tempered(results: Results) -> str:
     rows = []
