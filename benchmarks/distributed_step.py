@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
-    print("| processes | optimizer | collectives a step | bytes a process sends | step | ÷ AdamW |")
+    print("| processes | optimizer | collectives per step | bytes sent per process | step | ÷ AdamW |")
     print("| ---: | --- | --- | ---: | ---: | ---: |", flush=True)
     with tempfile.TemporaryDirectory() as directory, harness.results(args) as results:
         for ranks in args.ranks:

@@ -285,7 +285,7 @@ def counted(shapes: Shapes, make: Callable[..., Step], clip: bool, *, triton: bo
 
 def rows(results: harness.Results | None = None) -> Iterator[str]:
     """Yield the lines of the table."""
-    yield "| step | launches | of them large | bytes an element | temporaries |"
+    yield "| step | launches | large launches | bytes per element | temporaries |"
     yield "| --- | ---: | ---: | ---: | ---: |"
     kinds: list[tuple[str, Callable[..., Step], dict[str, Any]]] = [
         ("ours", ours, {}),
