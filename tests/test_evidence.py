@@ -287,6 +287,7 @@ def test_blocks_make_do_with_columns_that_are_missing(evidence: ModuleType, root
                     "isotropy",
                     "eb_cos_sim",
                     "mu norm",
+                    *("kappa_rows", "kappa_text", "batch_tokens", "vocab_size"),
                 ), (
                     column,
                     name,
