@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -57,7 +57,7 @@ class Measurements:
     """Correlation of e_i·μ with log frequency; None without counts."""
     word_similarity: dict[str, list[WordSimilarity]]
     """By post-processing, one entry per benchmark; empty without a way to look words up."""
-    singular_values: Float64
+    singular_values: Float64 = field(repr=False)
     """All singular values, (min(V, H),), largest first."""
     zero_rows: int
     """How many rows are exactly zero; these are usually unused tokens."""
