@@ -194,6 +194,7 @@ def test_the_families_name_experiments_that_exist() -> None:
             "health",
             "batch",
             "large-batch",
+            "steps",
             "rest",
             "rates",
             "words",
