@@ -367,9 +367,10 @@ def test_clipping_twice_is_told_once_and_the_start_says_who_clips(tmp_path, capl
     trained = trainer(tmp_path, ours={}, save_strategy="no", max_steps=2)
     trained.train()
     logger.removeHandler(caplog.handler)
-    (told,) = [record.getMessage() for record in caplog.records if record.name == "coupled_adam"]
-    assert "coupled over the vocabulary: lm_head.weight (64, 16), weight decay 0" in told
-    assert told.endswith("clipping by the Trainer: to a global norm of 1")
+    told = [record.getMessage() for record in caplog.records if record.name == "coupled_adam"]
+    assert told[0] == "CoupledAdam" and not any("\\n" in line for line in told)
+    assert "  coupled over the vocabulary: lm_head.weight (64, 16), weight decay 0" in told
+    assert told[-1] == "  clipping by the Trainer: to a global norm of 1"
 
 
 def test_the_factory_takes_the_arguments_that_axolotl_passes(tmp_path) -> None:

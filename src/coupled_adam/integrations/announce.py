@@ -10,4 +10,5 @@ from coupled_adam.optim import describe
 def announce(optimizer: Optimizer, clipping: str) -> None:
     """Log ``describe(optimizer)``, and below it what the trainer clips, in the first process."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
-        progress.say(f"{describe(optimizer)}\n  clipping by {clipping}")
+        for line in (*describe(optimizer).splitlines(), f"  clipping by {clipping}"):
+            progress.say(line)
