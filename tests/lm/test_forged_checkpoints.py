@@ -122,5 +122,5 @@ def test_a_description_that_names_other_files_is_refused(run: Path, honest: Path
     index, stored = next(iter(metadata.storage_data.items()))
     metadata.storage_data[index] = dataclasses.replace(stored, relative_path="../../../secret")
     forge(run, pickle.dumps(metadata), ".metadata")
-    with pytest.raises(InputError, match=r"damaged .*\.\./secret is no file of this checkpoint"):
+    with pytest.raises(InputError, match=r"damaged .*\.\./secret is not a file of this checkpoint"):
         open_run(run, honest / "corpus").model()

@@ -82,7 +82,7 @@ def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypat
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     file = table(tmp_path / "a.parquet", DOCUMENTS, column="content")
-    with pytest.raises(InputError, match="no column 'text'; there are id, content"):
+    with pytest.raises(InputError, match="no column 'text'; the columns are id, content"):
         prepare(source_of(str(file)), DATA, tmp_path / "corpus")
     assert prepare(source_of(str(file), "content"), DATA, tmp_path / "corpus").tokens("train") > 1000
 

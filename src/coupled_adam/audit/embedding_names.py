@@ -135,7 +135,8 @@ def none_found(source: str, tensors: Tensors) -> InputError:
         return InputError(f"{source}: no embedding: none of its tensors is a matrix ({_listed(list(shapes)[:5])})")
     largest = [f"{name} {shapes[name][0]:,} × {shapes[name][1]:,}" for name in matrices[:5]]
     return InputError(
-        f"{source}: no tensor has the name of a known embedding; name one. Those with the most rows: {_listed(largest)}"
+        f"{source}: no tensor has a known embedding name; name one (--tensor). Those with the most rows: "
+        f"{_listed(largest)}"
     )
 
 

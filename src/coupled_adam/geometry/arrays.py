@@ -67,13 +67,13 @@ def enough_memory(what: str, *shape: int) -> Iterator[None]:
         needed *= length
     message = f"{what} needs {needed / 1e9:,.3g} GB of memory in float64"
     if needed > (limit := memory_limit()):
-        raise InputError(f"{message}, and there are {limit / 1e9:,.3g} GB")
+        raise InputError(f"{message}, but the machine has {limit / 1e9:,.3g} GB")
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
         if not out_of_memory(error):
             raise
-        raise InputError(f"{message}, and less is free") from None
+        raise InputError(f"{message}, but less is free") from None
 
 
 def memory_limit() -> float:

@@ -46,7 +46,7 @@ def of_runs(runs: Iterable[Evaluated]) -> dict[str, DocumentLosses]:
         data, tokens = run.experiment.data, documents["tokens"]
         corpus = f"{data.source}-{data.vocab_size}-{sum(tokens)}"
         if lengths.setdefault(corpus, tokens) != tokens:
-            raise InputError(f"{run.directory}: its documents have other lengths than those of other runs on {corpus}")
+            raise InputError(f"{run.directory}: its documents differ in length from those of other runs on {corpus}")
         found[run.name] = DocumentLosses(corpus, np.array(tokens), np.array(documents["loss"]))
     return found
 
