@@ -495,8 +495,8 @@ def save_npz(path: Path) -> None:
         ("m.npz", save_npz, r"second 4 × 2, first 3 × 2"),
         ("m.safetensors", lambda p: save_file({"x": torch.ones(3)}, p), "none of its tensors is a matrix"),
         ("m.safetensors", lambda p: save_file({"wte.weight": torch.ones(4, 4).int()}, p), "holds int32"),
-        ("m.pt", lambda p: torch.save({"step": 3}, p), "holds no tensors"),
-        ("m.pt", lambda p: torch.save([1, 2], p), "holds no tensors"),
+        ("m.pt", lambda p: torch.save({"step": 3}, p), "contains no tensors"),
+        ("m.pt", lambda p: torch.save([1, 2], p), "contains no tensors"),
         ("directory", lambda p: p.mkdir(), "no weights in it"),
     ],
 )
@@ -515,7 +515,7 @@ def test_folders_of_which_something_is_wrong(tmp_path: Path) -> None:
     (directory / shard).unlink()
     with pytest.raises(InputError, match=rf"{shard}: not found"):
         read_embeddings(str(directory))
-    with pytest.raises(InputError, match=r"holds no tensor 'wte'"):
+    with pytest.raises(InputError, match=r"contains no tensor 'wte'"):
         read_embeddings(str(saved(gpt2(), tmp_path / "g")), tensor="wte")
     (tmp_path / "g" / "config.json").write_text("[")
     with pytest.raises(InputError, match=r"config\.json: damaged"):

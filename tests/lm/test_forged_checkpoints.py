@@ -106,7 +106,7 @@ def test_no_command_runs_what_a_checkpoint_carries(
         assert "Traceback" not in result.stderr
         if result.returncode or arguments[0] == "train":
             assert result.returncode == 2
-            assert "damaged" in result.stderr or "this checkpoint holds no" in result.stderr
+            assert "damaged" in result.stderr or "this checkpoint contains no" in result.stderr
 
 
 def test_the_payload_would_run_where_nothing_guards(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ HEAD = "name,corpus,document_1,document_2\n"
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        ("r,c,1.0,2.0\n", "line 2, r: no row tokens:c stands above it"),
+        ("r,c,1.0,2.0\n", "line 2, r: no row tokens:c comes before it"),
         ("tokens:c,c,1,2\nr,c,1.0\n", "line 3, r: 1 documents where the corpus has 2"),
         ("tokens:c,c,1,2\nr,c,1.0,x\n", "line 3, r: could not convert string to float: 'x'"),
         ("tokens:c,c,1,2\nr,c,,2.0\n", "line 3, r: values are missing"),

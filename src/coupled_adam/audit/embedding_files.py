@@ -18,6 +18,7 @@ from coupled_adam.audit.embedding_names import (
     find_output,
     find_packed_output,
     has_adapter,
+    largest_matrices,
     none_found,
     only_matrix,
 )
@@ -183,7 +184,7 @@ def _embeddings(
     if found is None and base is not None:
         raise InputError(
             f"{path}: an adapter; its input embeddings are in its base model {base}: audit that, or name one of the "
-            f"adapter's matrices ({none_found('what it holds', tensors)})"
+            f"adapter's matrices ({largest_matrices(tensors)})"
         )
     matrix, found, expanded = _expanded(tensors, found or _lone(tensors), path, missing)
     head, output, note = _output(tensors, found, matrix)
@@ -219,7 +220,7 @@ def _expanded(tensors: Tensors, found: str | None, path: Path, missing: str | No
 
 
 def _named(tensors: Tensors) -> str:
-    return f"put all parts into one directory, or name a tensor: {none_found('what is there', tensors)}"
+    return f"put all parts into one directory, or name a tensor (--tensor): {largest_matrices(tensors)}"
 
 
 def _output(tensors: Tensors, found: str, matrix: Tensor) -> tuple[str | None, Tensor | None, str | None]:
@@ -322,7 +323,7 @@ def _matrix(tensors: Tensors, name: str | None, source: Path) -> Tensor:
     if name is None:
         raise none_found(str(source), tensors)
     if name not in tensors.files:
-        raise InputError(f"{source}: holds no tensor {name!r}; {none_found('what it holds', tensors)}")
+        raise InputError(f"{source}: contains no tensor {name!r}; {largest_matrices(tensors)}")
     return tensors.matrix(name)
 
 

@@ -113,7 +113,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     named = content if isinstance(content, dict) else {}
     tensors = {str(name): value.detach() for name, value in named.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise InputError(f"{path}: holds no tensors")
+        raise InputError(f"{path}: contains no tensors")
     return tensors
 
 

@@ -109,7 +109,7 @@ def arrays_in(path: Path) -> Tensors:
             with path.open("rb") as file:
                 headers = {lone: (*_header(file), path.stat().st_size)}
     if not headers:
-        raise InputError(f"{path}: holds no arrays")
+        raise InputError(f"{path}: contains no arrays")
     for name, (shape, dtype, holds) in headers.items():
         if dtype.hasobject:
             raise InputError(

@@ -52,7 +52,8 @@ def as_matrix(embedding: Matrix) -> Float64:
     if matrix.ndim != 2 or matrix.shape[0] < 2 or matrix.shape[1] < 1:
         raise ValueError(f"an embedding matrix is (vocabulary, hidden) with two rows or more; got shape {matrix.shape}")
     if not np.isfinite(matrix).all():
-        raise ValueError(f"the embedding matrix holds {(~np.isfinite(matrix)).sum()} values that are NaN or infinite")
+        count = (~np.isfinite(matrix)).sum()
+        raise ValueError(f"the embedding matrix contains {count} values that are NaN or infinite")
     return matrix
 
 

@@ -319,7 +319,7 @@ def load_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
         for name in names:
             stored = known.get(name)
             if not isinstance(stored, TensorStorageMetadata):
-                raise InputError(f"{path}: this checkpoint holds no {name}")
+                raise InputError(f"{path}: this checkpoint contains no {name}")
             content[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
         load(dict(content), storage_reader=reader, planner=_Planner(), no_dist=True)
     return content

@@ -79,7 +79,10 @@ def _untrained(optimizer: AdamFamily, member: Member) -> str:
     own = optimizer.state.get(_param(member), {}).get("step", 0)
     if int(own) or not any(steps):
         return ""
-    return f"; no gradient in {max(steps)} steps: frozen, unused, or replaced since, as by resize_token_embeddings"
+    return (
+        f"; no gradient in {max(steps)} steps: frozen, unused, or replaced since, for example by "
+        "resize_token_embeddings"
+    )
 
 
 def _others(members: list[Member]) -> Iterator[str]:

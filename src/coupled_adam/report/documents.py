@@ -94,7 +94,7 @@ def read_documents(path: Path) -> dict[str, DocumentLosses]:
                         raise ValueError("other documents than in an earlier row of the corpus")
                     continue
                 if corpus not in lengths:
-                    raise ValueError(f"no row {TOKENS}{corpus} stands above it")
+                    raise ValueError(f"no row {TOKENS}{corpus} comes before it")
                 if len(values) != len(lengths[corpus]):
                     raise ValueError(f"{len(values)} documents where the corpus has {len(lengths[corpus])}")
                 if name in found:
