@@ -149,7 +149,7 @@ def test_the_card_tells_only_of_its_own_weights(run_dir: Path) -> None:
     ("arguments", "message"),
     [
         (["--only", "validaton"], "validaton: unknown stage; choose from validation, embeddings"),
-        (["--benchmarks", "nowhere"], "nowhere: no benchmark there"),
+        (["--benchmarks", "nowhere"], "nowhere: contains no known benchmark"),
         (["--data", "nowhere"], "pass its directory with --data"),
     ],
 )

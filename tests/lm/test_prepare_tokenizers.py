@@ -198,7 +198,7 @@ def test_the_tokenizer_of_another_corpus(tmp_path: Path) -> None:
         assert corpus.meta[key] == other.meta[key]
     assert ends(corpus) == corpus.meta["documents"]
     for out in (other.directory, other.directory / "new"):
-        with pytest.raises(InputError, match="which is read"):
+        with pytest.raises(InputError, match="which is an input"):
             prepare(TextFiles(tmp_path / "text.txt"), Data(tokenizer=str(other.directory)), out)
 
 

@@ -279,7 +279,7 @@ def test_which_files_of_a_directory_are_read(
         ({".a.txt": "a"}, "no .txt or .md files and no tables"),
         (
             {"test-0.jsonl": row("a"), "dev-0.jsonl": row("b")},
-            "of the split test and validation, none of the split train",
+            "belong to the split test and validation, none to the split train",
         ),
         ({"a.jsonl": row("a"), "b.jsonl": json.dumps({"id": 1})}, "b.jsonl: no column 'text'; the columns are id"),
     ],

@@ -285,7 +285,7 @@ def test_a_direction_without_a_form_is_left_to_others(launched: list[str], monke
     monkeypatch.setitem(DIRECTION, "sign", sign)
     param, grad, exp_avg, noise = tensors((6, 4), 4)
     made = job((param, grad, exp_avg, noise.square()), direction="sign")
-    assert "no form" in gpu.refuses(made) and backends.of(made) is not gpu
+    assert "has no kernel" in gpu.refuses(made) and backends.of(made) is not gpu
 
 
 def test_what_moves_together_is_alike(launched: list[str]) -> None:

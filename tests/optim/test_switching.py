@@ -94,7 +94,7 @@ def test_other_models_are_matched_by_name_or_refused() -> None:
 def test_adams_has_no_way_to_adamw_and_says_so(cls: type) -> None:
     model, optimizer = made(cls)
     train(model, optimizer)
-    with pytest.raises(ValueError, match=r"'head.weight' is trained by Adams.*direction='atan2'.*AdamW anew"):
+    with pytest.raises(ValueError, match=r"'head.weight' is trained by Adams.*direction='atan2'.*with fresh state"):
         adamw_state_dict(optimizer)
 
 
