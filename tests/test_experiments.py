@@ -267,7 +267,7 @@ def test_a_grid_is_the_product_of_its_axes_the_last_one_varying_fastest() -> Non
         ({"name": "g-{x}-{x}-{y}"}, "must hold every axis once"),
         ({"axes": {"x": ["a"], "y": []}}, "axis y has no entries"),
         ({"axes": {"x": ["a"], "y": ["d"]}}, "unknown part 'd'; choose from a, b, c, base"),
-        ({"parts": ["bas"]}, "no part 'bas'"),
+        ({"parts": ["bas"]}, "unknown part 'bas'"),
         ({"axes": {"x": ["a", "a"], "y": ["c"]}}, "two of its experiments would be called g-a-c"),
     ],
 )

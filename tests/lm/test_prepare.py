@@ -175,7 +175,7 @@ def test_a_token_beyond_the_vocabulary_is_refused_by_the_name_of_the_file(text_f
     shard[100] = 60_000
     shard.flush()
     batches = Batches(corpus.shards("train"), 16, 4, 0, corpus.vocab_size)
-    with pytest.raises(InputError, match=r"train-00000\.bin: token 60,000 .* prepare the corpus again"):
+    with pytest.raises(InputError, match=r"train-00000\.bin: token ID 60,000 .* prepare the corpus again"):
         for step in range(len(batches)):
             batches.batch(step)
 

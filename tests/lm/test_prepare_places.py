@@ -335,7 +335,7 @@ def test_a_corpus_of_an_earlier_version_is_named(books: Path, tmp_path: Path) ->
     before = snapshot(tmp_path)
     for overwrite in (False, True):
         with pytest.raises(
-            InputError, match=r"format 3, this version reads format 4; prepare it again, .*finish the runs"
+            InputError, match=r"format 3, but this version reads format 4; prepare it again, .*finish the runs"
         ):
             prepare(TextFiles(books), DATA, tmp_path / "out", overwrite)
     with pytest.raises(InputError, match="format 3"):

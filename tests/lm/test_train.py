@@ -527,7 +527,7 @@ def test_another_experiment_or_text_in_the_same_folder_is_refused(
     tiny: Experiment, corpus: Corpus, text_file: Path, tmp_path: Path
 ) -> None:
     loop.train(tiny, corpus, tmp_path / "run", no_figures)
-    with pytest.raises(InputError, match=r"other settings .*train\.steps: 24 there, 30 requested"):
+    with pytest.raises(InputError, match=r"different settings .*train\.steps: 24 there, 30 requested"):
         loop.train(tiny.with_values(train__steps=30), corpus, tmp_path / "run", no_figures)
     text_file.write_text(text_file.read_text().replace("king", "emperor"))
     other = prepare(TextFiles(text_file), tiny.data, tmp_path / "other")

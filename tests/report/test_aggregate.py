@@ -225,7 +225,7 @@ def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_reported(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="not a run"):
+    with pytest.raises(InputError, match="contains no runs"):
         aggregate.read_runs([tmp_path])
     run = write_run(tmp_path, "exp")
     for file in (run / "evaluation").iterdir():
