@@ -44,7 +44,7 @@ def test_a_larger_number_of_steps_goes_on(asked: str, place: Path) -> None:
     again = command("train", *asked.split(), "train.steps=30")
     assert again.returncode == 0 and again.stdout == longer.stdout and "differs from that of" not in again.stderr
     before = command("train", *asked.split(), "train.steps=24")
-    assert before.returncode == 2 and "give train.steps=30, or choose another directory" in before.stderr
+    assert before.returncode == 2 and "set train.steps=30, or choose another directory" in before.stderr
     card = command("evaluate", "runs/tiny", "--only", "validation", "--only", "embeddings", "--only", "export")
     assert card.returncode == 0
     told = Path("runs/tiny/model/README.md").read_text("utf-8")

@@ -727,7 +727,7 @@ def test_an_archive_that_claims_more_than_it_holds_is_refused_before_memory_is_t
     kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
     with zipfile.ZipFile(tmp_path / "m.npz", "w", kind) as archive:
         archive.writestr("embedding.npy", header.getvalue() + bytes(1000))
-    with pytest.raises(InputError, match=r"m\.npz: truncated: 'embedding' should be 40,000,000,000 bytes"):
+    with pytest.raises(InputError, match=r"m\.npz: truncated: 'embedding' should have 40,000,000,000 bytes"):
         read_embeddings(str(tmp_path / "m.npz"))
 
 

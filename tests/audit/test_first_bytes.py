@@ -78,7 +78,7 @@ def zipped(path: Path, **files: str) -> None:
         ("m.h5", lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "an HDF5 file"),
         ("m.bin", lambda path: path.write_bytes(gzip.compress(bytes(99))), "compressed with gzip"),
         ("m.zip", lambda path: zipped(path, readme="x"), "zip archive without arrays or tensors"),
-        ("m.safetensors", lambda path: path.write_text("Entry not found"), "begins 'Entry not found'"),
+        ("m.safetensors", lambda path: path.write_text("Entry not found"), "begins with 'Entry not found'"),
         ("m.unknown", lambda path: path.write_bytes(os.urandom(8) + b"\0" * 9), "not a supported type of file"),
         ("m.npz", lambda path: np.savez(path), "truncated|contains no arrays|without arrays"),
     ],
