@@ -86,8 +86,8 @@ def test_a_second_call_reuses_everything_and_prints_json(finished: Path, text: P
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--steps", "300"], "other settings (train.steps: 12 there, 300 requested)"),
-        (["--seed", "3"], "other settings (run.seed: 2 there, 3 requested)"),
+        (["--steps", "300"], "different settings (train.steps: 12 there, 300 requested)"),
+        (["--seed", "3"], "different settings (run.seed: 2 there, 3 requested)"),
         (["--text", "OTHER"], "/text.txt)"),
     ],
 )
@@ -101,8 +101,8 @@ def test_another_demo_in_the_same_folder_is_refused(
     given = [value.replace("OTHER", str(other)) for pair in options.items() for value in pair]
     result = demo(*given, "--out", finished)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert result.stderr.startswith(f"coupled-adam: {finished}: holds a demo ") and message in result.stderr
-    assert "; give another directory with --out" in result.stderr
+    assert result.stderr.startswith(f"coupled-adam: {finished}: already contains a demo ") and message in result.stderr
+    assert "; choose another directory with --out" in result.stderr
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == files
 
 

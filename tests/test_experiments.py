@@ -156,12 +156,12 @@ def test_the_name_of_a_run_is_that_of_its_experiment_and_its_seed(name: str) -> 
         ("exp15V-node", None, "no experiment of that name; the nearest is 'exp.*-node-"),
         ("exp15A-sgd-700", None, "no experiment of that name; the nearest is 'exp15A-sgd-.00'"),
         *(
-            (f"{name}-s{seed}", None, f"-s{seed}: its seed, '{seed}', is no whole number; write for instance -s1")
+            (f"{name}-s{seed}", None, f"-s{seed}: its seed, '{seed}', is not a whole number; write, for example, -s1")
             for name in ("exp15V-node-125M-200k-AVG-as3", "exp12A", "mini-S-300A")
             for seed in ("", "01", "1x", "1.5", "-1")
         ),
-        ("exp12A-node-125M-50k-baseline-s1", 2, "seed 1 by its name, and 2 was asked for; leave one out"),
-        ("exp12A-s3", 0, "seed 3 by its name, and 0 was asked for"),
+        ("exp12A-node-125M-50k-baseline-s1", 2, "its name has seed 1, but seed 2 was requested; leave one out"),
+        ("exp12A-s3", 0, "its name has seed 3, but seed 0 was requested"),
     ],
 )
 def test_a_name_that_stands_for_nothing_is_answered(name: str, seed: int | None, message: str) -> None:
@@ -267,8 +267,8 @@ def test_a_grid_is_the_product_of_its_axes_the_last_one_varying_fastest() -> Non
         ({"name": "g-{x}"}, "name 'g-{x}' must hold every axis once, in braces: x, y"),
         ({"name": "g-{x}-{x}-{y}"}, "must hold every axis once"),
         ({"axes": {"x": ["a"], "y": []}}, "axis y has no entries"),
-        ({"axes": {"x": ["a"], "y": ["d"]}}, "no part 'd'; there are a, b, c, base"),
-        ({"parts": ["bas"]}, "no part 'bas'"),
+        ({"axes": {"x": ["a"], "y": ["d"]}}, "unknown part 'd'; choose from a, b, c, base"),
+        ({"parts": ["bas"]}, "unknown part 'bas'"),
         ({"axes": {"x": ["a", "a"], "y": ["c"]}}, "two of its experiments would be called g-a-c"),
     ],
 )
@@ -304,7 +304,7 @@ def test_the_command_lists_and_shows() -> None:
         (["train.steps"], "write section.key=value"),
         (["train.step=3"], "train.step: unknown key; the nearest valid one is 'steps'"),
         (["train.steps=many"], "train.steps: .*integer.*'many'"),
-        (["run.name.x=3"], "name is no section"),
+        (["run.name.x=3"], "name is not a section"),
     ],
 )
 def test_wrong_overrides_are_answered(overrides: list[str], message: str) -> None:

@@ -52,7 +52,7 @@ def test_a_file_does_not_replace_a_directory_nor_lie_in_a_file(tmp_path: Path) -
 
 def test_a_full_disk_is_told_with_the_files_name(tmp_path: Path) -> None:
     write_text(tmp_path / "page.html", "old")
-    full = pytest.raises(OSError, match=r"page\.html: the disk is full; what was there is intact\. Make space")
+    full = pytest.raises(OSError, match=r"page\.html: the disk is full; existing files are intact\. Free some space")
     with full, written_whole(tmp_path / "page.html") as aside:
         aside.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")

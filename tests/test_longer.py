@@ -40,11 +40,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_larger_number_of_steps_goes_on(asked: str, place: Path) -> None:
     longer = command("train", *asked.split(), "train.steps=30")
     assert longer.returncode == 0 and longer.stdout.startswith("runs/tiny: step 30: ")
-    assert "The result is not that of a run of 30 steps from the start" in longer.stderr
+    assert "The result differs from that of a run of 30 steps from the start" in longer.stderr
     again = command("train", *asked.split(), "train.steps=30")
-    assert again.returncode == 0 and again.stdout == longer.stdout and "not that of" not in again.stderr
+    assert again.returncode == 0 and again.stdout == longer.stdout and "differs from that of" not in again.stderr
     before = command("train", *asked.split(), "train.steps=24")
-    assert before.returncode == 2 and "give train.steps=30, or choose another directory" in before.stderr
+    assert before.returncode == 2 and "set train.steps=30, or choose another directory" in before.stderr
     card = command("evaluate", "runs/tiny", "--only", "validation", "--only", "embeddings", "--only", "export")
     assert card.returncode == 0
     told = Path("runs/tiny/model/README.md").read_text("utf-8")
@@ -56,15 +56,15 @@ def test_a_directory_resumes_its_run(asked: str, place: Path) -> None:
     assert "already finished with 24 steps" in command("train", asked).stderr
     for name, message in {
         "runs/no": "runs/no: no such directory",
-        "corpus": "corpus: holds no run: there is no experiment.toml",
-        "./runs": "./runs: holds no run: there is no experiment.toml",
+        "corpus": "corpus: not a run: it has no experiment.toml",
+        "./runs": "./runs: not a run: it has no experiment.toml",
         "nothing": "nothing: no experiment of that name; the nearest is",
     }.items():
         refused = command("train", name)
         assert refused.returncode == 2 and refused.stderr.startswith(f"coupled-adam: {message}")
     Path("corpus").rename("moved")
     lost = command("train", asked, "train.steps=30")
-    assert lost.returncode == 2 and lost.stderr.endswith("is not there; give its directory with --data\n")
+    assert lost.returncode == 2 and lost.stderr.endswith("was not found; pass its directory with --data\n")
     assert command("train", asked, "train.steps=30", "--data", "moved").returncode == 0
 
 
@@ -127,7 +127,7 @@ def test_the_demo_is_never_made_longer_in_silence(tmp_path: Path, monkeypatch: p
     for method in demo.METHODS:
         assert command("train", tmp_path / "demo" / method, "train.steps=30").returncode == 0
     for steps in (24, 30):
-        with pytest.raises(InputError, match=r"adamw was trained longer\); give another directory with --out"):
+        with pytest.raises(InputError, match=r"adamw was trained longer\); choose another directory with --out"):
             demo.run_demo(tmp_path / "demo", tmp_path / "text.txt", steps)
 
 

@@ -30,9 +30,9 @@ def test_the_plan_is_the_families_times_the_seeds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["maxi"], "maxi: no suite of that name"),
-        (["mini", "--only", "smal"], "smal: no family of that name; choose from small, scaled, sgd, llama, long"),
-        (["mini", "--seeds", "1,x"], "write whole numbers"),
+        (["maxi"], "maxi: unknown suite"),
+        (["mini", "--only", "smal"], "smal: unknown family; choose from small, scaled, sgd, llama, long"),
+        (["mini", "--seeds", "1,x"], "write integers"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str) -> None:

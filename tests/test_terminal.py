@@ -166,7 +166,7 @@ def test_the_help_lists_what_there_is_to_choose_from() -> None:
 
     assert f"A family: {', '.join(experiments.families())}." in rendered("reproduce")
     assert f"A stage: {', '.join(STAGES)}." in rendered("evaluate")
-    assert f"GPU for the hours: {', '.join(PEAK_FLOPS)}." in rendered("experiments")
+    assert f"GPU for the estimated hours: {', '.join(PEAK_FLOPS)}." in rendered("experiments")
 
 
 ENDS = {

@@ -38,7 +38,7 @@ def _quiet(wanted: bool) -> None:
 #: An option of every command that works for a while.
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", callback=_quiet, help="Show no progress: the results, warnings and errors alone."),
+    typer.Option("--quiet", "-q", callback=_quiet, help="Hide progress; show only results, warnings and errors."),
 ]
 
 
@@ -106,7 +106,7 @@ def prepare_command(
         str,
         typer.Argument(
             help="wikipedia-sample or wikipedia-leads; a file or directory of .txt and .md, or of .parquet, .jsonl, "
-            ".json, .csv or .tsv, also compressed; or a dataset of the Hugging Face hub, for instance "
+            ".json, .csv or .tsv, also compressed; or a Hugging Face Hub dataset, for instance "
             "Skylion007/openwebtext or HuggingFaceFW/fineweb:sample-10BT.",
             autocompletion=completion.one_of("wikipedia-sample", "wikipedia-leads"),
         ),
@@ -114,22 +114,25 @@ def prepare_command(
     out: Annotated[Path, typer.Option(help="Directory of the corpus; rerun the same command to resume.")],
     tokenizer: Annotated[
         str,
-        typer.Option(help="bpe, trained on the text; the name or directory of a transformers model; or of a corpus."),
+        typer.Option(
+            help="bpe (trained on the text); the name or directory of a transformers model; or a corpus directory."
+        ),
     ] = "bpe",
     vocab_size: Annotated[int, typer.Option(min=257, help="Vocabulary size of bpe.")] = 8192,
     column: Annotated[str, typer.Option(help="Column that holds the text (tables and datasets).")] = "text",
     sequence_length: Annotated[
-        int, typer.Option(min=1, help="Tokens of a sequence. Training and validation part must hold one at least.")
+        int,
+        typer.Option(min=1, help="Tokens per sequence. Both the training and the validation split need at least one."),
     ] = 128,
     held_out: Annotated[
         float | None,
         typer.Option(min=1e-6, max=0.5, help="Share of the text for validation.  [default: 0.05, large tables: 0.005]"),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a corpus of other text or settings in this place.")
+        bool, typer.Option("--overwrite", help="Replace an existing corpus made from other text or settings.")
     ] = False,
     quiet: Quiet = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a description of the corpus as JSON.")] = False,
 ) -> None:
     """Turn text into token shards. The validation split is by document."""
     from coupled_adam.lm.config import Data
@@ -156,12 +159,12 @@ def experiments_command(
     gpu: Annotated[
         str,
         typer.Option(
-            help=f"GPU for the hours: {', '.join(completion.GPUS)}.",
+            help=f"GPU for the estimated hours: {', '.join(completion.GPUS)}.",
             autocompletion=completion.one_of(*completion.GPUS),
         ),
     ] = "H100",
     quiet: Quiet = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the experiments as JSON.")] = False,
 ) -> None:
     """List the papers' experiments and miniatures, or show one. With configuration, memory, FLOPs."""
     from coupled_adam import experiments
@@ -205,7 +208,7 @@ def experiments_command(
             )
             for n, e in loaded.items()
         ],
-        f"{gpu} h: hours on one {gpu} at {UTILIZATION:.0%} of its peak, an assumption",
+        f"{gpu} h: hours on one {gpu} at {UTILIZATION:.0%} of its peak (assumed)",
         optional=("steps", "model", "params", "tokens", "core"),
     )
     if name:
@@ -228,7 +231,7 @@ def _print_grids() -> None:
             )
             for grid in experiments.grids()
         ],
-        "each can be shown and trained by name, with a value for every brace",
+        "show or train one by its name, with a value in place of each pair of braces",
     )
 
 
@@ -241,7 +244,7 @@ def _print_estimate(found: "Estimate") -> None:
         ("optimizer state", found.optimizer_bytes),
         ("activations", found.activation_bytes),
     ):
-        print_line(f"{label:<17} {size / 2**30:,.2f} GiB" + (" for a micro-batch" if label == "activations" else ""))
+        print_line(f"{label:<17} {size / 2**30:,.2f} GiB" + (" per micro-batch" if label == "activations" else ""))
     print_line(f"compute           {found.flops:.3g} FLOPs")
 
 
@@ -259,7 +262,7 @@ def train_command(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="section.key=value …; a finished run is trained longer with a larger train.steps.",
+            help="section.key=value …; a larger train.steps trains a finished run longer.",
             autocompletion=completion.override,
         ),
     ] = None,
@@ -298,7 +301,7 @@ def train_command(
             log = MetricsLog(run_dir / "metrics.jsonl")
             last = next(reversed(log.read()), None)
             if last is None:
-                raise InputError(f"{log.path}: holds no metrics; the run is trained, and can be evaluated")
+                raise InputError(f"{log.path}: contains no metrics; the run is trained and can still be evaluated")
             if as_json:
                 print_json(last)
             else:
@@ -315,7 +318,7 @@ def _experiment(name: str, seed: int | None) -> "Experiment":
             return experiments.load(name, seed)
         except InputError:
             if path.is_dir():
-                raise InputError(f"{name}: holds no run: there is no experiment.toml") from None
+                raise InputError(f"{name}: not a run: it has no experiment.toml") from None
             if len(path.parts) > 1:
                 raise InputError(f"{name}: no such directory") from None
             raise
@@ -351,7 +354,7 @@ def reproduce_command(
             autocompletion=completion.family,
         ),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="For instance 1,2,3.  [default: those of the family]")] = "",
+    seeds: Annotated[str, typer.Option(help="For example 1,2,3.  [default: those of the family]")] = "",
     out: Annotated[
         Path | None, typer.Option(help="Directory of the runs; rerun to resume.  [default: runs/SUITE]")
     ] = None,
@@ -365,7 +368,7 @@ def reproduce_command(
     try:
         numbers = [int(seed) for seed in seeds.split(",") if seed.strip()]
     except ValueError:
-        raise InputError(f"--seeds {seeds}: write whole numbers with commas between them, for instance 1,2,3") from None
+        raise InputError(f"--seeds {seeds}: write integers separated by commas, for example 1,2,3") from None
     directory = out or Path("runs") / suite
     results = reproduce(suite, only or [], numbers, directory)
     if as_json:
@@ -412,8 +415,8 @@ def evaluate_command(
     tasks: Annotated[
         str,
         typer.Option(
-            help="lm-eval tasks, separated by commas; or the paper's tasks: paper, as they are now, or paper-0.4.3, as "
-            "they were in its harness.",
+            help="lm-eval tasks, separated by commas; or the paper's tasks: paper (as defined today) or paper-0.4.3 "
+            "(as defined in the paper's harness).",
             autocompletion=completion.one_of("paper", "paper-0.4.3"),
         ),
     ] = "paper",
@@ -473,7 +476,7 @@ def report_command(
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
-    """Report on evaluated runs: the paper's table and charts. Published figures stand beside ours."""
+    """Report on evaluated runs: the paper's table and charts. Published results are shown next to ours."""
     from coupled_adam.report.aggregate import table
     from coupled_adam.report.report_page import report
 
@@ -493,15 +496,15 @@ def audit_command(
     benchmarks: Annotated[Path | None, typer.Option(help="Directory of word-similarity benchmarks.")] = None,
     tensor: Annotated[str | None, typer.Option(help="Name of the tensor to measure.")] = None,
     data: Annotated[Path | None, typer.Option(help="Corpus of a run, if it has moved since training.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with charts here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page with charts to this file.")] = None,
     center_to: Annotated[
         Path | None,
         typer.Option("--center", help="Write a copy with a centered output embedding (predictions unchanged)."),
     ] = None,
     quiet: Quiet = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
 ) -> None:
-    """Audit the embeddings of any model. Figures, a verdict in words, several models side by side."""
+    """Audit the embeddings of any model. Metrics, a verdict in words, several models side by side."""
     from coupled_adam.audit.audit_page import write_audit_page
     from coupled_adam.audit.audit_text import print_audit
     from coupled_adam.audit.models import audit_models

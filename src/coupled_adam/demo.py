@@ -101,7 +101,7 @@ def _method(experiment: Experiment, method: str) -> Experiment:
 
 def _check_same(out: Path, source: Source, experiment: Experiment) -> None:
     """Raise InputError if ``out`` holds a demo with other settings, or of another text. Nothing is changed."""
-    remedy = "give another directory with --out, or the same command as before to resume"
+    remedy = "choose another directory with --out, or repeat the earlier command to resume"
     for method in METHODS:
         if (out / method / "experiment.toml").exists():
             there = read_experiment(out / method)
@@ -113,11 +113,13 @@ def _check_same(out: Path, source: Source, experiment: Experiment) -> None:
             if len(planned_steps(read_environment(out / method), there)) > 1:
                 changed.append(f"{method} was trained longer")
             if changed:
-                raise InputError(f"{out}: holds a demo with other settings ({'; '.join(changed)}); {remedy}")
+                raise InputError(
+                    f"{out}: already contains a demo with different settings ({'; '.join(changed)}); {remedy}"
+                )
     if (out / "corpus" / "meta.json").exists():
         corpus = open_corpus(out / "corpus")
         if corpus.meta["settings"]["text"] != source.fingerprint():
-            raise InputError(f"{out}: holds a demo on other text ({corpus.meta['source']}); {remedy}")
+            raise InputError(f"{out}: already contains a demo on different text ({corpus.meta['source']}); {remedy}")
 
 
 def _run(out: Path, source: Source, experiment: Experiment) -> dict[str, Any]:

@@ -80,7 +80,7 @@ FIGURES: dict[str, Figure] = {
         Figure(
             "logit_max",
             "largest logit",
-            "largest absolute logit of a position, mean over held-out tokens",
+            "largest absolute logit per position, mean over held-out tokens",
             "{:.3g}",
             unit="|logit|",
             heading="max |logit|",
@@ -121,12 +121,12 @@ FIGURES: dict[str, Figure] = {
         Figure(
             "drift_second_moments",
             "drift: uneven second moments",
-            "how far steps that differ by token have moved the mean along μ; what coupling removes",
+            "how far step sizes that differ between tokens have moved the mean along μ; coupling removes this",
             "{:+.3g}",
         ),
         Figure(
             "drift_gradients",
-            "drift: gradients' sum",
+            "drift: gradient sum",
             "how far gradients that do not sum to zero over the vocabulary have moved the mean along μ",
             "{:+.3g}",
         ),
@@ -180,10 +180,10 @@ FIGURES: dict[str, Figure] = {
         Figure(
             "logit_bound_ratio",
             "logit bound ratio",
-            "largest |e·μ| after centering over that before; below 1: centering narrows the logits",
+            "largest |e·μ| after centering, relative to before; below 1: centering narrows the range of the logits",
             "{:.2f}",
         ),
-        Figure("zero_rows", "rows of zeros", "all-zero rows: usually unused tokens", "{:,.0f}"),
+        Figure("zero_rows", "all-zero rows", "usually unused tokens", "{:,.0f}"),
         Figure("norm_frequency_pearson", "norm–frequency Pearson", "correlation of ‖e‖ with log frequency", "{:+.2f}"),
         Figure(
             "norm_frequency_spearman",
@@ -229,7 +229,7 @@ FIGURES: dict[str, Figure] = {
         Figure(
             "word_similarity_pairs",
             "word pairs covered",
-            "pairs of the benchmarks of which each word is one token",
+            "benchmark pairs in which both words are single tokens",
             "{:,.0f}",
         ),
     )

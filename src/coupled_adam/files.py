@@ -62,7 +62,7 @@ def output_path(path: Path, *sources: Path) -> Path:
         read = source.resolve()
         if resolved == read or resolved in read.parents or (read in resolved.parents and read.is_dir()):
             how = "is" if resolved == read else "holds" if resolved in read.parents else "lies in"
-            raise InputError(f"{path}: {how} {source}, which is read; choose another place for the output")
+            raise InputError(f"{path}: {how} {source}, which is an input; choose another place for the output")
     return resolved
 
 
@@ -148,7 +148,7 @@ def update_file(directory: Path, name: str, text: str) -> None:
     manifest = read_json(directory / MANIFEST, dict[str, Any])
     files, path = manifest.get("files"), directory / name
     if not isinstance(files, dict):
-        raise InputError(f"{directory / MANIFEST}: damaged (no files); delete {directory}, if you do not need it")
+        raise InputError(f"{directory / MANIFEST}: damaged (no files); delete {directory} if you do not need it")
     before, after = path.stat().st_size if path.exists() else None, len(text.encode())
     if before is not None and not _as_recorded(files, name, before):
         return
@@ -347,7 +347,7 @@ def full_disk_named(path: Path) -> Iterator[None]:
             raise OSError(f"{path}: cannot be written ({os.strerror(number)}); choose another place") from None
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(sign in str(error) for sign in FULL):
             raise OSError(
-                f"{path}: the disk is full; what was there is intact. Make space, then rerun the same command"
+                f"{path}: the disk is full; existing files are intact. Free some space, then rerun the same command"
             ) from None
         raise
 

@@ -73,10 +73,10 @@ def plan(suite: str, only: Sequence[str], seeds: Sequence[int], out: Path) -> li
         InputError: an unknown suite or family, or a negative seed.
     """
     if suite != "mini":
-        raise InputError(f"{suite}: no suite of that name to reproduce on one machine; there is mini")
+        raise InputError(f"{suite}: unknown suite; choose mini")
     families = experiments.families(suite)
     if unknown := [name for name in only if name not in families]:
-        raise InputError(f"{unknown[0]}: no family of that name; choose from {', '.join(families)}")
+        raise InputError(f"{unknown[0]}: unknown family; choose from {', '.join(families)}")
     if negative := [seed for seed in seeds if seed < 0]:
         raise InputError(f"seed {negative[0]} is negative")
     planned: dict[Path, Planned] = {}
@@ -115,7 +115,7 @@ class Search:
                 break
             at = best
         if not 0 < at < len(first) - 1:
-            warn(f"{first[at].name}: the best value lies at the end of what was tried; widen the axis")
+            warn(f"{first[at].name}: the best value lies at the edge of the range tried; widen the axis")
         yield from (runs[at] for runs in others)
 
 

@@ -70,7 +70,7 @@ def test_the_summary_comes_first_the_ranges_once_and_the_advice_last(arrays: lis
     assert lines[1] == f"centered.npy: {centered['summary']}"
     row = next(line for line in lines[2:] if "mean shift ratio" in line)
     assert row.split()[-2:] == [f"{shifted['figures']['mean_shift_ratio']:.3f}", "0.000"]
-    assert sum("the paper has 0.73" in line for line in lines) == 1
+    assert sum("the paper reports 0.73" in line for line in lines) == 1
     assert lines[-5:-3] == [f"Page: {page}", "What to do"]
     assert [line.strip() for line in lines[-3:-1]] == [
         f"{name}: {found['advice']['text']}" for name, found in (("shifted.npy", shifted), ("centered.npy", centered))
@@ -116,7 +116,7 @@ def test_the_page(arrays: list[Path], browser: Browser, tmp_path: Path) -> None:
     assert dots == [202, 202, 0], "the tokens, the origin and the mean, twice, and the spectrum's lines"
     assert page.locator("main h2").all_inner_texts() == ["Verdict", "Metrics", "Charts", "What to do"]
     assert page.locator(".summary li").count() == page.locator(".advice li").count() == 2
-    assert page.locator("main").inner_text().count("the paper has 0.73") == 1
+    assert page.locator("main").inner_text().count("the paper reports 0.73") == 1
     for scheme in ("light", "dark"):
         readable(page, scheme)
     page.close()

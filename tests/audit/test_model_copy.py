@@ -56,14 +56,14 @@ def git_config(place: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda place: place.symlink_to(place.parents[-3] / "etc"), "a link to nothing"),
+        (lambda place: place.symlink_to(place.parents[-3] / "etc"), "a broken link"),
         (lambda place: place.symlink_to(place.parent), "a link to a directory"),
         (lambda place: place.symlink_to(place.parent.parent), "a link to a directory"),
-        (loop, "a link to nothing, or in a loop|a link in a loop"),
+        (loop, "a broken link or a link loop|a link loop"),
         (lambda place: place.symlink_to("/dev/zero"), "neither a file nor a directory"),
         (os.mkfifo, "neither a file nor a directory"),
         (bound_socket, "neither a file nor a directory"),
-        (git_config, "a link to a file outside of the model"),
+        (git_config, "a link to a file outside the model"),
     ],
     ids=["dangling", "itself", "parent", "loop", "device", "pipe", "socket", "hidden"],
 )
@@ -117,7 +117,7 @@ def test_a_clone_that_looks_like_a_snapshot_gets_nothing_through_its_blobs(model
     model.rename(clone / "0123")
     (tmp_path / "clone" / "blobs").symlink_to(tmp_path / "keys")
     (clone / "0123" / "assets").symlink_to("../../blobs/id")
-    with pytest.raises(InputError, match="assets: not copied: a link to a file outside of the model"):
+    with pytest.raises(InputError, match="assets: not copied: a link to a file outside the model"):
         center(read_embeddings(str(clone / "0123")), tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
@@ -126,6 +126,6 @@ def test_an_unreadable_file_is_named_before_anything_is_written(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "README.md")  # root may read everything
-    with pytest.raises(InputError, match=r"README\.md: not copied: you may not read it"):
+    with pytest.raises(InputError, match=r"README\.md: not copied: no permission to read it"):
         center(read_embeddings(str(model)), tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

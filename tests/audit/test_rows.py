@@ -94,7 +94,7 @@ def test_figures_without_rows_that_nobody_trained_are_given(kind: str) -> None:
     matrix = np.vstack([trained, np.tile(common, (100, 1))])
     note = note_on_rows(matrix, geometry.measure(matrix))
     kept = trained if kind == "zeros" else np.vstack([trained, common[None]])
-    assert note is not None and note.startswith(f"Of 200 rows {100 if kind == 'zeros' else 99} are unused")
+    assert note is not None and note.startswith(f"{100 if kind == 'zeros' else 99} of 200 rows are unused")
     assert f"mean shift ratio is {geometry.mean_shift_ratio(kept):.3f} (" in note
     assert f"isotropy {geometry.isotropy(kept):.3f} (" in note
     assert note_on_rows(trained, geometry.measure(trained)) is None
@@ -105,7 +105,7 @@ def test_rows_beyond_the_tokenizer_are_told(tmp_path: Path) -> None:
     vocabulary = {f"w{i}": i for i in range(180)}
     Tokenizer(models.WordLevel(vocabulary, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
     ((found,), _) = audit_models([str(tmp_path)], ())
-    assert found.findings[0].text.startswith("Of 200 rows 20 are unused or repeated: 20 beyond the tokenizer's last")
+    assert found.findings[0].text.startswith("20 of 200 rows are unused or repeated: 20 beyond the tokenizer's last")
     ((chosen,), _) = audit_models([str(tmp_path)], (), tensor="model.embed_tokens.weight")
     assert "beyond" not in chosen.findings[0].text, "the rows of any tensor may be no tokens"
 

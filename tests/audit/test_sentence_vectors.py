@@ -87,7 +87,7 @@ def test_some_empty_directions_are_told_and_only_many_are_a_fault(empty: int, le
 def test_vectors_of_the_same_sentence_are_counted(tmp_path: Path) -> None:
     array = vectors(500)
     array[400:] = array[:100]
-    assert "Of 500 rows 100 are unused or repeated: 100 the same as an earlier one." in told(audited(array, tmp_path))
+    assert "100 of 500 rows are unused or repeated: 100 equal to an earlier row." in told(audited(array, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_vectors_of_the_same_sentence_are_counted(tmp_path: Path) -> None:
     [
         (vectors(6).reshape(2, 3, H), "shape (2, 3, 32)"),
         (vectors(6)[0], "shape (32,)"),
-        ((100 * vectors(6)).astype(np.int8), "int8, not floating-point numbers; save numbers .astype('float32')"),
+        ((100 * vectors(6)).astype(np.int8), "int8, not floating-point numbers; save it with .astype('float32')"),
         (vectors(1), "two rows or more"),
     ],
 )

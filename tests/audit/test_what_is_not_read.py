@@ -74,7 +74,7 @@ def test_a_packed_head_is_named_in_every_output(form: str, tmp_path: Path) -> No
 
 def test_the_note_reaches_table_json_and_page(tmp_path: Path) -> None:
     arguments = ["audit", model(tmp_path / "m"), "--html", str(tmp_path / "page.html")]
-    said = "output embedding of its own, and its files hold none under a known name"
+    said = "is not tied, but its files have no output embedding under a known name"
     table = CliRunner().invoke(app, arguments).stdout
     assert said in " ".join(table.split()) and "m (input)" in table
     (found,) = json.loads(CliRunner().invoke(app, [*arguments[:2], "--json"]).stdout)
@@ -85,7 +85,7 @@ def test_the_note_reaches_table_json_and_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "note"),
     [
-        (UNTIED, "says that it has an output embedding of its own"),
+        (UNTIED, "says that it is not tied"),
         ({"architectures": ["SomeForCausalLM"], "model_type": "somebodys"}, "does not say whether it is tied"),
         ({**UNTIED, "tie_word_embeddings": True}, None),
         ({**UNTIED, "architectures": ["LlamaModel"]}, None),
@@ -187,7 +187,7 @@ def test_modules_do_not_lead_out_of_a_model(path: str, tmp_path: Path) -> None:
     save_file({"embedding.weight": E}, tmp_path / "elsewhere" / "model.safetensors")
     (tmp_path / "m" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "m" / "modules.json").write_text(json.dumps([{"path": path}]))
-    with pytest.raises(InputError, match=r"modules\.json: names .* outside of the model"):
+    with pytest.raises(InputError, match=r"modules\.json: names .* outside the model"):
         read_embeddings(str(tmp_path / "m"))
 
 
@@ -200,7 +200,7 @@ def test_names_that_peft_gives(infix: str, tmp_path: Path) -> None:
     torch.save({names[0]: E, names[1]: E + 1, **frozen}, tmp_path / "m.pt")
     read = read_embeddings(str(tmp_path / "m.pt"))
     assert torch.equal(read.input, E) and read.output is not None and torch.equal(read.output, E + 1)
-    assert [("without the adapter" in note) for note in read.notes] == [True] * 2 * (infix == "base_layer.")
+    assert [("without its adapter" in note) for note in read.notes] == [True] * 2 * (infix == "base_layer.")
     chosen = read_embeddings(str(tmp_path / "m.pt"), tensor=names[0])
     assert len(chosen.notes) == (infix == "base_layer.")
 
@@ -240,7 +240,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
     path = model(tmp_path / "m", {**UNTIED, "architectures": ["LlamaModel"]})
     (tmp_path / "m" / "tokenizer_config.json").write_text('{"tokenizer_class": "NoSuchTokenizer"}')
     (note,) = read_embeddings(path).notes
-    assert note.startswith("Its tokenizer could not be loaded, so no words are known (")
+    assert note.startswith("Its tokenizer could not be loaded, so words were left out (")
 
 
 def test_control_characters_in_names_are_shown(tmp_path: Path) -> None:

@@ -453,7 +453,7 @@ def test_bad_input_is_refused(
         run("lambada")
     with pytest.raises(InputError, match="limit 0"):
         run("arc_easy", limit=0)
-    with pytest.raises(InputError, match="no directory of task definitions"):
+    with pytest.raises(InputError, match="not a directory of task definitions"):
         run("arc_easy", include_path=tmp_path / "none")
     assert not (tmp_path / "downstream.json").exists()
 
@@ -467,7 +467,7 @@ def test_a_local_definition_that_cannot_be_read_is_not_passed_over(run: Callable
 
 
 def test_a_directory_without_a_model_is_refused(local_tasks: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no Hugging Face directory"):
+    with pytest.raises(InputError, match="not a Hugging Face model directory"):
         downstream(tmp_path, tmp_path / "o.json", digest="d", tasks=["arc_easy"], include_path=local_tasks)
 
 

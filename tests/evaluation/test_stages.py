@@ -148,9 +148,9 @@ def test_the_card_tells_only_of_its_own_weights(run_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "validaton"], "validaton: no stage of that name; choose from validation, embeddings"),
-        (["--benchmarks", "nowhere"], "nowhere: no benchmark there"),
-        (["--data", "nowhere"], "give its directory with --data"),
+        (["--only", "validaton"], "validaton: unknown stage; choose from validation, embeddings"),
+        (["--benchmarks", "nowhere"], "nowhere: contains no known benchmark"),
+        (["--data", "nowhere"], "pass its directory with --data"),
     ],
 )
 def test_bad_arguments(run_dir: Path, arguments: list[str], message: str) -> None:

@@ -46,7 +46,7 @@ def test_metrics_do_not_depend_on_the_scale(metric: Callable[[Any], Any], power:
 def test_a_matrix_that_does_not_fit_into_memory_says_how_much_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrays, "memory_limit", lambda: 16e9)
     huge = torch.zeros(1, 1).expand(250_000, 12_000)
-    with pytest.raises(InputError, match=r"needs 24 GB of memory in float64, and there are 16 GB"):
+    with pytest.raises(InputError, match=r"needs 24 GB of memory in float64, but the machine has 16 GB"):
         geometry.measure(huge)
     with pytest.raises(InputError, match=r"needs 24 GB of memory"):
         geometry.mean_shift_ratio(np.broadcast_to(np.float32(0), (250_000, 12_000)))
@@ -62,7 +62,7 @@ def test_a_matrix_that_does_not_fit_into_memory_says_how_much_it_needs(monkeypat
     ],
 )
 def test_what_libraries_raise_without_memory_is_one_line(error: Exception) -> None:
-    with pytest.raises(InputError, match=r"x needs 0\.8 GB of memory in float64, and less is free"):  # noqa: SIM117
+    with pytest.raises(InputError, match=r"x needs 0\.8 GB of memory in float64, but less is free"):  # noqa: SIM117
         with arrays.enough_memory("x", 10**5, 10**3):
             raise error
     with pytest.raises(RuntimeError, match="another"), arrays.enough_memory("x", 2, 2):

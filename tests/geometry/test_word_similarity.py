@@ -68,7 +68,7 @@ def test_the_published_benchmarks() -> None:
 
 
 def test_a_damaged_line_is_quoted() -> None:
-    with pytest.raises(ValueError, match=r"X: not two words and a rating: 'sun\\tmoon'"):
+    with pytest.raises(ValueError, match=r"X: expected two words and a rating, got 'sun\\tmoon'"):
         parse_benchmark("X", "# comment\nword1\tword2\tscore\nsun\tlight\t5.0\nsun\tmoon\n")
 
 
@@ -110,7 +110,7 @@ def test_mens_lemma_form_and_commas() -> None:
 
 
 def test_a_folder_without_benchmarks_or_with_two_of_one_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match="no benchmark there; known are MEN"):
+    with pytest.raises(ValueError, match=r"contains no known benchmark; .*MEN"):
         geometry.read_benchmarks(tmp_path)
     for name in ("rw.txt", "rare_words.tsv"):
         (tmp_path / name).write_text(ORIGINALS["rw.txt"])

@@ -90,5 +90,5 @@ def test_a_schedule_that_would_lose_the_factor_is_refused(tmp_path: Path) -> Non
 
 
 def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"embedding_lr would have no effect.*there is embedding_lr_factor"):
+    with pytest.raises(ValueError, match=r"embedding_lr would have no effect.*use embedding_lr_factor"):
         trainer(tmp_path, embedding_lr=1e-4)

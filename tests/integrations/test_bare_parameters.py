@@ -100,7 +100,7 @@ def test_a_tied_matrix_needs_no_word() -> None:
     ("params", "options", "message"),
     [
         (None, {}, r"=50: several matrices.*parameter 0 \(50, 8\), parameter 5 \(50, 8\) of 6.*which='last'"),
-        (None, {"vocabulary_size": 51}, r"=51: no trainable matrix has that many rows.*\(50, 8\).*padding included"),
+        (None, {"vocabulary_size": 51}, r"=51: no trainable matrix has that many rows.*\(50, 8\).*including padding"),
         (None, {"which": "output"}, "Invalid which: 'output'; choose 'first', 'last' or 'all'"),
         ([nn.Parameter(torch.zeros(400))], {}, "FSDP1 and DeepSpeed flatten it"),
         ([{"params": [nn.Parameter(torch.zeros(50, 8))]}], {}, "not param groups"),

@@ -102,7 +102,7 @@ def test_untied_embeddings_are_both_reported(tmp_path: Path) -> None:
 def test_an_optimizer_that_does_not_split_is_told_and_health_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     model, report = tiny_llama(), HealthReport()
     report.begin(model, [torch.optim.SGD(model.parameters())])
-    assert "not reported: drift does not know the step of SGD" in capsys.readouterr().err
+    assert "not reported: drift does not support SGD" in capsys.readouterr().err
     assert set(report.figures(model, 0)) == {f"embedding/{name}" for name in CHEAP | {"isotropy"}}
     assert report.state_dict() == {}
     with pytest.raises(ValueError, match="does not say what its output embedding is"):

@@ -240,7 +240,7 @@ def test_a_factor_for_a_model_without_an_output_embedding_is_refused(tmp_path) -
     args = arguments(tmp_path, save_strategy="no")
     given = trainer_optimizer(args, embedding_lr_factor=10.0)
     trained = Trainer(classifier("bert"), args, train_dataset=data(), optimizer_cls_and_kwargs=given)
-    message = "embedding_lr_factor=10 has nothing to act on: nothing of BertForSequenceClassification is coupled"
+    message = "embedding_lr_factor=10 has no effect: nothing in BertForSequenceClassification is coupled"
     with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match="nothing is coupled"):
         trained.train()
 

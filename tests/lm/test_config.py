@@ -25,14 +25,17 @@ def test_the_resolved_file_is_the_same_experiment(tiny: Experiment) -> None:
             "optimizer.embedding.name: .*'adamw', 'coupled_adam', 'adams', 'sgd' or 'adam_variant'",
         ),
         ("[run]\nname = 'x'\n[model]\nn_heads = 3", "hidden_size 128 is not a multiple of n_heads 3"),
-        ("[run]\nname = 'x'\n[model]\nmlp_multiple = 64", "mlp_multiple 64 is for the family llama; .*leave it out"),
+        (
+            "[run]\nname = 'x'\n[model]\nmlp_multiple = 64",
+            "mlp_multiple 64 applies only to the family llama; .*leave it out",
+        ),
         (
             "[run]\nname = 'x'\n[model]\nfamily = 'llama'\ngelu = 'exact'",
-            "gelu 'exact' is for the family gpt2; the MLP of llama is SwiGLU: leave it out",
+            "gelu 'exact' applies only to the family gpt2; the MLP of llama is SwiGLU: leave it out",
         ),
         (
             "[run]\nname = 'x'\n[model]\nqkv = 'heads'\n[optimizer.core]\nname = 'muon'",
-            "model.qkv 'heads' is for optimizer.core.name 'adams', .*Muon takes single ones: choose 'split' or 'fused'",
+            "model.qkv 'heads' works only with .* 'adams', .*Muon takes one matrix at a time: choose 'split'",
         ),
         ("[run]\nname = 'x'\n[data]\nheld_out = 0.6", "data.held_out: .*less than or equal to 0.5.*0.6"),
         ("[run]\nname = 'x'\n[train]\nsampling = 'random'", "train.sampling: .*'permutation' or 'replacement'"),
@@ -122,7 +125,7 @@ def test_the_method_is_named(tiny: Experiment, settings: dict, method: str) -> N
 def test_what_centering_changes_is_said(tiny: Experiment) -> None:
     centered = tiny.with_values(optimizer__embedding__center=True, loss__softcap=30.0)
     tied, capped = centered.caveats
-    assert "as the embeddings are tied" in tied and "model.tied = false" in tied
-    assert "as a capped logit is not just shifted" in capped
+    assert "the embeddings are tied" in tied and "model.tied = false" in tied
+    assert "soft-capping is not invariant" in capped
     assert centered.with_values(model__tied=False, loss__softcap=None).caveats == []
     assert tiny.with_values(loss__softcap=30.0).caveats == []

@@ -49,7 +49,7 @@ def test_a_corpus_is_reused_until_something_changes(text_file: Path, tmp_path: P
     prepare(TextFiles(text_file), DATA, tmp_path / "corpus")
     assert made() == inode
     text_file.write_text(paragraphs(200, seed=1), encoding="utf-8")
-    with pytest.raises(InputError, match=r"another corpus is there .*its text is another or has changed"):
+    with pytest.raises(InputError, match=r"already contains another corpus .*its text is different or has changed"):
         prepare(TextFiles(text_file), DATA, tmp_path / "corpus")
     second = prepare(TextFiles(text_file), DATA, tmp_path / "corpus", overwrite=True)
     assert second.fingerprint != first.fingerprint
@@ -82,7 +82,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
         (b"\x7fELF\0\0", "a binary file"),
         ("naïve".encode("latin-1"), "not UTF-8"),
         (b"one word", r"too short: 1 document"),
-        (b"a few words\n\nand more", r"too short: its train part has \d+ tokens, and one sequence takes 17"),
+        (b"a few words\n\nand more", r"too short: its train split has \d+ tokens, but one sequence needs 17"),
     ],
 )
 def test_bad_text_is_refused_and_leaves_nothing_behind(content: bytes | None, message: str, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
 
 @pytest.mark.parametrize("replacement", [False, True])
 def test_too_few_tokens_are_refused(replacement: bool) -> None:
-    with pytest.raises(InputError, match="8 tokens hold no sequence of 8"):
+    with pytest.raises(InputError, match="8 tokens are too few for one sequence of 8"):
         Batches(shards(8), 8, 1, seed=0, replacement=replacement)
 
 
@@ -179,5 +179,5 @@ def test_with_replacement_a_batch_depends_on_seed_and_step_alone() -> None:
 @pytest.mark.parametrize("replacement", [False, True])
 def test_a_token_outside_the_vocabulary_is_named(replacement: bool) -> None:
     batches = Batches(shards(9), 8, 1, seed=0, vocab_size=8, replacement=replacement)
-    with pytest.raises(InputError, match="shard 0: token 8 after position 0, and the vocabulary has 8"):
+    with pytest.raises(InputError, match="shard 0: token ID 8 after position 0, but the vocabulary has 8"):
         batches.batch(0)

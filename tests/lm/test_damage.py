@@ -62,7 +62,7 @@ def test_a_checkpoint_whose_bytes_changed_is_passed_over_for_the_one_before(
     assert newest is not None and newest.name == "step-00000024"
     (data,) = (newest / "dcp").glob("*.distcp")
     flip(data)
-    with pytest.raises(InputError, match=rf"{data}: damaged \(its checksum .*train the run again") as error:
+    with pytest.raises(InputError, match=rf"{data}: damaged \(its checksum .*rerun the same command") as error:
         evaluate(tmp_path / "run", only=("validation",))
     assert "\n" not in str(error.value)
     loop.train(tiny, corpus, tmp_path / "run", no_figures)

@@ -106,7 +106,7 @@ def test_no_command_runs_what_a_checkpoint_carries(
         assert "Traceback" not in result.stderr
         if result.returncode or arguments[0] == "train":
             assert result.returncode == 2
-            assert "damaged" in result.stderr or "this checkpoint holds no" in result.stderr
+            assert "damaged" in result.stderr or "this checkpoint contains no" in result.stderr
 
 
 def test_the_payload_would_run_where_nothing_guards(tmp_path: Path) -> None:
@@ -122,5 +122,5 @@ def test_a_description_that_names_other_files_is_refused(run: Path, honest: Path
     index, stored = next(iter(metadata.storage_data.items()))
     metadata.storage_data[index] = dataclasses.replace(stored, relative_path="../../../secret")
     forge(run, pickle.dumps(metadata), ".metadata")
-    with pytest.raises(InputError, match=r"damaged .*\.\./secret is no file of this checkpoint"):
+    with pytest.raises(InputError, match=r"damaged .*\.\./secret is not a file of this checkpoint"):
         open_run(run, honest / "corpus").model()

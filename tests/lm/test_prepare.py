@@ -82,7 +82,7 @@ def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypat
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     file = table(tmp_path / "a.parquet", DOCUMENTS, column="content")
-    with pytest.raises(InputError, match="no column 'text'; there are id, content"):
+    with pytest.raises(InputError, match="no column 'text'; the columns are id, content"):
         prepare(source_of(str(file)), DATA, tmp_path / "corpus")
     assert prepare(source_of(str(file), "content"), DATA, tmp_path / "corpus").tokens("train") > 1000
 
@@ -175,7 +175,7 @@ def test_a_token_beyond_the_vocabulary_is_refused_by_the_name_of_the_file(text_f
     shard[100] = 60_000
     shard.flush()
     batches = Batches(corpus.shards("train"), 16, 4, 0, corpus.vocab_size)
-    with pytest.raises(InputError, match=r"train-00000\.bin: token 60,000 .* prepare the corpus again"):
+    with pytest.raises(InputError, match=r"train-00000\.bin: token ID 60,000 .* prepare the corpus again"):
         for step in range(len(batches)):
             batches.batch(step)
 

@@ -229,7 +229,9 @@ def test_an_unfinished_corpus_of_other_settings_is_kept(
     aside = interrupted(books, tmp_path / "out", monkeypatch)
     before = snapshot(tmp_path)
     other = DATA.model_copy(update={"vocab_size": 290})
-    with pytest.raises(InputError, match=r"\.out\.partial: holds another corpus, unfinished after 1 doc.*300, not 290"):
+    with pytest.raises(
+        InputError, match=r"\.out\.partial: contains another corpus, unfinished after 1 doc.*300, not 290"
+    ):
         prepare(TextFiles(books), other, tmp_path / "out")
     assert snapshot(tmp_path) == before
     (aside / "notes.md").write_text("mine")
@@ -333,7 +335,7 @@ def test_a_corpus_of_an_earlier_version_is_named(books: Path, tmp_path: Path) ->
     before = snapshot(tmp_path)
     for overwrite in (False, True):
         with pytest.raises(
-            InputError, match=r"format 3, this version reads format 4; prepare it again, .*finish the runs"
+            InputError, match=r"format 3, but this version reads format 4; prepare it again, .*finish the runs"
         ):
             prepare(TextFiles(books), DATA, tmp_path / "out", overwrite)
     with pytest.raises(InputError, match="format 3"):
@@ -441,7 +443,7 @@ def test_the_vocabulary_that_is_trained_is_recorded(
 ) -> None:
     corpus = prepare(TextFiles(books), Data(vocab_size=8192, sequence_length=16), tmp_path / "out")
     tokens = corpus.meta["tokenizer_tokens"]
-    assert f"a vocabulary of {tokens:,}; the text has no 8,192 tokens" in capsys.readouterr().err
+    assert f"its vocabulary has {tokens:,} tokens; the text is too short for 8,192" in capsys.readouterr().err
     large = tiny.with_values(data__vocab_size=8192)
     assert corpus_for(large, tmp_path / "out").fingerprint == corpus.fingerprint
     assert f"{tokens:,} tokens, which replaces data.vocab_size = 8,192" in capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_special_tokens_in_a_text_are_text(kind: str, tmp_path: Path, capsys: py
     unknown = {"<unk>", "[UNK]"}
     inner = {n for n, token in decoder.items() if token.special and token.content not in unknown}
     assert inner and corpus.unigram_counts[sorted(inner)].sum() == corpus.meta["documents"]["train"]
-    said = "special tokens that the text spells out were left out" in capsys.readouterr().err
+    said = "special tokens that appear in the text were left out" in capsys.readouterr().err
     assert said == (kind in ("unigram", "word_level", "word_piece")), "␃ alone cannot be taken apart"
     if kind in ("bpe", "byte_level"):
         tokens = np.concatenate([np.concatenate(corpus.shards(split)) for split in ("train", "validation")])
@@ -140,7 +140,7 @@ def test_ids_may_have_holes(highest: int, tiny: Experiment, tmp_path: Path) -> N
 
 def test_a_tokenizer_beyond_all_models_is_refused(tmp_path: Path) -> None:
     tokenizer = save(with_highest_id(word_level([]), 3_000_000), tmp_path / "tokenizer")
-    with pytest.raises(InputError, match=r"highest token ID is 3,000,000, and at most 1,999,999 is supported"):
+    with pytest.raises(InputError, match=r"highest token ID is 3,000,000, but at most 1,999,999 is supported"):
         made(DOCUMENTS, tokenizer, tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_the_tokenizer_of_another_corpus(tmp_path: Path) -> None:
         assert corpus.meta[key] == other.meta[key]
     assert ends(corpus) == corpus.meta["documents"]
     for out in (other.directory, other.directory / "new"):
-        with pytest.raises(InputError, match="which is read"):
+        with pytest.raises(InputError, match="which is an input"):
             prepare(TextFiles(tmp_path / "text.txt"), Data(tokenizer=str(other.directory)), out)
 
 

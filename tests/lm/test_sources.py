@@ -153,9 +153,9 @@ def test_rows_without_text_are_counted(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", '{"id": 1}\n' * 20_000, "no column 'text'; there are id"),
+        ("x.jsonl", '{"id": 1}\n' * 20_000, "no column 'text'; the columns are id"),
         ("x.json", "7", "no column 'text'"),
-        ("x.json", '{"data": [{"text": "a"}]}', "no column 'text'; there are data"),
+        ("x.json", '{"data": [{"text": "a"}]}', "no column 'text'; the columns are data"),
         ("x.json", '{\n"data": [{"text": "a"}]}', "neither an array of objects nor one object per line"),
         ("x.json", '[{"text": "a"}] x', "after row 1: more text after the end"),
         ("x.json", '[{"text": "a"} {"text": "b"}]', "after row 1: ',' or ']' expected"),
@@ -163,13 +163,13 @@ def test_rows_without_text_are_counted(tmp_path: Path, capsys: pytest.CaptureFix
         ("x.json", "[" * 99_999, "cannot be read as a table"),
         ("x.jsonl", '{"text": "a"}\n{"text": ', "after row 1: "),
         ("x.jsonl", '{"text": "a"}\n{"text": "\\ud800"}', "row 2: half of a surrogate pair"),
-        ("x.jsonl", "", "holds no rows"),
-        ("x.jsonl", "\n \n", "holds no rows"),
-        ("x.json", "[]", "holds no rows"),
-        ("x.csv", "", "holds no rows"),
-        ("x.csv", "id,text\n", "holds no rows"),
-        ("x.csv", "id,body\n1,a\n", "no column 'text'; there are id, body"),
-        ("x.csv", "id,text\n1,hello, world\n", "row 1 has 3 fields, and the header has 2"),
+        ("x.jsonl", "", "has no rows"),
+        ("x.jsonl", "\n \n", "has no rows"),
+        ("x.json", "[]", "has no rows"),
+        ("x.csv", "", "has no rows"),
+        ("x.csv", "id,text\n", "has no rows"),
+        ("x.csv", "id,body\n1,a\n", "no column 'text'; the columns are id, body"),
+        ("x.csv", "id,text\n1,hello, world\n", "row 1 has 3 fields, but the header has 2"),
         ("x.csv", 'id,text\n1,"hello\n', "cannot be read as a table"),
         ("x.parquet", "", "cannot be read as a table"),
     ],
@@ -202,7 +202,7 @@ def test_a_truncated_archive_is_one_line(form: str, suffix: str, tmp_path: Path)
 @pytest.mark.parametrize("suffix", [".html", ".XML", ".py", ".tex", ".pdf", ".zip", ".tar.gz", ".arrow", ".html.gz"])
 def test_what_is_known_not_to_be_prose_is_refused_with_the_remedy(suffix: str, tmp_path: Path) -> None:
     (tmp_path / f"x{suffix}").write_text(FORMS[".txt"])
-    with pytest.raises(InputError, match=rf"x{suffix}: \.\w+ is not read as text; \w+"):
+    with pytest.raises(InputError, match=rf"x{suffix}: \.\w+ files are not read as text; \w+"):
         source_of(str(tmp_path / f"x{suffix}"))
 
 
@@ -273,15 +273,15 @@ def test_which_files_of_a_directory_are_read(
         (
             {f"{c}/train-0.jsonl": row(c) for c in "ab"}
             | {"README.md": "---\nconfigs:\n- config_name: a\n  data_files: a/*\n- config_name: 'b'\n---\nText"},
-            "a dataset with the configurations a, b; give the directory or the file of one",
+            "a dataset with the configurations a, b; pass the directory or the file of one",
         ),
         ({"a.html": "a"}, "no .txt or .md files and no tables"),
         ({".a.txt": "a"}, "no .txt or .md files and no tables"),
         (
             {"test-0.jsonl": row("a"), "dev-0.jsonl": row("b")},
-            "of the split test and validation, none of the split train",
+            "belong to the split test and validation, none to the split train",
         ),
-        ({"a.jsonl": row("a"), "b.jsonl": json.dumps({"id": 1})}, "b.jsonl: no column 'text'; there are id"),
+        ({"a.jsonl": row("a"), "b.jsonl": json.dumps({"id": 1})}, "b.jsonl: no column 'text'; the columns are id"),
     ],
 )
 def test_a_directory_that_leaves_a_doubt_is_refused(files: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -407,15 +407,15 @@ def test_an_interrupted_stream_goes_on_with_its_revision(
                 prepare(source_of("a/b"), DATA, tmp_path / "out")
     corpus = prepare(source_of("a/b"), DATA, tmp_path / "out")
     assert corpus.documents == len(DOCUMENTS) and corpus.meta["settings"]["revision"] == "one"
-    assert asked[-1][1]["revision"] == "one" and "goes on with revision one" in capsys.readouterr().err
+    assert asked[-1][1]["revision"] == "one" and "continuing with revision one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"text": 7}], "row 1: the column 'text' holds a number, not text"),
-        ([{"id": 7}], "no column 'text'; there are id"),
-        ([], "holds no rows"),
+        ([{"id": 7}], "no column 'text'; the columns are id"),
+        ([], "has no rows"),
     ],
 )
 def test_a_dataset_is_checked_like_a_table(

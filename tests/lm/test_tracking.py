@@ -268,7 +268,7 @@ def test_a_tracker_that_fails_does_not_stop_the_run(
     train(tracked(tiny, "tensorboard", "trackio"), corpus, tmp_path / "run")
     said = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
     reason = "TimeoutError" if failing_at == "close" else "the network is gone"
-    assert said == [f"tensorboard failed, and the run goes on without it: {reason}"]
+    assert said == [f"tensorboard failed; the run continues without it: {reason}"]
     ((failed,), (other,)) = Failing.seen, told.seen
     assert max(failed.lines) == (12 if failing_at == "close" else failing_at)
     assert list(other.lines) == [0, *TRAINED] and other.closed == [False]
@@ -282,7 +282,7 @@ def test_a_tracker_that_cannot_be_opened_is_an_error_before_the_first_step(
         raise RuntimeError("no API key:\nlog in")
 
     monkeypatch.setitem(tracking.TRACKERS, "wandb", refuse)
-    with pytest.raises(InputError, match=r"^wandb cannot be opened .*tracking\.trackers.*no API key: log in$"):
+    with pytest.raises(InputError, match=r"^wandb cannot be initialized .*tracking\.trackers.*no API key: log in$"):
         train(tracked(tiny, "trackio", "wandb"), corpus, tmp_path / "run")
     assert told.seen[0].closed == [True] and lines(tmp_path / "run", "answer") == {}
 

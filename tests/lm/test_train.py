@@ -219,7 +219,7 @@ def test_what_centering_changes_is_said_once(
     assert not any("center" in str(warning.message) for warning in warned)
     assert mean_of(model).abs().max() < 1e-8
     said = capsys.readouterr().err
-    assert said.count("tiny: optimizer.embedding.center changes what the model predicts, as the embeddings are") == 1
+    assert said.count("tiny: optimizer.embedding.center changes what the model predicts: the embeddings are") == 1
     loop.train(experiment, corpus, tmp_path / "run", no_figures)
     loop.train(experiment.with_values(model__tied=False), corpus, tmp_path / "untied", no_figures)
     assert "changes what the model predicts" not in capsys.readouterr().err
@@ -447,10 +447,10 @@ def test_a_longer_run_says_whether_it_is_the_one_from_the_start(
     capsys.readouterr()
     model = loop.train(lengthened(experiment, 40), corpus, tmp_path / "run", no_figures, longer=True)
     said = capsys.readouterr().err
-    assert "finished at step 24, and now trained to step 40" in said
+    assert "finished at step 24, now training to step 40" in said
     same = all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
     assert same == bool(schedule) == ("The learning rates are those of a run of 40 steps" in said)
-    assert same != ("The result is not that of a run of 40 steps from the start" in said)
+    assert same != ("The result differs from that of a run of 40 steps from the start" in said)
 
 
 @pytest.mark.parametrize("when", ["between the records", "step 29", "last checkpoint of the first part"])
@@ -496,8 +496,8 @@ def test_what_is_no_longer_run_is_refused_and_nothing_changed(tiny: Experiment, 
     with pytest.raises(loop.Interrupted):
         loop.train(tiny, corpus, tmp_path / "cut", interrupt)
     refused = {
-        r"run holds a run of 24 steps, 24 of them done.*cannot be made shorter": ("run", lengthened(tiny, 12), True),
-        r"cut holds a run of 24 steps, 8 of them done.*finish it with train\.steps=24": (
+        r"run contains a run of 24 steps, 24 of them done.*cannot be shortened": ("run", lengthened(tiny, 12), True),
+        r"cut contains a run of 24 steps, 8 of them done.*finish it with train\.steps=24": (
             "cut",
             lengthened(tiny, 40),
             True,
@@ -515,7 +515,7 @@ def test_what_is_no_longer_run_is_refused_and_nothing_changed(tiny: Experiment, 
             loop.train(experiment, corpus, tmp_path / name, no_figures, longer=longer)
         assert files == {path: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
     loop.train(lengthened(tiny, 40), corpus, tmp_path / "run", no_figures, longer=True)
-    with pytest.raises(InputError, match=r"holds a run of 40 steps, 40 of them done.*cannot be made shorter"):
+    with pytest.raises(InputError, match=r"contains a run of 40 steps, 40 of them done.*cannot be shortened"):
         loop.train(tiny, corpus, tmp_path / "run", no_figures, longer=True)
     file = tmp_path / "run" / "experiment.toml"
     file.write_text(file.read_text().replace("steps = 40", "steps = 60"))
@@ -527,7 +527,7 @@ def test_another_experiment_or_text_in_the_same_folder_is_refused(
     tiny: Experiment, corpus: Corpus, text_file: Path, tmp_path: Path
 ) -> None:
     loop.train(tiny, corpus, tmp_path / "run", no_figures)
-    with pytest.raises(InputError, match=r"other settings .*train\.steps: 24 there, 30 requested"):
+    with pytest.raises(InputError, match=r"different settings .*train\.steps: 24 there, 30 requested"):
         loop.train(tiny.with_values(train__steps=30), corpus, tmp_path / "run", no_figures)
     text_file.write_text(text_file.read_text().replace("king", "emperor"))
     other = prepare(TextFiles(text_file), tiny.data, tmp_path / "other")

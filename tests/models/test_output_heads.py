@@ -105,10 +105,10 @@ def test_a_weight_that_is_computed_is_told(norm) -> None:
     model = Model()
     norm(model.head)
     with pytest.raises(
-        ValueError, match=r"of Model returns a ParametrizedLinear, whose weight is no parameter.*head.p"
+        ValueError, match=r"of Model returns a ParametrizedLinear, whose weight is not a parameter.*head.p"
     ):
         param_groups(model)
-    with pytest.raises(ValueError, match=r"got the ParametrizedLinear 'head', whose weight is no parameter"):
+    with pytest.raises(ValueError, match=r"got the ParametrizedLinear 'head', whose weight is not a parameter"):
         param_groups(model, coupled="head")
 
 
@@ -117,8 +117,8 @@ def test_a_weight_that_is_computed_is_told(norm) -> None:
     [
         (nn.Linear(8, 40), "returns a Linear, which has no weight that is a parameter of the model"),
         (nn.ReLU(), "returns a ReLU, which has no weight"),
-        ("text", "returns a str, which is no parameter"),
-        (torch.zeros(40, 8), "returns a Tensor, which is no parameter"),
+        ("text", "returns a str, which is not a parameter"),
+        (torch.zeros(40, 8), "returns a Tensor, which is not a parameter"),
     ],
 )
 def test_other_answers_are_told_as_what_they_are(answer, message) -> None:
@@ -244,7 +244,9 @@ def test_a_model_with_nothing_to_couple_trains_with_one_warning(models) -> None:
             warnings.simplefilter("always", UserWarning)
             optimizer = CoupledAdam(param_groups(model))
         (told,) = [str(w.message) for w in caught if w.category is UserWarning]
-        assert told.startswith("nothing is coupled, so CoupledAdam is AdamW: ") and told.endswith("coupled=[]")
+        assert told.startswith("nothing is coupled, so CoupledAdam behaves exactly like AdamW: ") and told.endswith(
+            "coupled=[]"
+        )
         assert {group["second_moment"] for group in optimizer.param_groups} == {"elementwise"}
 
 

@@ -187,7 +187,7 @@ def test_sums_go_on_where_they_were_saved() -> None:
     second.load_state_dict(first.state_dict())
     steps(2)
     assert first.state_dict() == second.state_dict()
-    with pytest.raises(ValueError, match="not that of a matrix of shape"):
+    with pytest.raises(ValueError, match="not from a matrix of shape"):
         second.load_state_dict({"gradients": [0.0]})
 
 

@@ -59,7 +59,7 @@ def test_a_model_says_what_its_embeddings_are() -> None:
 def test_what_is_no_embedding_is_refused() -> None:
     with pytest.raises(ValueError, match="does not say what its embeddings are"):
         monitor.health(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"two rows or more, not of shape \(12,\): FSDP1"):
+    with pytest.raises(ValueError, match=r"two rows or more, not of shape \(12,\)\. FSDP1"):
         monitor.health(torch.zeros(12))
 
 

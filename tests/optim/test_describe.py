@@ -27,7 +27,7 @@ def test_every_role_is_told() -> None:
     assert lines[1] == "  coupled over the vocabulary: token_embedding.weight (64, 8), weight decay 0"
     assert lines[2].startswith("  weight decay 0.1: 9 matrices, ")
     assert lines[3].startswith("  weight decay 0: ") and "vectors and scalars" in lines[3]
-    assert lines[-1] == "  clipping by this optimizer: to a global norm of 0.5; nobody else should clip"
+    assert lines[-1] == "  clipping by this optimizer: to a global norm of 0.5; do not clip elsewhere"
 
 
 def test_adams_tells_spectral_decay_and_whom_it_spares() -> None:
@@ -68,13 +68,13 @@ def test_uncoupled_it_would_be_that_much() -> None:
 
 def test_zero_tells_its_state_when_it_has_one() -> None:
     optimizer = Adams_ZeRO(param_groups(model()))
-    assert "state: spread over the processes in the first step" in describe(optimizer)
+    assert "state: sharded across the processes in the first step" in describe(optimizer)
     actual = sum(x.nbytes for state in stepped(optimizer).state.values() for x in state.values())
     assert f"state: {actual / 1000:.1f} kB" in describe(optimizer)
 
 
 def test_other_optimizers_are_refused() -> None:
-    with pytest.raises(TypeError, match="SGD is no optimizer of coupled_adam"):
+    with pytest.raises(TypeError, match="SGD is neither an optimizer of coupled_adam"):
         describe(torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
 
 

@@ -197,7 +197,7 @@ def test_who_is_asked_for_no_fast_backend_takes_none() -> None:
         assert backends.of(made) is plain
         made.group["fused"] = None
         assert backends.of(made) is (cpu if shared else torch_adamw)
-        assert gpu.refuses(made) == "GPU kernels do not reach cpu"
+        assert gpu.refuses(made) == "GPU kernels do not run on cpu"
 
 
 def test_a_new_backend_is_a_module_and_its_place_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,16 +228,16 @@ def test_a_scaled_gradient_is_copied_for_torch_only_where_that_is_little(size: i
 
 
 REFUSED = {
-    "transposed": (lambda: torch.zeros(8, 6).t(), {}, r"contiguous tensors, which the parameter is not"),
+    "transposed": (lambda: torch.zeros(8, 6).t(), {}, r"contiguous tensors, but the parameter is not"),
     "float64": (
         lambda: torch.zeros(6, 8, dtype=torch.float64),
         {},
-        r"take float32, and the parameter is",
+        r"need float32, but the parameter is",
     ),
     "direction": (
         lambda: torch.zeros(6, 8),
         {"direction": "tensors alone"},
-        r"'tensors alone' has no form",
+        r"'tensors alone' has no kernel",
     ),
 }
 
@@ -251,7 +251,7 @@ def test_who_insists_on_a_fast_backend_is_told_which_parameter_none_takes_and_wh
     groups = [{"params": [("first", first)]}, {"params": [("table", table)], **group}]
     optimizer = cls([{**g, "second_moment": "vocabulary"} for g in groups], fused=True)
     first.grad, table.grad = torch.ones_like(first), torch.ones_like(table)
-    with pytest.raises(RuntimeError, match=rf"^fused=True, .*'table': .*{reason}.*Leave fused None"):
+    with pytest.raises(RuntimeError, match=rf"^fused=True, .*'table': .*{reason}.*Leave fused=None"):
         optimizer.step()
     assert not first.any() and optimizer.state[first]["step"] == 0, "nothing has moved"
     optimizer.param_groups[1]["fused"] = None

@@ -202,7 +202,7 @@ def test_a_vocabulary_group_that_cannot_be_honored_is_refused(group_of_two: dist
     parameter.vocabulary_group = group_of_two
     with pytest.raises(ValueError, match=r"\(5, 4\) is a vocabulary shard.*use_spectral_decay = False"):
         KINDS["adams"](parameter).step()
-    with pytest.raises(ValueError, match=r"'table' is a vocabulary shard.*give it to Adams or CoupledAdam"):
+    with pytest.raises(ValueError, match=r"'table' is a vocabulary shard.*pass it to Adams or CoupledAdam"):
         KINDS["zero"](parameter)
 
 

@@ -176,7 +176,7 @@ def test_a_parameter_of_inference_mode_is_refused() -> None:
     optimizer = CoupledAdam([("fine", fine), ("made there", made_there)], coupling_factor=0.1)
     fine.grad = torch.ones(3)
     made_there.grad = torch.ones(3)
-    with pytest.raises(RuntimeError, match=r"'made there' was made under torch.inference_mode\(\)"):
+    with pytest.raises(RuntimeError, match=r"'made there' was created under torch.inference_mode\(\)"):
         optimizer.step()
     assert not fine.any()
 

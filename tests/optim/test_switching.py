@@ -84,7 +84,7 @@ def test_other_models_are_matched_by_name_or_refused() -> None:
     with pytest.raises(ValueError, match=r"'head.weight' is in one"):
         adamw_state_dict(optimizer, torch.optim.AdamW([*other.named_parameters()][:-1]))
     narrow = [(name, nn.Parameter(torch.zeros(3))) for name, _ in model.named_parameters()]
-    with pytest.raises(ValueError, match=r"has shape \(37, 16\), in the other optimizer \(3,\)"):
+    with pytest.raises(ValueError, match=r"has shape \(37, 16\), but \(3,\) in the other optimizer"):
         adamw_state_dict(optimizer, torch.optim.AdamW(narrow))
     with pytest.raises(ValueError, match="amsgrad=False"):
         adamw_state_dict(optimizer, torch.optim.AdamW(model.parameters(), amsgrad=True))
@@ -94,7 +94,7 @@ def test_other_models_are_matched_by_name_or_refused() -> None:
 def test_adams_has_no_way_to_adamw_and_says_so(cls: type) -> None:
     model, optimizer = made(cls)
     train(model, optimizer)
-    with pytest.raises(ValueError, match=r"'head.weight' is trained by Adams.*direction='atan2'.*AdamW anew"):
+    with pytest.raises(ValueError, match=r"'head.weight' is trained by Adams.*direction='atan2'.*with fresh state"):
         adamw_state_dict(optimizer)
 
 

@@ -213,7 +213,7 @@ def test_runs_are_grouped_by_all_that_changes_the_result(tmp_path: Path) -> None
     found = aggregate.groups(aggregate.read_runs([tmp_path]))
     assert {g.first.method: len(g.runs) for g in found} == {"AdamW": 2, "SGD momentum 0.5": 1, "SGD": 1}
     write_run(tmp_path / "again", "a", 1)
-    with pytest.raises(InputError, match="are the same experiment with the same seed; give one"):
+    with pytest.raises(InputError, match="are the same experiment with the same seed; pass only one"):
         aggregate.groups(aggregate.read_runs([tmp_path, tmp_path / "again"]))
 
 
@@ -225,7 +225,7 @@ def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_reported(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no run"):
+    with pytest.raises(InputError, match="contains no runs"):
         aggregate.read_runs([tmp_path])
     run = write_run(tmp_path, "exp")
     for file in (run / "evaluation").iterdir():

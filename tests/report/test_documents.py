@@ -46,7 +46,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_documents_of_other_lengths_under_one_name_are_refused(tmp_path: Path) -> None:
     measured(tmp_path, "a", [3, 4], [6.1, 5.0])
     measured(tmp_path, "b", [4, 3], [6.0, 5.5], schedule__lr=1e-2)
-    with pytest.raises(InputError, match="documents have other lengths"):
+    with pytest.raises(InputError, match="documents differ in length"):
         of_runs(read_runs([tmp_path]))
 
 
@@ -56,7 +56,7 @@ HEAD = "name,corpus,document_1,document_2\n"
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        ("r,c,1.0,2.0\n", "line 2, r: no row tokens:c stands above it"),
+        ("r,c,1.0,2.0\n", "line 2, r: no row tokens:c comes before it"),
         ("tokens:c,c,1,2\nr,c,1.0\n", "line 3, r: 1 documents where the corpus has 2"),
         ("tokens:c,c,1,2\nr,c,1.0,x\n", "line 3, r: could not convert string to float: 'x'"),
         ("tokens:c,c,1,2\nr,c,,2.0\n", "line 3, r: values are missing"),

@@ -92,7 +92,7 @@ def test_the_drift_is_drawn_by_cause(page: Page) -> None:
     charts = section.locator(".js-plotly-plot")
     assert section.locator("h3").all_text_contents() == ["Drift with AdamW", "Drift with Coupled Adam"]
     legend = charts.first.locator(".legendtext").all_text_contents()
-    assert legend == ["uneven second moments", "gradients' sum", "‖μ‖, all together"], "nothing decayed"
+    assert legend == ["uneven second moments", "gradient sum", "‖μ‖, total"], "nothing decayed"
     ranges = [chart.locator(".ytick text").all_text_contents() for chart in charts.all()]
     assert ranges[0] == ranges[1], "one scale"
     charts.first.scroll_into_view_if_needed()
@@ -101,7 +101,7 @@ def test_the_drift_is_drawn_by_cause(page: Page) -> None:
     told = charts.first.locator(".hoverlayer .legend").filter(has_text="step 8")  # where the mouse came to rest
     told.wait_for(timeout=10_000)
     text = str(told.text_content())
-    assert "moments : 0.8000" in text and "sum : 0.0800" in text and "together : 0.9000" in text
+    assert "moments : 0.8000" in text and "sum : 0.0800" in text and "total : 0.9000" in text
 
 
 def test_it_fits_a_narrow_screen_and_paper(page: Page) -> None:

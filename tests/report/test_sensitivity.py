@@ -44,7 +44,7 @@ def test_a_run_that_diverged_counts_with_the_initial_loss(diverged: float | None
 
 @pytest.mark.parametrize(
     ("losses", "initial", "message"),
-    [([3.0], 9.0, "two learning rates or more"), ([3.0, 4.0], math.nan, "initial_loss nan is not finite")],
+    [([3.0], 9.0, "two or more learning rates"), ([3.0, 4.0], math.nan, "initial_loss nan is not finite")],
 )
 def test_what_has_no_sensitivity(losses: list[float | None], initial: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):

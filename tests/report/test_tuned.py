@@ -147,7 +147,7 @@ def test_cells_of_a_table() -> None:
     for missing in ({}, {"a": ""}, {"a": None}, {"a": "nan"}, {"a": "inf"}):
         assert number(missing, "a") is None
     assert number({"a": "1e-3"}, "a") == 1e-3 and number({"a": 2}, "a") == 2.0
-    with pytest.raises(InputError, match="r1, column a: 'x' is no number"):
+    with pytest.raises(InputError, match="r1, column a: 'x' is not a number"):
         number({"name": "r1", "a": "x"}, "a")
 
 

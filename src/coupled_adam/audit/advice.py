@@ -46,7 +46,7 @@ def advice(found: Embeddings, kind: str, measured: Measurements) -> Advice:
             else "Check that this is a trained matrix and the right one; --tensor NAME measures another.",
         )
     if too_few_for_shift(measured):
-        return Advice("Nothing to judge", "Audit more rows: at least some hundreds, and more rows than dimensions.")
+        return Advice("Nothing to judge", "Audit more rows: at least a few hundred, and more rows than dimensions.")
     if SHIFT.level(measured.mean_shift_ratio) != "good":
         return _about_a_shift(found, kind, measured)
     if helped_by_removal(measured):
@@ -67,7 +67,7 @@ def _about_a_shift(found: Embeddings, kind: str, measured: Measurements) -> Advi
     if found.origin.kind == "run":
         return Advice(
             "Training",
-            "More training does not bring the mean back. To keep it at the origin, start the next run with Coupled "
+            "More training does not move the mean back. To keep it at the origin, start the next run with Coupled "
             f"Adam on the embedding. {as_features}",
         )
     if kind == "output":
@@ -81,20 +81,20 @@ def _about_a_shift(found: Embeddings, kind: str, measured: Measurements) -> Advi
     if kind == "tied":
         return Advice(
             "Tied models",
-            f"Leave the model as it is: subtracting the mean would also change what it reads. {as_features}",
+            f"Leave the model as it is: subtracting the mean would also change its input embeddings. {as_features}",
         )
     if kind == "embedding" and found.origin.kind == "numpy":
         rest = f" {_dominating(measured)}" if helped_by_removal(measured) else ""
         return Advice(
             "Retrieval",
-            "Before you compare rows by cosine, subtract their mean, from queries too. If this is the output embedding "
-            f"of an untied model, --center COPY writes it centered.{rest}",
+            "Before you compare rows by cosine, subtract their mean (from queries too). If this is the output "
+            f"embedding of an untied model, --center COPY writes a centered copy.{rest}",
         )
     return Advice("Features", f"Leave the model as it is. {as_features}")
 
 
 def _dominating(measured: Measurements) -> str:
     return (
-        "A few directions dominate also after centering: remove those as well before you compare vectors "
+        "A few directions still dominate after centering: remove them too before you compare vectors "
         f"(All-but-the-Top: isotropy {measured.isotropy_centered:.3f} → {measured.isotropy_post_processed:.3f})."
     )

@@ -73,16 +73,16 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
     if reason := reason_against(embeddings):
         raise InputError(f"{embeddings.name}: not centered: {reason}")
     if out.exists() or out.is_symlink():
-        raise InputError(f"{out}: exists already; choose another place for the centered copy")
+        raise InputError(f"{out}: already exists; choose another place for the centered copy")
     out = output_path(out, source)
     if source.is_file() and out.suffix != source.suffix:
-        raise InputError(f"{out}: the copy of a {source.suffix} file; let its name end so")
+        raise InputError(f"{out}: a copy of a {source.suffix} file needs the suffix {source.suffix}")
     if origin.kind == "numpy":
         return _center_array(source, out)
     assert origin.head is not None
     if missing := sorted({path.name for path in origin.files.values() if not path.exists()}):
         raise InputError(
-            f"{source}: lacks {', '.join(missing[:3])}; fetch the whole model (hf download NAME --local-dir DIR)"
+            f"{source}: lacks {', '.join(missing[:3])}; download the whole model (hf download NAME --local-dir DIR)"
         )
     held = {path.name for path in origin.files.values()}
     copied = files_to_copy(source, held) if source.is_dir() else []
@@ -97,15 +97,15 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
         rounding = _overwrite(aside / file.name if source.is_dir() else aside, origin.head, weights, mean)
     condition = None
     if origin.config is None:
-        condition = "no config.json beside the file: the model must not cap its logits (soft-capping)"
+        condition = "no config.json next to the file: the model must not cap its logits (soft-capping)"
     return Centered(out, origin.head, mean.norm().item(), rounding, condition)
 
 
 #: Why a model of this kind is not written, and what to do.
 UNWRITABLE = {
-    "gguf": "a GGUF file cannot be written without loss; center the model that it was made from, and convert that",
-    "run": "a run is centered as a Hugging Face directory; export it first (coupled-adam export)",
-    "pickle": "pickles are not written; convert the model to safetensors",
+    "gguf": "a GGUF file cannot be written without loss; center the model it was made from, then convert that",
+    "run": "a run must be exported first (coupled-adam export)",
+    "pickle": "pickle files cannot be written; convert the model to safetensors",
 }
 
 
@@ -115,18 +115,18 @@ def reason_against(embeddings: Embeddings) -> str | None:
     if origin.kind in UNWRITABLE:
         return UNWRITABLE[origin.kind]
     if origin.kind == "numpy":
-        return ".npz files are not written; give the output embedding as .npy" if is_zipfile(origin.path) else None
+        return ".npz files cannot be written; save the output embedding as .npy" if is_zipfile(origin.path) else None
     if embeddings.tied:
-        return "input and output embedding are one matrix, so that what the model reads would change too"
+        return "its input and output embeddings are one matrix, so its inputs would change too"
     if embeddings.lacks_output:
         return " ".join(embeddings.notes)
     if origin.path.is_file() and len(set(origin.files.values())) > 1:
-        return "the file is one part of the model; give the directory"
+        return "the file is one part of the model; pass the directory"
     if embeddings.output is None or origin.head is None:
-        return "it has no output embedding of its own"
+        return "it has no separate output embedding"
     prefix = origin.head.removesuffix("weight")
     if parts := [n for n in origin.files if n.startswith(prefix) and n not in (origin.head, prefix + "bias")]:
-        return f"its head has more parts than one matrix ({parts[0]}), and only all scores together may be shifted"
+        return f"its head is more than one matrix ({parts[0]}), so not all scores would shift by the same amount"
     return None if origin.config is None else _reason_in_config(origin, origin.config)
 
 
@@ -134,9 +134,9 @@ def _reason_in_config(origin: Origin, stated: dict[str, Any]) -> str | None:
     config = model_directories.full_config(origin.path if origin.path.is_dir() else origin.path.parent)
     if config is None:
         kind = stated.get("model_type")
-        return f"transformers does not know the model type {kind!r}, so what it does to its logits is not known"
+        return f"transformers does not know the model type {kind!r}, so it is unknown how its logits are computed"
     for key, value in _caps(config):
-        return f"it caps its logits ({key} = {value}), and a capped shift is no shift"
+        return f"it caps its logits ({key} = {value}), so a shift would change predictions"
     return None
 
 
@@ -158,7 +158,7 @@ def _center_array(source: Path, out: Path) -> Centered:
         rounding = max(rounding, error)
     with written_whole(out) as aside:
         write_array(aside, result)
-    condition = "it must be the output embedding of a model that shares it with nothing and does not cap its logits"
+    condition = "it must be the output embedding of an untied model that does not cap its logits"
     return Centered(out, "embedding", mean.norm().item(), rounding, condition)
 
 
@@ -169,7 +169,7 @@ def _mean(weights: Tensor, name: str) -> Tensor:
         mean += weights[start : start + ROWS].double().sum(0)
     mean /= len(weights)
     if not mean.isfinite().all():
-        raise InputError(f"{name}: not centered: its output embedding holds values that are not finite")
+        raise InputError(f"{name}: not centered: its output embedding contains non-finite values")
     return mean
 
 

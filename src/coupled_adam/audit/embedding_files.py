@@ -18,6 +18,7 @@ from coupled_adam.audit.embedding_names import (
     find_output,
     find_packed_output,
     has_adapter,
+    largest_matrices,
     none_found,
     only_matrix,
 )
@@ -117,7 +118,7 @@ def read_embeddings(model: str, *, tensor: str | None = None, data: Path | None 
     except InputError as error:
         raise InputError(one_line(error, LONGEST)) from None  # it may hold names out of files
     except MemoryError:
-        raise InputError(f"{printable(model)}: there is too little memory to open it") from None
+        raise InputError(f"{printable(model)}: not enough memory to open it") from None
 
 
 def _read(model: str, tensor: str | None, data: Path | None) -> Embeddings:
@@ -154,7 +155,7 @@ def _read_file(path: Path, tensor: str | None) -> Embeddings:
         lone = next(iter(tensors.files)) if len(tensors.files) == 1 else None
         matrix = _matrix(tensors, tensor or find_input(tensors) or only_matrix(tensors) or lone, path)
         return Embeddings(name, Origin("numpy", path, None, tensors.files), matrix)
-    raise InputError(f"{path}: not a kind of file that is read; {READ}")
+    raise InputError(f"{path}: not a supported type of file; {READ}")
 
 
 def _embeddings(
@@ -171,7 +172,7 @@ def _embeddings(
     words, no_words = model_directories.words_in(directory)
     notes = [note for note in (missing, no_words) if note]
     if base is not None:
-        notes.append(f"An adapter: what it does not hold is that of its base model {base}, and was not measured.")
+        notes.append(f"An adapter: the rest of the model is in its base model {base} and was not measured.")
     if tensor is not None:
         matrix = _matrix(tensors, tensor, path)
         notes += _adapted(tensor)
@@ -182,8 +183,8 @@ def _embeddings(
     found = find_input(tensors) or (find_output(tensors) if said else None)
     if found is None and base is not None:
         raise InputError(
-            f"{path}: an adapter; its input embeddings are those of its base model {base}: audit that, or name one of "
-            f"its own matrices ({none_found('what it holds', tensors)})"
+            f"{path}: an adapter; its input embeddings are in its base model {base}: audit that, or name one of the "
+            f"adapter's matrices ({largest_matrices(tensors)})"
         )
     matrix, found, expanded = _expanded(tensors, found or _lone(tensors), path, missing)
     head, output, note = _output(tensors, found, matrix)
@@ -201,9 +202,7 @@ def _embeddings(
 def _expanded(tensors: Tensors, found: str | None, path: Path, missing: str | None) -> tuple[Tensor, str, list[str]]:
     """Read the token embedding. Returns it, its name, and what was done to it in sentences."""
     if found is None and missing:
-        raise InputError(
-            f"{path}: {missing} Without the part that holds it there is no token embedding; {_named(tensors)}"
-        )
+        raise InputError(f"{path}: {missing} The token embedding is in a missing part; {_named(tensors)}")
     matrix = _matrix(tensors, found, path)
     assert found is not None
     mapping = tensors.shape("mapping") if "mapping" in tensors.files else ()
@@ -216,11 +215,12 @@ def _expanded(tensors: Tensors, found: str | None, path: Path, missing: str | No
     matrix = matrix[places.long()]
     if "weights" in tensors.files and tensors.shape("weights") == mapping:
         matrix = matrix * tensors.stored("weights").to(matrix.dtype)[:, None]
-    return matrix, found, [f"Its {len(matrix):,} tokens share {count:,} vectors (model2vec); a row is a token's."]
+    note = f"Its {len(matrix):,} tokens share {count:,} vectors (model2vec); there is one row per token."
+    return matrix, found, [note]
 
 
 def _named(tensors: Tensors) -> str:
-    return f"put all parts into one directory, or name a tensor: {none_found('what is there', tensors)}"
+    return f"put all parts into one directory, or name a tensor (--tensor): {largest_matrices(tensors)}"
 
 
 def _output(tensors: Tensors, found: str, matrix: Tensor) -> tuple[str | None, Tensor | None, str | None]:
@@ -236,9 +236,7 @@ def _output(tensors: Tensors, found: str, matrix: Tensor) -> tuple[str | None, T
     packed = packed or find_packed_output(tensors, found)
     if packed is None:
         return None, None, None
-    note = (
-        f"Its output embedding {packed} is packed or quantized and was not measured; give the model as it was before."
-    )
+    note = f"Its output embedding {packed} is packed or quantized and was not measured; use the unquantized model."
     return None, None, note
 
 
@@ -248,12 +246,12 @@ def _absent(said: bool | None, config: dict[str, Any] | None) -> str | None:
         return None
     if said is None and not model_directories.predicts(config):
         return None
-    says = "says that it has an output embedding of its own" if said is False else "does not say whether it is tied"
-    return f"Its config.json {says}, and its files hold none under a known name: it was not measured."
+    says = "says that it is not tied" if said is False else "does not say whether it is tied"
+    return f"Its config.json {says}, but its files have no output embedding under a known name: it was not measured."
 
 
 def _adapted(name: str) -> list[str]:
-    return [f"{name} was measured without the adapter on it; merge that first (merge_and_unload)."] * has_adapter(name)
+    return [f"{name} was measured without its adapter; merge it first (merge_and_unload)."] * has_adapter(name)
 
 
 def _tied(
@@ -306,7 +304,7 @@ def _read_run(directory: Path, tensor: str | None, data: Path | None) -> Embeddi
     read = load_tensors(checkpoint, [f"model.{name}" for name in names])
     matrices = [matrix.to(torch.float32) for matrix in read.values()]
     if matrices[0].ndim != 2:
-        raise InputError(f"{checkpoint}: {names[0]!r} has shape {tuple(matrices[0].shape)}, no matrix")
+        raise InputError(f"{checkpoint}: {names[0]!r} is not a matrix (shape {tuple(matrices[0].shape)})")
     output = matrices[1] if len(matrices) > 1 else None
     return Embeddings(
         _short_name(directory),
@@ -325,7 +323,7 @@ def _matrix(tensors: Tensors, name: str | None, source: Path) -> Tensor:
     if name is None:
         raise none_found(str(source), tensors)
     if name not in tensors.files:
-        raise InputError(f"{source}: holds no tensor {name!r}; {none_found('what it holds', tensors)}")
+        raise InputError(f"{source}: contains no tensor {name!r}; {largest_matrices(tensors)}")
     return tensors.matrix(name)
 
 

@@ -129,14 +129,19 @@ def only_matrix(tensors: Tensors) -> str | None:
 
 def none_found(source: str, tensors: Tensors) -> InputError:
     """Make the error for a model without a known embedding; it lists the matrices with the most rows."""
+    known = any(len(tensors.shape(name)) == 2 for name in tensors.files)
+    reason = "no tensor has a known embedding name; name one (--tensor)" if known else "no embedding"
+    return InputError(f"{source}: {reason}: {largest_matrices(tensors)}")
+
+
+def largest_matrices(tensors: Tensors) -> str:
+    """List the matrices with the most rows, for an error that asks to name one."""
     shapes = {name: tensors.shape(name) for name in tensors.files}
     matrices = sorted((name for name in shapes if len(shapes[name]) == 2), key=lambda name: -shapes[name][0])
     if not matrices:
-        return InputError(f"{source}: no embedding: none of its tensors is a matrix ({_listed(list(shapes)[:5])})")
-    largest = [f"{name} {shapes[name][0]:,} × {shapes[name][1]:,}" for name in matrices[:5]]
-    return InputError(
-        f"{source}: no tensor has the name of a known embedding; name one. Those with the most rows: {_listed(largest)}"
-    )
+        return f"none of its tensors is a matrix ({_listed(list(shapes)[:5])})"
+    listed = [f"{name} {shapes[name][0]:,} × {shapes[name][1]:,}" for name in matrices[:5]]
+    return f"its matrices with the most rows are {_listed(listed)}"
 
 
 def _by_depth(names: Collection[str], endings: Sequence[str]) -> Iterator[list[str]]:

@@ -17,10 +17,10 @@ HEAD = 16384
 #: Formats without embeddings that are read here, by how their files begin.
 FOREIGN = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras)",
-    b"\x1f\x8b": "compressed by gzip; unpack it",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it",
-    b"BZh": "compressed by bzip2; unpack it",
-    b"\xfd7zXZ\x00": "compressed by xz; unpack it",
+    b"\x1f\x8b": "compressed with gzip; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it",
+    b"BZh": "compressed with bzip2; unpack it",
+    b"\xfd7zXZ\x00": "compressed with xz; unpack it",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
     b"PAR1": "a Parquet file",
     b"%PDF": "a PDF file",
@@ -93,12 +93,12 @@ def format_of(path: Path) -> Format | None:
             raise InputError(f"{path}: {what}; {READ}")
     _refuse_static_embeddings(path, head)
     if head and len(head) < HEAD and (text := _text(head)) is not None:
-        raise InputError(f"{path}: a text file, not a kind of file that is read; it begins {printable(text[:60])!r}")
+        raise InputError(f"{path}: a text file, which is not supported; it begins with {printable(text[:60])!r}")
     return None
 
 
 #: What is read, for messages.
-READ = "what is read are .safetensors, .gguf, .npy, .npz, and files of torch.save"
+READ = "supported are .safetensors, .gguf, .npy, .npz, and files written by torch.save"
 
 
 def _format_of_archive(path: Path) -> Format | None:
@@ -120,14 +120,14 @@ def _refuse_static_embeddings(path: Path, head: bytes) -> None:
     if header := WORD2VEC_HEADER.match(head):
         size = f"{int(header[1]):,} words × {int(header[2]):,}"
         text = WORD_AND_NUMBERS.match(head, header.end()) is not None
-        raise _static(path, f"embeddings in the format of word2vec ({size})", WORD2VEC, "" if text else ", binary=True")
+        raise _static(path, f"embeddings in word2vec format ({size})", WORD2VEC, "" if text else ", binary=True")
     if WORD_AND_NUMBERS.match(head):
-        raise _static(path, "embeddings in the format of GloVe", WORD2VEC, ", no_header=True")
+        raise _static(path, "embeddings in GloVe format", WORD2VEC, ", no_header=True")
 
 
 def _static(path: Path, what: str, load: str, options: str = "") -> InputError:
     command = CONVERT.format(target=f"{path.stem}.npy", load=load.format(path=str(path), options=options))
-    return InputError(f"{path}: {what}, a format that is not read; make an array of it with gensim: {command}")
+    return InputError(f"{path}: {what}, which is not supported; convert it to an array with gensim: {command}")
 
 
 def _text(head: bytes) -> str | None:

@@ -34,7 +34,7 @@ def tensors_in(path: Path) -> tuple[Tensors, dict[str, Any], str | None]:
         part = f"part {number + 1} of {count}" if isinstance(number, int) else f"one of {count} parts"
         files, missing = parts_beside(path)
         if files == [path] and missing is None:
-            missing = f"{path.name} is {part}; name the parts as they were named (NAME-00001-of-{count:05}.gguf)."
+            missing = f"{path.name} is {part}; restore the original names of the parts (NAME-00001-of-{count:05}.gguf)."
         elif missing:
             missing = f"{path.name} is {part}. {missing}"
     opened = {file: given if file == path else _read(file) for file in files}
@@ -51,8 +51,8 @@ def tensors_in(path: Path) -> tuple[Tensors, dict[str, Any], str | None]:
                 return torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
             except NotImplementedError:
                 raise PackedError(
-                    f"{file}: {name!r} is quantized as {tensor.tensor_type.name}, which the package gguf does not "
-                    "read; give the model in another quantization"
+                    f"{file}: {name!r} is quantized as {tensor.tensor_type.name}, which the package gguf cannot "
+                    "read; use another quantization of the model"
                 ) from None
 
     return Tensors({name: file for name, (file, _) in found.items()}, shape, stored), metadata, missing
@@ -70,13 +70,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         # Beyond the end it takes empty slices, as many as the file claims.
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
-                raise ValueError("it claims more than it holds")
+                raise ValueError("it declares more data than it contains")
             return super()._get(offset, dtype, count, override_order)
 
     with readable(path, "GGUF file"):
         reader = Reader(path)
         if reader.byte_order == "S":
-            raise InputError(f"{path}: in the byte order of other machines (big-endian), which is not read; convert it")
+            raise InputError(f"{path}: big-endian, which is not supported; convert it to little-endian")
         return {tensor.name: tensor for tensor in reader.tensors}, {
             name: field.contents() for name, field in reader.fields.items()
         }

@@ -10,7 +10,7 @@ from coupled_adam.errors import InputError
 #: Weights in other forms, which would stay as they were, and so are not copied.
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".bin.index.json")
 
-REMEDY = "delete it, or put the file itself in its place"
+REMEDY = "delete it, or replace it with the file itself"
 
 
 def files_to_copy(source: Path, weights: Collection[str]) -> list[tuple[Path, Path]]:
@@ -53,16 +53,16 @@ def _content(path: Path, root: Path) -> Path:
         real = path.resolve(strict=True)
         mode = real.stat().st_mode
     except (OSError, RuntimeError) as error:  # a loop of links is the latter up to Python 3.12
-        reason = "a link in a loop" if isinstance(error, RuntimeError) else "a link to nothing, or in a loop"
+        reason = "a link loop" if isinstance(error, RuntimeError) else "a broken link or a link loop"
         raise InputError(f"{path}: not copied: {reason}; {REMEDY}") from None
     if stat.S_ISDIR(mode):
         raise InputError(f"{path}: not copied: a link to a directory ({real}); {REMEDY}")
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: not copied: neither a file nor a directory; {REMEDY}")
     if path.is_symlink() and not _belongs(real, root):
-        raise InputError(f"{path}: not copied: a link to a file outside of the model ({real}); {REMEDY}")
+        raise InputError(f"{path}: not copied: a link to a file outside the model ({real}); {REMEDY}")
     if not os.access(real, os.R_OK):
-        raise InputError(f"{path}: not copied: you may not read it")
+        raise InputError(f"{path}: not copied: no permission to read it")
     return real
 
 

@@ -58,7 +58,7 @@ def folder_of_weights(directory: Path) -> Path:
     for module in _read(directory / MODULES, list[dict[str, Any]]):
         folder = directory / str(module.get("path") or ".")
         if not folder.resolve().is_relative_to(directory.resolve()):
-            raise InputError(f"{directory / MODULES}: names {str(folder)!r}, which lies outside of the model")
+            raise InputError(f"{directory / MODULES}: names {str(folder)!r}, which lies outside the model")
         if any((folder / name).exists() for name in (SAFETENSORS, PICKLE)):
             return folder
     return directory
@@ -111,7 +111,7 @@ def files_of_index(directory: Path, name: str) -> dict[str, Path]:
         return {}
     files = _read(path, dict[str, Any]).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise InputError(f"{path}: no weight_map; it is no index of a model in several files")
+        raise InputError(f"{path}: no weight_map, so not the index of a sharded model")
     # A name with directories could lead out of the model.
     return {tensor: directory / Path(str(file)).name for tensor, file in files.items()}
 
@@ -128,7 +128,7 @@ def read_config(directory: Path) -> dict[str, Any] | None:
     config = _read(path, dict[str, Any])
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path}: damaged (architectures: {str(names)[:60]} is no list of names)")
+        raise InputError(f"{path}: damaged (architectures: {str(names)[:60]} is not a list of names)")
     for part in (config, *_language_parts(config)):
         if not isinstance(tied := part.get(TIED), bool | None):
             raise InputError(f"{path}: damaged ({TIED}: {str(tied)[:60]} is neither true nor false)")
@@ -205,7 +205,7 @@ def words_in(directory: Path) -> tuple[Words | None, str | None]:
     try:
         loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of every kind: code of the model's own, a package that is not here
-        return None, f"Its tokenizer could not be loaded, so no words are known ({one_line(error, 120)})."
+        return None, f"Its tokenizer could not be loaded, so words were left out ({one_line(error, 120)})."
     words = Words(
         {number: token for token, number in loaded.get_vocab().items()},
         functools.partial(loaded.encode, add_special_tokens=False),
@@ -227,8 +227,8 @@ def from_hub(name: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=files))
         except Exception as error:  # of every kind, from the network to the name
             raise InputError(
-                f"{name}: no such file or directory, and not available from the Hugging Face hub "
-                f"({one_line(error, 160)}); where there is a network: hf download {name}; or give a model's directory"
+                f"{name}: not found locally, and not available from the Hugging Face Hub ({one_line(error, 160)}). "
+                f"Download it first (hf download {name}), or pass a local directory"
             ) from None
 
     directory = fetch(DESCRIPTION)

@@ -136,7 +136,9 @@ def _audited(
         number = max(found.words.tokens, default=-1) + 1
         if max((token for token in tokens if token is not None), default=0) >= len(matrix):
             token_of = text_of = None  # the rows are something else than the tokens of this tokenizer
-            notes.append(f"Its tokenizer has {number:,} tokens, the matrix {len(matrix):,} rows: words were left out.")
+            notes.append(
+                f"Its tokenizer has {number:,} tokens, but the matrix has {len(matrix):,} rows: words were left out."
+            )
     try:
         with progress_bar(name, 0, PARTS, large, "part", passing=True) as show:
             measured = geometry.measure(matrix, counts=counts, token_of=token_of, benchmarks=benchmarks, show=show)
@@ -146,9 +148,7 @@ def _audited(
         ):
             notes.append(note)
     except MemoryError:
-        raise InputError(
-            f"{found.name}: there is too little memory to measure a matrix of {len(matrix):,} rows"
-        ) from None
+        raise InputError(f"{found.name}: not enough memory to measure a matrix of {len(matrix):,} rows") from None
     except ValueError as error:
         raise InputError(f"{found.name}: {error}") from None
     return Audited(found.name, kind, measured, findings(measured, notes), sample, advice(found, kind, measured))

@@ -53,7 +53,7 @@ def pickles_in(files: Mapping[str, Path]) -> Tensors:
     def held(name: str) -> Tensor:
         found = content(files[name]).get(name)
         if found is None:
-            raise InputError(f"{files[name]}: holds no {name!r}, which the index of the model says it does")
+            raise InputError(f"{files[name]}: {name!r} is missing, although the model's index lists it in this file")
         return found
 
     return _tensors(files, held)
@@ -84,7 +84,7 @@ def _reason_against(tensor: Tensor) -> str | None:
         return "is a meta tensor: its values were never saved"
     claimed, holds = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
     if claimed > holds:  # strides of zero repeat what there is
-        return f"claims {claimed:,} bytes and holds {holds:,}; save what its contiguous() returns"
+        return f"declares {claimed:,} bytes but stores {holds:,}; save its .contiguous() form"
     return None
 
 
@@ -113,7 +113,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     named = content if isinstance(content, dict) else {}
     tensors = {str(name): value.detach() for name, value in named.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise InputError(f"{path}: holds no tensors")
+        raise InputError(f"{path}: contains no tensors")
     return tensors
 
 
@@ -125,12 +125,12 @@ def _check_archive(path: Path) -> bool:
         entries = archive.infolist()
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
         raise InputError(
-            f"{path}: a TorchScript archive, a program with its weights; save these alone: "
+            f"{path}: a TorchScript archive, a program with its weights; save only the weights: "
             "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
         )
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise InputError(
-            f"{path}: a compressed archive, which torch.save does not write; unpack it, and zip it with -0"
+            f"{path}: a compressed archive, which torch.save does not write; unpack it and zip it again with -0"
         )
     return True
 
@@ -146,10 +146,10 @@ def _reason_of(error: Exception, path: Path) -> str | None:
     except Exception:  # pickletools raises many on what is no pickle
         return None
     if foreign is None:
-        return "a pickle that torch.save did not write; save its matrix by numpy.save"
+        return "a pickle that torch.save did not write; save its matrix with numpy.save"
     return (
-        f"holds more than tensors, and could run code of its own if it were loaded ({foreign}); "
-        "save its matrices alone (model.state_dict(), numpy.save), or convert it to safetensors"
+        f"contains more than tensors, and could run arbitrary code when loaded ({foreign}); save only its matrices "
+        "(model.state_dict(), numpy.save), or convert it to safetensors"
     )
 
 

@@ -43,13 +43,15 @@ class Tensors:
             PackedError: an InputError too: its numbers are not floating-point numbers.
         """
         if len(shape := self.shape(name)) != 2:
-            raise InputError(f"{self.files[name]}: {name!r} has shape {shape}, an embedding is (vocabulary, hidden)")
+            raise InputError(
+                f"{self.files[name]}: {name!r} has shape {shape}, but an embedding is (vocabulary, hidden)"
+            )
         with enough_memory(f"{self.files[name]}: {name!r}", *shape):
             tensor = self.stored(name)
             if tensor.dtype not in FLOATS:
                 raise PackedError(
-                    f"{self.files[name]}: {name!r} holds {str(tensor.dtype).removeprefix('torch.')}, not the numbers "
-                    "of an embedding: a packed or quantized form that is not read; give the model as it was before"
+                    f"{self.files[name]}: {name!r} is packed or quantized "
+                    f"({str(tensor.dtype).removeprefix('torch.')}), which is not supported; use the unquantized model"
                 )
             return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
@@ -67,7 +69,7 @@ def safetensors_in(files: Mapping[str, Path]) -> Tensors:
     def shape(name: str) -> Shape:
         found = shapes(files[name]).get(name)
         if found is None:
-            raise InputError(f"{files[name]}: holds no {name!r}, which the index of the model says it does")
+            raise InputError(f"{files[name]}: {name!r} is missing, although the model's index lists it in this file")
         return found
 
     def stored(name: str) -> Tensor:
@@ -107,16 +109,16 @@ def arrays_in(path: Path) -> Tensors:
             with path.open("rb") as file:
                 headers = {lone: (*_header(file), path.stat().st_size)}
     if not headers:
-        raise InputError(f"{path}: holds no arrays")
+        raise InputError(f"{path}: contains no arrays")
     for name, (shape, dtype, holds) in headers.items():
         if dtype.hasobject:
             raise InputError(
-                f"{path}: {name!r} holds Python objects, and loading these could run code; save the numbers alone"
+                f"{path}: {name!r} contains Python objects, and loading them could run code; save only the numbers"
             )
         if any(length < 0 or isinstance(length, bool) for length in shape):
-            raise InputError(f"{path}: damaged: {name!r} claims the shape {shape}")
+            raise InputError(f"{path}: damaged: {name!r} declares the shape {shape}")
         if (claimed := math.prod(shape) * dtype.itemsize) > holds:
-            raise InputError(f"{path}: truncated: {name!r} should be {claimed:,} bytes, which the file does not hold")
+            raise InputError(f"{path}: truncated: {name!r} should have {claimed:,} bytes, more than the file contains")
 
     def stored(name: str) -> Tensor:
         with readable(path, "NumPy file"):
@@ -124,7 +126,7 @@ def arrays_in(path: Path) -> Tensors:
             array = loaded if isinstance(loaded, np.ndarray) else loaded[name]
         if array.dtype.kind != "f" or array.dtype.itemsize > 8:
             raise InputError(
-                f"{path}: {name!r} holds {array.dtype}, not floating-point numbers; save numbers .astype('float32')"
+                f"{path}: {name!r} holds {array.dtype}, not floating-point numbers; save it with .astype('float32')"
             )
         # In the machine's own order of bytes, without which torch takes no array.
         return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
@@ -160,7 +162,7 @@ def readable(path: Path, kind: str) -> Iterator[None]:
         MemoryError: there is too little memory.
     """
     format_of(path)
-    with parsed(path, f"truncated, or no {kind}"):
+    with parsed(path, f"truncated, or not a {kind}"):
         yield
 
 

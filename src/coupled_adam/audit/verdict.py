@@ -189,8 +189,8 @@ def too_few_for_shift(measured: Measurements) -> bool:
 
 def _by_chance(measured: Measurements) -> str:
     return (
-        f"Mean shift ratio {measured.mean_shift_ratio:.3f} is not judged: for {measured.tokens:,} rows about "
-        f"{1 / math.sqrt(measured.tokens):.3f} is chance."
+        f"Mean shift ratio {measured.mean_shift_ratio:.3f} is not judged: for {measured.tokens:,} rows, about "
+        f"{1 / math.sqrt(measured.tokens):.3f} is expected by chance."
     )
 
 
@@ -213,8 +213,8 @@ def _is_too_short(measured: Measurements) -> bool:
 
 def _too_short(measured: Measurements) -> str:
     return (
-        f"Isotropy {measured.isotropy:.3f} is not judged: where rows are as short as here (mean norm "
-        f"{measured.mean_of_norms:.3g}) it is high whatever their directions."
+        f"Isotropy {measured.isotropy:.3f} is not judged: with rows this short (mean norm "
+        f"{measured.mean_of_norms:.3g}), it is high whatever their directions."
     )
 
 
@@ -233,23 +233,23 @@ def note_on_rows(matrix: NDArray[np.floating[Any]], measured: Measurements, toke
     if not rows.unused:
         return None
     kinds = (
-        (rows.zero, "of zeros"),
-        (rows.repeated, "the same as an earlier one"),
+        (rows.zero, "all-zero"),
+        (rows.repeated, "equal to an earlier row"),
         (rows.beyond, "beyond the tokenizer's last token"),
     )
     counted = ", ".join(f"{count:,} {kind}" for count, kind in kinds if count)
-    said = f"Of {len(matrix):,} rows {rows.unused:,} are unused or repeated: {counted}."
+    said = f"{rows.unused:,} of {len(matrix):,} rows are unused or repeated: {counted}."
     if rows.used.sum() < 2:
-        return f"{said} Without them too few are left to measure."
+        return f"{said} Without them, too few are left to measure."
     rest = as_matrix(matrix[rows.used])
     shift, isotropy = geometry.mean_shift_ratio(rest), geometry.isotropy(rest)
     condition = geometry.inverse_condition(rest)
     before = (measured.mean_shift_ratio, measured.isotropy, measured.inverse_condition)
     if np.allclose((shift, isotropy, condition), before, rtol=NOTICEABLE, atol=NOTICEABLE / 10):
-        return f"{said} Without them the figures are nearly the same."
+        return f"{said} Without them, the metrics are nearly the same."
     return (
-        f"{said} Without them the mean shift ratio is {shift:.3f} ({SHIFT.level(shift)}), the isotropy {isotropy:.3f} "
-        f"({ISOTROPY.level(isotropy)}) and the inverse condition {condition:.2f} %."
+        f"{said} Without them, the mean shift ratio is {shift:.3f} ({SHIFT.level(shift)}), the isotropy "
+        f"{isotropy:.3f} ({ISOTROPY.level(isotropy)}) and the inverse condition {condition:.2f} %."
     )
 
 
@@ -261,7 +261,7 @@ def _published(figure: str) -> str:
             v for row in experiments.published() if row.method == method and (v := getattr(row, figure)) is not None
         ]
         ranges.append(f"{min(values):g}–{max(values):g} with {method}")
-    return f"the paper has {', '.join(ranges)}"
+    return f"the paper reports {', '.join(ranges)}"
 
 
 def _shift(measured: Measurements, value: float, level: Level) -> str:
@@ -279,7 +279,7 @@ def _isotropy(measured: Measurements, value: float, level: Level) -> str:
     words = {"good": "no direction is preferred", "fair": "some directions are preferred", "poor": "anisotropic"}[level]
     if level == "good" and SHIFT.level(measured.mean_shift_ratio) != "good":
         words = (
-            f"high in spite of the shift, because isotropy hardly sees embeddings as short as these (mean norm "
+            "high despite the shift, because isotropy is barely sensitive to embeddings this short (mean norm "
             f"{measured.mean_of_norms:.3g})"
         )
     return f"Isotropy {value:.3f}: {words}."
@@ -298,8 +298,8 @@ def _cause(measured: Measurements) -> str:
     if helped_by_removal(measured):
         return "a few other directions dominate, not the shift"
     return (
-        "the cause is not the shift, but variance that differs between directions; the longer the embeddings, the "
-        f"more isotropy shows of that (mean norm {measured.mean_of_norms:.3g})"
+        "the cause is not the shift but variance that differs between directions; isotropy shows more of it the "
+        f"longer the embeddings are (mean norm {measured.mean_of_norms:.3g})"
     )
 
 
@@ -323,7 +323,7 @@ def _similarity(measured: Measurements, value: float, level: Level) -> str:
     after = "" if centered is None else f" ({centered:.1f} after centering)"
     covered = sum(s.covered for s in measured.word_similarity["original"])
     words = {"good": "clear", "fair": "some", "poor": "no measurable"}[level]
-    return f"Word similarity {value:.1f}{after}: {words} agreement with human ratings, over {covered:,} pairs of words."
+    return f"Word similarity {value:.1f}{after}: {words} agreement with human ratings, over {covered:,} word pairs."
 
 
 SHIFT = Criterion(
@@ -344,7 +344,7 @@ FREQUENCY = Criterion(
     0.6,
     lambda measured: abs(measured.norm_frequency.spearman) if measured.norm_frequency else None,
     _frequency,
-    remark="Bounds of its absolute value.",
+    remark="Bounds apply to its absolute value.",
 )
 SIMILARITY = Criterion(
     "word_similarity",

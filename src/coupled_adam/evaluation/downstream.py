@@ -91,7 +91,7 @@ def downstream(
     import datasets
 
     if limit is not None and limit < 1:
-        raise InputError(f"limit {limit}: at least 1 sample a task, or none for all")
+        raise InputError(f"limit {limit}: at least 1 sample per task, or None for all")
     names = list(dict.fromkeys(tasks))
     harness = f"lm-eval {importlib.metadata.version('lm_eval')}"
     settings: Record = {"model_digest": digest, "tasks": names, "limit": limit, "harness": harness}
@@ -176,7 +176,7 @@ def _run_one(d: Definition, manager: "TaskManager", model: "Callable[[], HFLM]",
         try:
             figures, problem = _evaluate(lm, task, results.settings["limit"]), None
         except Exception as error:  # of the task's own code, or of what its samples ask of the model
-            problem = f"failed while it ran: {type(error).__name__}: {one_line(error)}"
+            problem = f"failed while running: {type(error).__name__}: {one_line(error)}"
     if problem is not None:
         results.fail(d, problem)
         return
@@ -208,7 +208,7 @@ def _load(model_dir: Path, batch_size: int, device: str) -> "HFLM":
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (model_dir / "config.json").is_file():
-        raise InputError(f"{model_dir}: no Hugging Face directory (config.json is missing)")
+        raise InputError(f"{model_dir}: not a Hugging Face model directory (config.json is missing)")
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     return HFLM(pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size)
@@ -255,10 +255,10 @@ def _reason(definition: Definition, error: Exception) -> str:
         return what
     arguments = ", ".join(map(repr, definition.dataset))
     return (
-        f"its dataset {definition.dataset[0]} is not on this machine and not to be had from the Hugging Face hub"
-        f" ({what}). Where there is a network, run the same command, or"
-        f' python -c "import datasets; datasets.load_dataset({arguments})", and copy the directory HF_HOME'
-        " (~/.cache/huggingface) here; or define the task over local files in a directory for --include-path"
+        f"its dataset {definition.dataset[0]} is not on this machine and cannot be downloaded from the Hugging Face "
+        f'Hub ({what}). Where there is network access, run the same command, or python -c "import datasets; '
+        f'datasets.load_dataset({arguments})", and copy the directory HF_HOME (~/.cache/huggingface) here; or define '
+        "the task over local files in a directory for --include-path"
     )
 
 

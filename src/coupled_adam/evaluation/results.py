@@ -152,7 +152,7 @@ def read_results(path: Path, stage: str) -> dict[str, Any]:
     """
     content: dict[str, Any] = read_sealed(path, SCHEMAS[stage], REMEDY, older=True)
     if content.pop("format", FORMAT) != FORMAT:
-        raise InputError(f"{path}: of another version of this package; {REMEDY}")
+        raise InputError(f"{path}: written by another version of this package; {REMEDY}")
     if sample := content.get("token_sample"):
         lengths = {len(values) for values in sample.values() if values is not None}
         if len(lengths) > 1:

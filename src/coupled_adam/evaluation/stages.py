@@ -80,7 +80,7 @@ def evaluate(
             benchmarks cannot be read; the directory holds foreign files under the names of results, or is not writable.
     """
     if unknown := [stage for stage in only if stage not in STAGES]:
-        raise InputError(f"{unknown[0]}: no stage of that name; choose from {', '.join(STAGES)}")
+        raise InputError(f"{unknown[0]}: unknown stage; choose from {', '.join(STAGES)}")
     world = world or World()
     exported = "export" in only or "downstream" in only
     run = world.broadcast_from_main(lambda: _opened(directory, data, only, exported))
@@ -97,7 +97,7 @@ def evaluate(
     if "embeddings" in only:
         results["embeddings"] = _embeddings(run, weights["head.weight"], sha256, benchmarks)
     if "frequency" in only and world.size > 1:
-        warn(f"{run.experiment.run.name}: loss by frequency is measured on one process alone: leave torchrun out")
+        warn(f"{run.experiment.run.name}: loss by frequency runs in one process only: start it without torchrun")
     elif "frequency" in only:
         results["frequency"] = _frequency(run, model, sha256)
     if exported:

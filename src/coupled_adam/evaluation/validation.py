@@ -45,7 +45,8 @@ def validate(
     world = world or World()
     if batches.batch_size < world.size:
         raise InputError(
-            f"{world.size} ranks share batches of {batches.batch_size} sequences: start at most so many processes"
+            f"{world.size} ranks share batches of {batches.batch_size} sequences: start at most "
+            f"{batches.batch_size} processes"
         )
     total = torch.zeros(2 + len(STATISTICS), dtype=torch.float64)
     for step in range(batches_used(batches, count)):

@@ -143,9 +143,9 @@ def load(name: str, seed: int | None = None) -> Experiment:
     found = WITH_SEED.fullmatch(name)
     if name not in known and found and found["name"] in known:
         if not re.fullmatch(r"0|[1-9][0-9]*", found["seed"]):
-            raise InputError(f"{name}: its seed, {found['seed']!r}, is no whole number; write for instance -s1")
+            raise InputError(f"{name}: its seed, {found['seed']!r}, is not a whole number; write, for example, -s1")
         if seed is not None and seed != int(found["seed"]):
-            raise InputError(f"{name}: seed {found['seed']} by its name, and {seed} was asked for; leave one out")
+            raise InputError(f"{name}: its name has seed {found['seed']}, but seed {seed} was requested; leave one out")
         name, seed = found["name"], int(found["seed"])
     if name not in known:
         of_a_kind = list(ours) if "-node" in name else names()
@@ -248,7 +248,7 @@ def _suite(name: str) -> dict[str, Any]:
     suite["grids"] = {key: expand(f"{name}.toml, grid {key}", table, parts) for key, table in tables.items()}
     for key, grid in suite["grids"].items():
         if twice := sorted(listed.keys() & grid.experiments.keys()):
-            raise InputError(f"{name}.toml, grid {key}: there is an experiment {twice[0]} already")
+            raise InputError(f"{name}.toml, grid {key}: an experiment {twice[0]} already exists")
         listed |= grid.experiments
     return suite
 

@@ -63,7 +63,7 @@ def expand(where: str, table: Mapping[str, Any], parts: Collection[str]) -> Grid
 def check_parts(where: str, named: Sequence[str], parts: Collection[str]) -> None:
     """Raise InputError unless all parts that ``where`` names are there."""
     if unknown := [part for part in named if part not in parts]:
-        raise InputError(f"{where}: no part {unknown[0]!r}; there are {', '.join(parts)}")
+        raise InputError(f"{where}: unknown part {unknown[0]!r}; choose from {', '.join(parts)}")
 
 
 def matching(where: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -52,7 +52,8 @@ def as_matrix(embedding: Matrix) -> Float64:
     if matrix.ndim != 2 or matrix.shape[0] < 2 or matrix.shape[1] < 1:
         raise ValueError(f"an embedding matrix is (vocabulary, hidden) with two rows or more; got shape {matrix.shape}")
     if not np.isfinite(matrix).all():
-        raise ValueError(f"the embedding matrix holds {(~np.isfinite(matrix)).sum()} values that are NaN or infinite")
+        count = (~np.isfinite(matrix)).sum()
+        raise ValueError(f"the embedding matrix contains {count} values that are NaN or infinite")
     return matrix
 
 
@@ -67,13 +68,13 @@ def enough_memory(what: str, *shape: int) -> Iterator[None]:
         needed *= length
     message = f"{what} needs {needed / 1e9:,.3g} GB of memory in float64"
     if needed > (limit := memory_limit()):
-        raise InputError(f"{message}, and there are {limit / 1e9:,.3g} GB")
+        raise InputError(f"{message}, but the machine has {limit / 1e9:,.3g} GB")
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
         if not out_of_memory(error):
             raise
-        raise InputError(f"{message}, and less is free") from None
+        raise InputError(f"{message}, but less is free") from None
 
 
 def memory_limit() -> float:

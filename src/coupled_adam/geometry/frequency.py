@@ -26,7 +26,7 @@ def probability(counts: ArrayLike) -> Float64:
     """
     c = np.asarray(counts, dtype=np.float64)
     if c.ndim != 1 or not np.isfinite(c).all() or (c < 0).any() or c.sum() == 0:
-        raise ValueError("counts must be one non-negative number a token, (V,), and not all zero")
+        raise ValueError("counts must be one non-negative number per token, shape (V,), and not all zero")
     return np.asarray(c / c.sum())
 
 

@@ -124,7 +124,7 @@ def read_benchmarks(directory: Path) -> tuple[Benchmark, ...]:
             found[name] = path
     if not found:
         raise ValueError(
-            f"{directory}: no benchmark there; known are {', '.join(PUBLISHED)} by the names of their files"
+            f"{directory}: contains no known benchmark; files are recognized by name: {', '.join(PUBLISHED)}"
         )
     return tuple(parse_benchmark(n, found[n].read_text(encoding="utf-8-sig")) for n in PUBLISHED if n in found)
 
@@ -146,10 +146,10 @@ def parse_benchmark(name: str, text: str) -> Benchmark:
     pairs = []
     for line, fields in zip(lines[first:], rows[first:], strict=True):
         if (rating := _rating(fields, column)) is None:
-            raise ValueError(f"{name}: not two words and a rating: {line!r}")
+            raise ValueError(f"{name}: expected two words and a rating, got {line!r}")
         pairs.append((fields[0], fields[1], rating))
     if not pairs:
-        raise ValueError(f"{name}: holds no pair of words")
+        raise ValueError(f"{name}: contains no word pairs")
     if all(TAGGED.fullmatch(word) for pair in pairs for word in pair[:2]):
         pairs = [(one[:-2], other[:-2], rating) for one, other, rating in pairs]
     return Benchmark(name, tuple(pairs))

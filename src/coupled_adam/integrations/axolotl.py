@@ -54,8 +54,8 @@ class CoupledAdamPlugin(BasePlugin):  # type: ignore[misc]
         """Set the optimizer of the trainer."""
         if ignored := [name for name in IGNORED if cfg.get(name) is not None]:
             raise ValueError(
-                f"CoupledAdamPlugin: {', '.join(ignored)} would have no effect; leave it out. For the learning rate of "
-                "the output embedding there is embedding_lr_factor"
+                f"CoupledAdamPlugin: {', '.join(ignored)} would have no effect; leave it out. To set the learning "
+                "rate of the output embedding, use embedding_lr_factor"
             )
         factor = cfg.get("embedding_lr_factor")
         if factor is not None and cfg.get("lr_scheduler") == "one_cycle":

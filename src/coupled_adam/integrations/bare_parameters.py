@@ -76,7 +76,7 @@ class VocabularyCoupledAdam(CoupledAdam):
 def _groups(given: list[Any], rows: int, which: Which | None, weight_decay: float) -> list[dict[str, Any]]:
     """Sort parameters into groups: the matrix with so many rows, other matrices, vectors."""
     if any(isinstance(item, dict) for item in given):
-        raise ValueError("VocabularyCoupledAdam takes parameters, not param groups; give groups to CoupledAdam")
+        raise ValueError("VocabularyCoupledAdam takes parameters, not param groups; pass groups to CoupledAdam")
     if which not in (None, "first", "last", "all"):
         raise ValueError(f"Invalid which: {which!r}; choose 'first', 'last' or 'all'")
     params: list[Tensor] = [item[1] if isinstance(item, tuple) else item for item in given]
@@ -84,13 +84,14 @@ def _groups(given: list[Any], rows: int, which: Which | None, weight_decay: floa
     if not found:
         shapes = sorted({tuple(p.shape) for p in params if p.ndim == 2}, key=lambda shape: -shape[0])
         raise ValueError(
-            f"vocabulary_size={rows}: no trainable matrix has that many rows, the longest are {shapes[:5]}. Give the "
-            "rows of the output embedding, padding included; FSDP1 and DeepSpeed flatten it, FSDP2 does not"
+            f"vocabulary_size={rows}: no trainable matrix has that many rows; the longest are {shapes[:5]}. Pass the "
+            "number of rows of the output embedding, including padding; FSDP1 and DeepSpeed flatten it, FSDP2 does "
+            "not"
         )
     if len(found) > 1 and which is None:
         listed = ", ".join(f"parameter {i} {tuple(params[i].shape)}" for i in found)
         raise ValueError(
-            f"vocabulary_size={rows}: several matrices have that many rows ({listed} of {len(params)}); say "
+            f"vocabulary_size={rows}: several matrices have that many rows ({listed} of {len(params)}); pass "
             "which='last' or which='first' for the output embedding, or which='all'"
         )
     chosen = set({"first": found[:1], "last": found[-1:]}.get(which or "all", found))

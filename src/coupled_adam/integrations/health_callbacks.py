@@ -100,8 +100,8 @@ def _output_embedding(model: nn.Module) -> Tensor:
     weight = embedding_of(model)
     if weight is None:
         raise ValueError(
-            f"{type(model).__name__} does not say what its output embedding is (get_output_embeddings() is missing or "
-            "returns None); EmbeddingHealth is for language models that do"
+            f"{type(model).__name__} does not say what its output embedding is (get_output_embeddings() is missing "
+            "or returns None); EmbeddingHealth needs a language model that does"
         )
     return weight
 
@@ -110,4 +110,4 @@ def _holder(optimizers: Iterable[Optimizer], weight: Tensor) -> Optimizer:
     for optimizer in optimizers:
         if any(param is weight for group in optimizer.param_groups for param in group["params"]):
             return optimizer
-    raise ValueError("the output embedding is in no optimizer (frozen?)")
+    raise ValueError("no optimizer holds the output embedding (frozen?)")

@@ -49,8 +49,8 @@ class CoupledOptimizers(OptimizersContainer):  # type: ignore[misc]
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         if config.implementation == "fused_opt_states_bf16":
             raise ValueError(
-                'implementation="fused_opt_states_bf16" is for Adam and AdamW alone; put '
-                '"exp_avg_dtype": torch.bfloat16 into optimizer_kwargs, with implementation="fused"'
+                'implementation="fused_opt_states_bf16" supports only Adam and AdamW; put "exp_avg_dtype": '
+                'torch.bfloat16 into optimizer_kwargs and use implementation="fused"'
             )
         super().__init__(config, model_parts=model_parts)
         for optimizer in self.optimizers:

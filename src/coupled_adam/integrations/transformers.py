@@ -171,7 +171,8 @@ class _AllHeld:
         if missing:
             warnings.warn(
                 f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}: not in the optimizer, so not trained. "
-                "They were replaced or unfrozen after it was built, as by resize_token_embeddings: do that before",
+                "They were replaced or unfrozen after it was built, for example by resize_token_embeddings: do that "
+                "before building it",
                 UserWarning,
                 stacklevel=2,
             )

@@ -34,7 +34,7 @@ class Batches:
         self._first_start = np.cumsum([0, *(max(len(shard) - sequence_length, 0) for shard in shards)])
         if len(self) < 1:
             raise InputError(
-                f"{sum(map(len, shards)):,} tokens hold no sequence of {sequence_length} and its next token"
+                f"{sum(map(len, shards)):,} tokens are too few for one sequence of {sequence_length} and its next token"
             )
 
     def __len__(self) -> int:
@@ -69,8 +69,9 @@ class Batches:
         if self.vocab_size is not None and sequence.max() >= self.vocab_size:
             file = getattr(self.shards[shard], "filename", f"shard {shard}")
             raise InputError(
-                f"{file}: token {sequence.max():,} after position {start:,}, and the vocabulary has "
-                f"{self.vocab_size:,}; the file is damaged or of another tokenizer: prepare the corpus again"
+                f"{file}: token ID {sequence.max():,} after position {start:,}, but the vocabulary has "
+                f"{self.vocab_size:,} tokens; the file is damaged or was made with another tokenizer: prepare the "
+                "corpus again"
             )
         return sequence
 

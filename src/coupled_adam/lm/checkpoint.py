@@ -47,7 +47,7 @@ from coupled_adam.progress import warn
 WRITE_FAILED = ("inline_container", "No space left", "File too large", "Disk quota exceeded")
 
 #: What to do about a damaged checkpoint.
-REMEDY = "train the run again with the same command: it resumes from the checkpoint before, if there is one"
+REMEDY = "rerun the same command: it resumes from the previous checkpoint, if there is one"
 
 #: Of state.json. Before it had a format, it had no digest of itself either.
 FORMAT = 2
@@ -171,8 +171,8 @@ def _full_disk_named(aside: Path, size: int) -> Iterator[None]:
         reason = f"{size / 2**20:,.1f} MiB needed, {free:,.1f} MiB free"
         reason = f"{error.strerror}: {reason}" if isinstance(error, OSError) and error.strerror else reason
         raise OSError(
-            f"{aside.parent}: a checkpoint could not be written ({reason}). What was there before is intact: make "
-            "space, then rerun the same command to resume"
+            f"{aside.parent}: a checkpoint could not be written ({reason}). Earlier checkpoints are intact: free "
+            "some space, then rerun the same command to resume"
         ) from None
 
 
@@ -180,7 +180,7 @@ def step_of(checkpoint: Path) -> int:
     """Return the number of steps after which a checkpoint was saved."""
     found = NAME.fullmatch(checkpoint.name)
     if found is None:
-        raise InputError(f"{checkpoint}: no checkpoint; those are called step- and eight digits")
+        raise InputError(f"{checkpoint}: not a checkpoint; checkpoints are named step-, followed by eight digits")
     return int(found[1])
 
 
@@ -250,7 +250,7 @@ def _read_state(path: Path, corpus: str | None) -> State:
     file = path / "state.json"
     state = read_sealed(file, State, REMEDY, older=True)
     if state.get("format", FORMAT) != FORMAT:
-        raise InputError(f"{file}: format {state.get('format')}, this version reads format {FORMAT}; {REMEDY}")
+        raise InputError(f"{file}: format {state.get('format')}, but this version reads format {FORMAT}; {REMEDY}")
     if state["step"] != step_of(path):
         raise InputError(f"{file}: damaged (step {state['step']}, in a directory of step {step_of(path)}); {REMEDY}")
     if corpus is not None and state.get("corpus", corpus) != corpus:
@@ -319,7 +319,7 @@ def load_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
         for name in names:
             stored = known.get(name)
             if not isinstance(stored, TensorStorageMetadata):
-                raise InputError(f"{path}: this checkpoint holds no {name}")
+                raise InputError(f"{path}: this checkpoint contains no {name}")
             content[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
         load(dict(content), storage_reader=reader, planner=_Planner(), no_dist=True)
     return content
@@ -345,7 +345,7 @@ class _Planner(DefaultLoadPlanner):
         try:
             torch.save(torch.load(value, weights_only=True), plain)
         except Exception:
-            raise pickle.UnpicklingError(f"{name} holds more than plain values, and was not loaded") from None
+            raise pickle.UnpicklingError(f"{name} contains more than plain values and was not loaded") from None
         plain.seek(0)
         super().load_bytes(read_item, plain)
 
@@ -358,7 +358,7 @@ class _Reader(FileSystemReader):
             metadata: Metadata = _Unpickler(file).load()
         for info in metadata.storage_data.values():
             if Path(info.relative_path).name != info.relative_path:
-                raise pickle.UnpicklingError(f"{info.relative_path} is no file of this checkpoint")
+                raise pickle.UnpicklingError(f"{info.relative_path} is not a file of this checkpoint")
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         return metadata

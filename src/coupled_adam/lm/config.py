@@ -98,15 +98,17 @@ class Model(Section):
     @model_validator(mode="after")
     def _gelu_is_used(self) -> Self:
         if self.family == "llama" and self.gelu != type(self).model_fields["gelu"].default:
-            raise ValueError(f"gelu {self.gelu!r} is for the family gpt2; the MLP of llama is SwiGLU: leave it out")
+            raise ValueError(
+                f"gelu {self.gelu!r} applies only to the family gpt2; the MLP of llama is SwiGLU: leave it out"
+            )
         return self
 
     @model_validator(mode="after")
     def _multiple_is_used(self) -> Self:
         if self.family == "gpt2" and self.mlp_multiple != type(self).model_fields["mlp_multiple"].default:
             raise ValueError(
-                f"mlp_multiple {self.mlp_multiple} is for the family llama; the MLP of gpt2 is 4·hidden_size wide: "
-                "leave it out"
+                f"mlp_multiple {self.mlp_multiple} applies only to the family llama; the MLP of gpt2 is "
+                "4·hidden_size wide: leave it out"
             )
         return self
 
@@ -142,7 +144,9 @@ class Data(Section):
     @model_validator(mode="after")
     def _bytes_and_end(self) -> Self:
         if self.tokenizer == "bpe" and self.vocab_size < 257:
-            raise ValueError("vocab_size: at least 257 with the tokenizer bpe, for the bytes and the end of a document")
+            raise ValueError(
+                "vocab_size: at least 257 with the tokenizer bpe, for the 256 bytes and the end-of-document token"
+            )
         return self
 
     @property
@@ -375,8 +379,8 @@ class Experiment(Section):
     def _muon_takes_matrices(self) -> Self:
         if self.optimizer.core.name == "muon" and self.model.qkv == "heads":
             raise ValueError(
-                "model.qkv 'heads' is for optimizer.core.name 'adams', which takes batches of matrices; Muon takes "
-                "single ones: choose 'split' or 'fused'"
+                "model.qkv 'heads' works only with optimizer.core.name 'adams', which supports batches of matrices; "
+                "Muon takes one matrix at a time: choose 'split' or 'fused'"
             )
         return self
 
@@ -393,8 +397,8 @@ class Experiment(Section):
         if not self.optimizer.embedding.center:
             return []
         shifted = "optimizer.embedding.center changes what the model predicts"
-        tied = f"{shifted}, as the embeddings are tied and its input moves too; with model.tied = false it would not"
-        capped = f"{shifted}, as a capped logit is not just shifted; without loss.softcap it would not"
+        tied = f"{shifted}: the embeddings are tied, so its inputs move too; with model.tied = false it would not"
+        capped = f"{shifted}: soft-capping is not invariant to a shift of the logits; without loss.softcap it would not"
         return [line for line, holds in ((tied, self.model.tied), (capped, self.loss.softcap)) if holds]
 
     @property
@@ -449,7 +453,7 @@ class Experiment(Section):
             for section in sections:
                 table = table.setdefault(section, {})
                 if not isinstance(table, dict):
-                    raise InputError(f"{assignment!r}: {section} is no section")
+                    raise InputError(f"{assignment!r}: {section} is not a section")
             table[name] = value
         return self.from_dict(tables, "command line")
 

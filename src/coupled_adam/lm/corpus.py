@@ -166,18 +166,18 @@ def read_meta(directory: Path) -> Corpus:
     """Open a prepared corpus, but verify ``meta.json`` alone. Raises InputError as ``open_corpus``."""
     path, remedy = directory / "meta.json", _remedy(directory)
     if not path.exists():
-        raise InputError(f"{path}: not found; the directory holds no prepared corpus")
+        raise InputError(f"{path}: not found; the directory contains no prepared corpus")
     content = read_json(path, dict[str, Any], remedy)
     if not {"format", "fingerprint", "shards"} <= content.keys():
-        raise InputError(f"{path}: not of a prepared corpus; choose another directory")
+        raise InputError(f"{path}: does not belong to a prepared corpus; choose another directory")
     if content["format"] != FORMAT:
         older = isinstance(content["format"], int) and content["format"] < FORMAT
         runs = ", and finish the runs that use it with the version that made it" if older else ""
-        raise InputError(f"{path}: format {content['format']}, this version reads format {FORMAT}; {remedy}{runs}")
+        raise InputError(f"{path}: format {content['format']}, but this version reads format {FORMAT}; {remedy}{runs}")
     meta = read_sealed(path, Meta, remedy)
     files = {shard["file"] for split in ("train", "validation") for shard in meta["shards"][split]}
     if meta["fingerprint"] != fingerprint_of(meta["settings"]) or not files <= meta["checksums"].keys():
-        raise InputError(f"{path}: damaged (it contradicts itself); {remedy}")
+        raise InputError(f"{path}: damaged (inconsistent); {remedy}")
     return Corpus(directory, meta)
 
 

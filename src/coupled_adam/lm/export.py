@@ -184,8 +184,8 @@ def _model_type(experiment: Experiment) -> str:
         case "llama", ["loss.softcap"]:
             return "vaultgemma"
     raise InputError(
-        f"{experiment.run.name}: transformers has no {model.family} with {' and '.join(extras)}; "
-        "it can be trained and measured, but not exported"
+        f"{experiment.run.name}: transformers has no {model.family} with {' and '.join(extras)}; the run can be "
+        "evaluated, but not exported"
     )
 
 
@@ -306,9 +306,9 @@ def model_card(run: Run, figures: Mapping[str, str]) -> str:
         "",
     ]
     if e.model.logits == "bfloat16":
-        lines += ["Its logits were rounded to bfloat16 in training, and for the figures; here they are not.", ""]
+        lines += ["Its logits were rounded to bfloat16 in training, and for the metrics below; here they are not.", ""]
     if figures:
-        lines += ["| figure | value |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in figures.items())]
+        lines += ["| metric | value |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in figures.items())]
         lines.append("")
     lines += [
         "Made with coupled-adam. Method: Stollenwerk & Stollenwerk, “Better Embeddings with Coupled Adam”, ACL 2025, "

@@ -58,8 +58,8 @@ def _held_out(documents: list[str], name: str, share: float) -> set[int]:
     """Choose the documents for validation: about ``share`` of the characters."""
     if len(documents) < 2:
         raise InputError(
-            f"{name}: too short: {len(documents)} document(s), one to train and one to validate needed; give more text "
-            "or separate the documents of a text file by blank lines"
+            f"{name}: too short: {len(documents)} document(s), but one to train on and one to validate on are "
+            "needed; add text, or separate the documents of a text file by blank lines"
         )
     order = list(range(len(documents)))
     random.Random(0).shuffle(order)

@@ -109,7 +109,7 @@ class _TiedEmbedding(torch.autograd.Function):
         (tokens,) = ctx.saved_tensors
         gradient, ctx.tied.of_head = ctx.tied.of_head, None
         if gradient is None:
-            raise RuntimeError("no gradient came from the head: give one loss the TiedGradient of its tied_embedding")
+            raise RuntimeError("no gradient came from the head: pass the TiedGradient of tied_embedding to the loss")
         rows = rows.to(gradient.dtype)
         if gradient.is_cuda:  # which of the two adds in the same order at every call depends on the device
             return None, gradient.index_put_((tokens,), rows, accumulate=True), None
@@ -198,7 +198,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, scale: Tensor, *unused: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy can be differentiated once: compute the loss again")
+            raise RuntimeError("linear_cross_entropy can be differentiated only once: compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
         dh, dw = (None if x is None else x.mul_(scale) for x in gradients)
         if ctx.tied is not None and dh is not None:  # else there is no embedding below to take it

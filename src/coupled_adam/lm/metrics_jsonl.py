@@ -22,7 +22,7 @@ def _number(value: object) -> int | float:
 Number = Annotated[int | float, PlainValidator(_number)]
 
 #: What to do about a line that is damaged.
-REMEDY = "delete that line: it is a log, and nothing is computed from it in training"
+REMEDY = "delete that line: training does not use this log"
 
 
 class MetricsLog:
@@ -77,6 +77,6 @@ class MetricsLog:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
             raise OSError(
-                f"{self.path}: cannot be written ({error.strerror}). The last checkpoint is intact: make space, then "
-                "rerun the same command to resume"
+                f"{self.path}: cannot be written ({error.strerror}). The last checkpoint is intact: free some space, "
+                "then rerun the same command to resume"
             ) from None

@@ -25,8 +25,8 @@ TABLES = {
 }
 
 _MARKUP = "extract its text to a .txt file first"
-_CODE = "to train on it all the same, copy it to a .txt file"
-_PACKED = "unpack it, and give the directory"
+_CODE = "to train on it anyway, copy it to a .txt file"
+_PACKED = "unpack it and pass the directory"
 _OTHER_TABLE = "convert it to .parquet or .jsonl"
 _DOCUMENT = "save it as plain text (.txt)"
 
@@ -75,7 +75,7 @@ def open_bytes(path: Path) -> BinaryIO:
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
     if not path.is_file():
-        raise InputError(f"{path}: not a regular file; write what it holds to a file first")
+        raise InputError(f"{path}: not a regular file; write its contents to a file first")
     with path.open("rb") as file:
         head = file.read(max(HEAD, len(LFS_POINTER)))
     check_no_pointer(path, head)
@@ -140,7 +140,7 @@ def read_text(path: Path) -> str:
 
 def not_text(path: Path, encoding: str, position: int) -> InputError:
     """Return the error for a file that is not in its encoding, with the first byte that is not."""
-    name = "UTF-8" if encoding.startswith("utf-8") else f"the {encoding.upper()} that its first bytes announce"
+    name = "UTF-8" if encoding.startswith("utf-8") else f"valid {encoding.upper()}, which its first bytes announce"
     return InputError(f"{path}: not {name} (byte {position:,}); convert it, for instance with iconv")
 
 

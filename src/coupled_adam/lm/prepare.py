@@ -88,7 +88,7 @@ def corpus_for(experiment: Experiment, directory: Path | None) -> Corpus:
             share = "" if data.held_out is None else f"--held-out {data.held_out:g} "
             raise InputError(
                 f"{experiment.run.name} trains on {data.source}: prepare it (coupled-adam prepare {data.source} "
-                f"--tokenizer {data.tokenizer} {share}--out DIR), then give --data DIR"
+                f"--tokenizer {data.tokenizer} {share}--out DIR), then pass --data DIR"
             )
         return prepare(PACKAGED[data.source](), data, Path("data") / f"{data.source}-bpe-{data.vocab_size}")
     corpus = open_corpus(directory)
@@ -178,8 +178,8 @@ def _check_place(directory: Path, settings: Settings, overwrite: bool) -> None:
         return
     if not overwrite and (changed := _differences(standing.meta["settings"], settings)):
         raise InputError(
-            f"{directory}: another corpus is there ({standing.summary()}; {', '.join(changed)}); choose another place, "
-            "or replace it with coupled-adam prepare --overwrite"
+            f"{directory}: already contains another corpus ({standing.summary()}; {', '.join(changed)}); choose "
+            "another place, or replace it with coupled-adam prepare --overwrite"
         )
     check_replaceable(directory, KIND)
 
@@ -198,7 +198,7 @@ def _settings(source: Source, config: Data, there: Settings | None) -> tuple[tup
             if there is None or there["tokenizer"] != config.tokenizer:
                 raise
             digest = there["tokenizer_sha256"]
-            say(f"{error}; the corpus that is there is taken to have it")
+            say(f"{error}; assuming that the existing corpus was made with it")
     settings: Settings = {
         "format": FORMAT,
         "text": source.fingerprint(),
@@ -218,7 +218,7 @@ def _differences(there: Settings, wanted: Settings) -> list[str]:
     if there["format"] != wanted["format"]:
         found.append(f"its format is {there['format']}")
     if there["text"] != wanted["text"]:
-        found.append("its text is another or has changed")
+        found.append("its text is different or has changed")
     if wanted["revision"] and there["revision"] != wanted["revision"]:
         found.append(f"its revision is {there['revision']}, now {wanted['revision']}")
     known = there["tokenizer_sha256"] and wanted["tokenizer_sha256"]
@@ -271,13 +271,13 @@ def _write(
     if record:
         if not overwrite and settings["revision"] != record["settings"]["revision"]:
             settings = {**settings, "revision": record["settings"]["revision"]}
-            say(f"{source.name}: goes on with revision {settings['revision']}, with which it was begun")
+            say(f"{source.name}: continuing with revision {settings['revision']}, with which it was started")
         if changed := _differences(record["settings"], settings):
             if not overwrite:
                 raise InputError(
-                    f"{aside}: holds another corpus, unfinished after {_documents(record):,} documents "
-                    f"({', '.join(changed)}); finish it, choose another place, or replace it with coupled-adam prepare "
-                    "--overwrite"
+                    f"{aside}: contains another corpus, unfinished after {_documents(record):,} documents "
+                    f"({', '.join(changed)}); finish it, choose another place, or replace it with coupled-adam "
+                    "prepare --overwrite"
                 )
             record = None
     if record is None:
@@ -297,8 +297,8 @@ def _write(
         for split in SPLITS:
             if shards.tokens(split) <= config.sequence_length:
                 raise InputError(
-                    f"{source.name}: too short: its {split} part has {shards.tokens(split):,} tokens, and one sequence "
-                    f"takes {config.sequence_length + 1:,}; give more text, or a smaller --sequence-length"
+                    f"{source.name}: too short: its {split} split has {shards.tokens(split):,} tokens, but one "
+                    f"sequence needs {config.sequence_length + 1:,}; add text, or choose a smaller --sequence-length"
                 )
         shards.finish()
     except InputError:
@@ -328,7 +328,7 @@ def _unfinished(aside: Path) -> Record | None:
         raise InputError(f"{aside}: in the way of the unfinished corpus; move it away")
     names = sorted(entry.name for entry in aside.iterdir())
     if foreign := [name for name in names if not OURS.fullmatch(name)]:
-        raise InputError(f"{aside}: holds {foreign[0]}, which is not of an unfinished corpus; move it away")
+        raise InputError(f"{aside}: holds {foreign[0]}, which is not part of an unfinished corpus; move it away")
     # The second, if a call died just before the finished corpus was moved to its place.
     described = [name for name in ("progress.json", "meta.json") if name in names]
     if not described:
@@ -338,7 +338,7 @@ def _unfinished(aside: Path) -> Record | None:
     remedy = f"delete {aside} to start again"
     record = read_sealed(aside / described[0], Record, remedy)
     if record["format"] != FORMAT:
-        raise InputError(f"{aside}: begun by another version of coupled-adam; {remedy}")
+        raise InputError(f"{aside}: started by another version of coupled-adam; {remedy}")
     return record if _documents(record) else None
 
 
@@ -362,7 +362,10 @@ def _begun(
         end: int | None = tokenizer.token_to_id(END_OF_DOCUMENT)
         assert end is not None, "the trainer was given it"
         if size_of(tokenizer) < config.vocab_size:
-            say(f"{source.name}: a vocabulary of {size_of(tokenizer):,}; the text has no {config.vocab_size:,} tokens")
+            say(
+                f"{source.name}: its vocabulary has {size_of(tokenizer):,} tokens; the text is too short for "
+                f"{config.vocab_size:,}"
+            )
     else:
         tokenizer, end = loaded or load_tokenizer(config.tokenizer)
     record: Record = {
@@ -447,8 +450,8 @@ class Shards:
                 show(None if part is None else int(100 * part), counted)
         if self.encoder.removed:
             say(
-                f"{name}: {self.encoder.removed:,} special tokens that the text spells out were left out: "
-                f"{self.encoder.name} has no other tokens for them"
+                f"{name}: {self.encoder.removed:,} special tokens that appear in the text were left out: "
+                f"{self.encoder.name} cannot encode them in any other way"
             )
 
     def _append(self, split: Split, tokens: Tokens) -> None:

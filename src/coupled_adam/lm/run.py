@@ -114,7 +114,7 @@ def corpus_of(directory: Path, data: Path | None = None) -> Path:
     """
     found = data or Path(read_environment(directory).get("corpus_directory", directory / "corpus"))
     if not (found / "meta.json").exists():
-        raise InputError(f"{found}: the corpus of {directory} is not there; give its directory with --data")
+        raise InputError(f"{found}: the corpus of {directory} was not found; pass its directory with --data")
     return found
 
 
@@ -125,7 +125,7 @@ def open_checkpoint(directory: Path) -> tuple[Experiment, Path]:
         InputError: no run there, one that has no checkpoint yet, or an experiment.toml that was changed.
     """
     if not (directory / "experiment.toml").exists():
-        raise InputError(f"{directory}: holds no run: there is no experiment.toml")
+        raise InputError(f"{directory}: not a run: it has no experiment.toml")
     checkpoint = latest_checkpoint(directory / "checkpoints")
     if checkpoint is None:
         raise InputError(f"{directory}: no checkpoint yet; train it with `coupled-adam train`, which resumes it")
@@ -175,14 +175,14 @@ def trained_longer(directory: Path, experiment: Experiment) -> bool:
     done = step_of(newest) if newest else 0
     if steps < there.train.steps:
         raise InputError(
-            f"{directory} holds a run of {there.train.steps:,} steps, {done:,} of them done, and a run cannot be made "
-            f"shorter (train.steps={steps}); give train.steps={there.train.steps}, or choose another directory for "
-            "another run"
+            f"{directory} contains a run of {there.train.steps:,} steps, {done:,} of them done, and a run cannot be "
+            f"shortened (train.steps={steps}); set train.steps={there.train.steps}, or choose another directory"
         )
     if done < there.train.steps:
         raise InputError(
-            f"{directory} holds a run of {there.train.steps:,} steps, {done:,} of them done, and only a finished run "
-            f"can be trained longer: finish it with train.steps={there.train.steps} first, or choose another directory"
+            f"{directory} contains a run of {there.train.steps:,} steps, {done:,} of them done, and only a finished "
+            f"run can be trained longer: finish it with train.steps={there.train.steps} first, or choose another "
+            "directory"
         )
     return True
 
@@ -244,7 +244,7 @@ def check_run_directory(directory: Path, experiment: Experiment) -> None:
     for path in (directory / name for name in written if name not in left):
         if path.is_symlink() or (any(path.iterdir()) if path.is_dir() else path.exists()):
             raise InputError(
-                f"{path}: exists, and {directory} holds no run of coupled-adam; choose another directory, or move it "
+                f"{path}: exists, but {directory} is not a run of coupled-adam; choose another directory, or move it "
                 "away"
             )
 
@@ -253,7 +253,8 @@ def check_corpus(directory: Path, environment: Environment, corpus: Corpus) -> N
     """Raise InputError unless ``corpus`` is the one that the run in ``directory`` was trained on."""
     if environment["corpus"] != corpus.fingerprint:
         raise InputError(
-            f"{corpus.directory}: not the text that {directory} was trained on; give that one, or another run directory"
+            f"{corpus.directory}: not the text that {directory} was trained on; use that text, or choose another "
+            "run directory"
         )
 
 

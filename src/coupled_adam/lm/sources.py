@@ -181,11 +181,11 @@ class Dataset:
             hint = (
                 f"name one: {self.name}:CONFIGURATION"
                 if "onfig name is missing" in what
-                else "no network? Download it where there is one, and give the directory of its files"
+                else "no network? Download it where there is network access, and pass the directory of its files"
             )
             raise InputError(f"{self.name}: cannot be read as a dataset: {what}; {hint}") from None
         if not rows:
-            raise InputError(f"{self.name}: holds no rows")
+            raise InputError(f"{self.name}: has no rows")
         if left_out:
             say(f"{self.name}: {said(left_out, rows)}")
 
@@ -216,7 +216,7 @@ def source_of(name: str, column: str = COLUMN) -> Source:
         ImportError: the package that provides the text is not installed.
     """
     if not name.strip():  # as of a shell variable that is not set; a path would take it for the current directory
-        raise InputError(f"the name of the text is {name!r}; give a file, a directory or a dataset")
+        raise InputError(f"the name of the text is {name!r}; pass a file, a directory or a dataset")
     path = Path(name)
     if packaged := PACKAGED.get(name):
         return packaged()

@@ -108,10 +108,10 @@ class TableFiles:
             if not read:
                 empty.append(file.name)
         if not rows:
-            raise InputError(f"{self.name}: holds no rows")
+            raise InputError(f"{self.name}: has no rows")
         if empty:
             names = ", ".join(empty[:NAMED]) + (", …" if len(empty) > NAMED else "")
-            self._say_once(f"{len(empty):,} of {len(found.files):,} files hold no rows ({names})")
+            self._say_once(f"{len(empty):,} of {len(found.files):,} files have no rows ({names})")
         if left_out:
             self._say_once(said(left_out, rows))
 
@@ -179,14 +179,14 @@ def checked(values: Iterable[Any], name: str, column: str, left_out: Counter[str
         elif not value.strip():
             left_out["empty"] += 1
         elif not value.isascii() and _SURROGATE.search(value):
-            raise InputError(f"{name}: row {row:,}: half of a surrogate pair, which is no character")
+            raise InputError(f"{name}: row {row:,}: half of a surrogate pair, which is not a character")
         else:
             text = value
         if missing == row == ROWS_WITHOUT_COLUMN:
             break
         yield text
     if row and missing == row:
-        there = f"; there are {', '.join(map(printable, columns))}" if columns else ""
+        there = f"; the columns are {', '.join(map(printable, columns))}" if columns else ""
         raise InputError(f"{name}: no column {column!r}{there}")
 
 
@@ -219,7 +219,7 @@ def _parquet(file: Path, column: str, reading: Reading) -> Iterator[Any]:
     with ParquetFile(file) as table:
         schema = table.schema_arrow
         if column not in schema.names:
-            raise InputError(f"{file}: no column {column!r}; there are {', '.join(map(printable, schema.names))}")
+            raise InputError(f"{file}: no column {column!r}; the columns are {', '.join(map(printable, schema.names))}")
         kind = schema.field(column).type
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
         texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
@@ -240,11 +240,11 @@ def _csv(lines: TextIO, file: Path, column: str, delimiter: str) -> Iterator[Any
     if header is None:
         return
     if column not in header:
-        raise InputError(f"{file}: no column {column!r}; there are {', '.join(map(printable, header))}")
+        raise InputError(f"{file}: no column {column!r}; the columns are {', '.join(map(printable, header))}")
     position = header.index(column)
     for number, row in enumerate(filter(None, rows), 1):
         if len(row) > len(header):  # a delimiter in a text without quotes: what stands in the column is a part of it
-            raise InputError(f"{file}: row {number:,} has {len(row)} fields, and the header has {len(header)}")
+            raise InputError(f"{file}: row {number:,} has {len(row)} fields, but the header has {len(header)}")
         yield row[position] if position < len(row) else Absent(*header)
 
 

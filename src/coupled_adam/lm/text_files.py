@@ -67,15 +67,16 @@ def find_files(root: Path) -> Found:
             f"{len(files):,} {kind} ({files[0].name}{', …' if len(files) > 1 else ''})"
             for kind, files in sorted(by_kind.items())
         )
-        raise InputError(f"{root}: holds files of several kinds: {held}; give a directory or a file of one kind")
+        raise InputError(f"{root}: contains files of several kinds: {held}; pass a directory or a file of one kind")
     if not by_kind:
-        held = f"; it holds {_listed(others)}" if others else ""
+        held = f"; it contains {_listed(others)}" if others else ""
         raise InputError(f"{root}: no .txt or .md files and no tables ({', '.join(TABLES)}) in this directory{held}")
     ((kind, files),) = by_kind.items()
     if kind != "text" and len(configurations := _configurations(root / "README.md")) > 1:
         raise InputError(
-            f"{root}: a dataset with the configurations {', '.join(configurations[:NAMED])}"
-            f"{', …' if len(configurations) > NAMED else ''}; give the directory or the file of one"
+            f"{root}: a dataset with the configurations "
+            f"{', '.join(configurations[:NAMED])}{', …' if len(configurations) > NAMED else ''}; pass the directory "
+            "or the file of one"
         )
     kept, splits = _training_split(root, kind, files)
     return Found(kind, kept, ", ".join(_listed(left) for left in (splits, others) if left))
@@ -85,7 +86,7 @@ def _kind(file: Path) -> str:
     """Kind of a single file. Raises InputError if it is known to be neither prose nor a table."""
     suffix = suffix_of(file)
     if suffix in NOT_PROSE and file.exists():
-        raise InputError(f"{file}: {suffix} is not read as text; {NOT_PROSE[suffix]}")
+        raise InputError(f"{file}: {suffix} files are not read as text; {NOT_PROSE[suffix]}")
     return TABLES.get(suffix, "text")
 
 
@@ -117,8 +118,8 @@ def _training_split(root: Path, kind: str, files: list[Path]) -> tuple[list[Path
     kept = [path for path in files if splits[path] == "train"]
     if not kept:
         raise InputError(
-            f"{root}: its files are of the split {' and '.join(sorted(filter(None, named)))}, none of the split train; "
-            "give a file, or rename them to train on them"
+            f"{root}: its files belong to the split {' and '.join(sorted(filter(None, named)))}, none to the split "
+            "train; pass a file, or rename them to train on them"
         )
     return kept, Counter(f"split {split}" if split else "no split" for split in splits.values() if split != "train")
 
@@ -174,7 +175,7 @@ class TextFiles:
         if self._texts is None:
             found = find_files(self.path)
             if found.kind != "text":
-                raise InputError(f"{self.path}: holds tables, not text")
+                raise InputError(f"{self.path}: contains tables, not text")
             if found.left_out:
                 say(f"{self.path}: left out: {found.left_out}")
             self._texts = _texts(self.path, found.files)

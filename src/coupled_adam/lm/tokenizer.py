@@ -40,10 +40,12 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, int]:
     try:
         loaded = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # of every kind; a hub out of reach among them
-        raise InputError(f"{name}: no tokenizer found ({one_line(error)}); give the directory of one, or bpe") from None
+        raise InputError(f"{name}: no tokenizer found ({one_line(error)}); pass the directory of one, or bpe") from None
     tokenizer: Tokenizer | None = getattr(loaded, "backend_tokenizer", None)
     if tokenizer is None or loaded.eos_token is None:
-        raise InputError(f"{name}: this tokenizer has no fast form or no end-of-text token; choose another, or bpe")
+        raise InputError(
+            f"{name}: this tokenizer has no fast implementation or no end-of-text token; choose another, or bpe"
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     end: int | None = tokenizer.token_to_id(loaded.eos_token)
@@ -51,7 +53,7 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, int]:
         raise InputError(f"{name}: its end-of-text token {loaded.eos_token!r} is not in its vocabulary; choose another")
     if size_of(tokenizer) > LARGEST_VOCABULARY:
         raise InputError(
-            f"{name}: its highest token ID is {size_of(tokenizer) - 1:,}, and at most {LARGEST_VOCABULARY - 1:,} is "
+            f"{name}: its highest token ID is {size_of(tokenizer) - 1:,}, but at most {LARGEST_VOCABULARY - 1:,} is "
             "supported; choose another tokenizer, or bpe"
         )
     unknown = getattr(tokenizer.model, "unk_token", None)

@@ -141,7 +141,7 @@ def trackers(experiment: Experiment, run_dir: Path, start: int, world: World) ->
             except Exception as error:
                 # Not closed: what waits for a lost connection would hold up the training.
                 del running[name]
-                warn(f"{name} failed, and the run goes on without it: {one_line(error)}")
+                warn(f"{name} failed; the run continues without it: {one_line(error)}")
 
     def open_all() -> None:
         wanted = experiment.tracking.trackers if start < experiment.train.steps else ()
@@ -149,7 +149,9 @@ def trackers(experiment: Experiment, run_dir: Path, start: int, world: World) ->
             try:
                 running[name] = TRACKERS[name](experiment, run_dir, start)
             except Exception as error:
-                raise InputError(f"{name} cannot be opened (it is in tracking.trackers): {one_line(error)}") from error
+                raise InputError(
+                    f"{name} cannot be initialized (it is in tracking.trackers): {one_line(error)}"
+                ) from error
 
     def track(line: dict[str, Any]) -> None:
         figures = {key: value for key, value in line.items() if key != "step" and value is not None}

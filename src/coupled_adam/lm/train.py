@@ -116,7 +116,10 @@ def train(
                 say(f"{run_dir}: already finished with {prepared.start:,} steps{hint}")
             return prepared.model
         if not writable:
-            raise InputError(f"{run_dir}: cannot be written, and its last checkpoint is damaged; copy it elsewhere")
+            raise InputError(
+                f"{run_dir}: cannot be written, and its last checkpoint is damaged; copy the run to another place "
+                "and resume there"
+            )
         with denormals_flushed():
             return _train(prepared, run_dir, evaluate, world, micro)
     finally:
@@ -185,7 +188,9 @@ def _prepared(
     if checkpoint := intact_checkpoint(run_dir / "checkpoints", world, corpus.fingerprint):
         start = step_of(checkpoint)
         if start > experiment.train.steps:
-            raise InputError(f"{checkpoint}: of another run: this one has {experiment.train.steps} steps; move it away")
+            raise InputError(
+                f"{checkpoint}: belongs to another run: this one has {experiment.train.steps} steps; move it away"
+            )
         finished = start == experiment.train.steps
         if world.is_main_process and not finished:
             say(f"{run_dir}: resuming from step {start:,} of {experiment.train.steps:,}")
@@ -261,8 +266,8 @@ def micro_batch(experiment: Experiment, world: World) -> int:
     micro = min(experiment.train.micro_batch or per_rank, per_rank)
     if per_rank % micro:
         raise InputError(
-            f"train.micro_batch {micro} does not divide the {per_rank} sequences that each of {world.size} rank(s) "
-            "takes in a step"
+            f"train.micro_batch {micro} does not divide the {per_rank} sequences per step on each of {world.size} "
+            "rank(s)"
         )
     return micro
 
@@ -356,8 +361,8 @@ def _claim(
             there, goes_on = read_experiment(run_dir), longer and trained_longer(run_dir, experiment)
             if not goes_on and (differences := there.differences(experiment)):
                 raise InputError(
-                    f"{run_dir} already contains a run with other settings ({'; '.join(differences)}): choose another "
-                    "directory, or the same settings to resume"
+                    f"{run_dir} already contains a run with different settings ({'; '.join(differences)}); choose "
+                    "another directory, or use the same settings to resume"
                 )
             check_corpus(run_dir, read_environment(run_dir), corpus)
             if lock.is_locked:
@@ -391,13 +396,13 @@ def _claim(
 def _said_of_longer(run_dir: Path, experiment: Experiment, planned: tuple[int, ...]) -> str:
     """Say what a run is that goes on after it was finished."""
     *_, done, steps = planned
-    begins = f"{run_dir}: finished at step {done:,}, and now trained to step {steps:,}"
+    begins = f"{run_dir}: finished at step {done:,}, now training to step {steps:,}"
     rates = [learning_rate_in_parts(step, experiment.schedule, planned) for step in range(done + 1)]
     if all(rate == learning_rate(step, experiment.schedule, steps) for step, rate in enumerate(rates)):
         return f"{begins}. The learning rates are those of a run of {steps:,} steps from the start"
     return (
-        f"{begins}. From step {done + 1:,} on, the learning rate is that of a run of {steps:,} steps: {rates[-1]:.3g}, "
-        f"after {rates[-2]:.3g}. The result is not that of a run of {steps:,} steps from the start"
+        f"{begins}. From step {done + 1:,} on, the learning rate is that of a run of {steps:,} steps: it goes from "
+        f"{rates[-2]:.3g} to {rates[-1]:.3g}. The result differs from that of a run of {steps:,} steps from the start"
     )
 
 

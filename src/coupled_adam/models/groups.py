@@ -120,9 +120,9 @@ def param_groups(
     ]
     if embedding_lr_factor is not None and not matrices:
         raise ValueError(
-            f"embedding_lr_factor={embedding_lr_factor:g} has nothing to act on: nothing of {type(model).__name__} is "
-            "coupled. Leave it out, or name the output embedding with coupled=…; for its own learning rate without "
-            "coupling, give these groups to torch.optim.AdamW"
+            f"embedding_lr_factor={embedding_lr_factor:g} has no effect: nothing in {type(model).__name__} is "
+            "coupled. Leave it out, or name the output embedding with coupled=…; for a separate learning rate "
+            "without coupling, pass these groups to torch.optim.AdamW"
         )
     if lr is not None:
         check_number("learning rate (lr)", lr, tensor=True)
@@ -140,8 +140,8 @@ def _warn_where_centering_tells(model: nn.Module, matrices: Sequence[Tensor]) ->
     inputs = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
     if any(id(matrix) in inputs for matrix in matrices):
         warnings.warn(
-            "center=True shifts the input embeddings too, which are tied to the output: predictions change. Untie "
-            "them, or leave center False if the run must be the same but for the mean",
+            "center=True also shifts the input embeddings, which are tied to the output: predictions change. Untie "
+            "them, or leave center=False to keep predictions",
             UserWarning,
             stacklevel=3,
         )
@@ -149,8 +149,8 @@ def _warn_where_centering_tells(model: nn.Module, matrices: Sequence[Tensor]) ->
     caps = [cap for config in configs for key in CAPS if isinstance(cap := _setting(config, key), int | float) and cap]
     if caps:
         warnings.warn(
-            f"center=True changes predictions of a model that caps its logits (at {caps[0]:g}): the cap of a shifted "
-            "logit is no shifted cap. Leave one of the two out",
+            f"center=True changes predictions of a model that caps its logits (at {caps[0]:g}): soft-capping is not "
+            "invariant to a shift of the logits. Leave out one of the two",
             UserWarning,
             stacklevel=3,
         )
@@ -215,7 +215,7 @@ def _check_matrix(matrix: Tensor, model: nn.Module) -> None:
 def _unexpected(item: object, model: nn.Module) -> str:
     return (
         f"coupled: expected modules or parameters of {type(model).__name__}, or their names, got {_told(item)}; "
-        "coupled=[] couples nothing, None the output embedding"
+        "coupled=[] couples nothing, coupled=None the output embedding"
     )
 
 

@@ -79,7 +79,7 @@ def _layout_of(optimizer: Optimizer, model: nn.Module) -> Layout:
             if id(p) not in names:
                 raise ValueError(
                     f"parameter {i} of group {number}, of shape {tuple(p.shape)}, is not in this "
-                    f"{type(model).__name__}: give the model that the optimizer was built for"
+                    f"{type(model).__name__}: pass the model that the optimizer was built for"
                 )
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
@@ -98,15 +98,16 @@ def _layout_for(state_dict: dict[str, Any], model: nn.Module) -> Layout:
     if len(fitting) == 1:
         return sized[fitting[0]]
     if fitting:
-        reason = f"its groups of {sizes} parameters may be {' or '.join(fitting)}"
+        reason = f"its groups of {sizes} parameters fit more than one layout: {' or '.join(fitting)}"
     elif sized:
         reason = next(iter(misfits.values()))
     else:
         made = "; ".join(f"{kind} {[len(names) for names in layout]}" for kind, layout in known.items())
-        reason = f"it has groups of {sizes} parameters, and of this model are made: {made}"
+        reason = f"it has groups of {sizes} parameters, but the known layouts for this model are: {made}"
     raise ValueError(
-        f"cannot tell whose moments this checkpoint of AdamW has for this {type(model).__name__}: {reason}. Build the "
-        "AdamW as it was built, load the checkpoint into it, and give that optimizer: name_checkpoint(model, adamw)"
+        f"cannot match the moments in this AdamW checkpoint to the parameters of this {type(model).__name__}: "
+        f"{reason}. Build the AdamW as it was built then, load the checkpoint into it, and pass that optimizer: "
+        "name_checkpoint(model, adamw)"
     )
 
 
@@ -116,7 +117,9 @@ def _misfit(state_dict: dict[str, Any], layout: Layout, params: dict[str, Tensor
         for key, name in zip(group["params"], names, strict=True):
             moment = state_dict["state"].get(key, {}).get("exp_avg")
             if moment is not None and moment.shape != params[name].shape:
-                return f"{name!r} has shape {tuple(params[name].shape)}, the moment in its place {tuple(moment.shape)}"
+                return (
+                    f"{name!r} has shape {tuple(params[name].shape)}, but the moment in its place {tuple(moment.shape)}"
+                )
     return ""
 
 
@@ -131,7 +134,7 @@ def _layouts(model: nn.Module) -> Iterator[tuple[str, Layout]]:
     decays: dict[str, Callable[[str, Tensor], bool]] = {
         "matrices and vectors": lambda _, p: p.ndim >= 2,
         "the Trainer's decayed and others": lambda name, p: not UNDECAYED.search(name.lower()) and id(p) not in norms,
-        "all but biases and LayerNorm.weight, and these": lambda name, _: (
+        "all but biases and LayerNorm.weight, then those": lambda name, _: (
             not re.search(r"bias|(?i:layer_?norm)\.weight", name)
         ),
     }

@@ -40,9 +40,9 @@ def output_matrices(model: nn.Module) -> list[Tensor]:
                 f"{listed(found)}: pass {_spelled(found)} to couple that, or coupled=[] to couple nothing"
             )
         _warn(
-            f"nothing is coupled, so CoupledAdam is AdamW: {type(owner).__name__} has no output embedding "
-            "(get_output_embeddings() returns None), as classifiers and reward models have none. If it has, pass it as "
-            "coupled=[module, parameter or name]; to silence this, coupled=[]"
+            f"nothing is coupled, so CoupledAdam behaves exactly like AdamW: {type(owner).__name__} has no output "
+            "embedding (get_output_embeddings() returns None), which is normal for classifiers and reward models. "
+            "If it has one, pass coupled=[module, parameter or name]; to silence this warning, pass coupled=[]"
         )
         return []
     matrices = [_matrix_of(item, model, sizes, says) for item in items]
@@ -50,8 +50,9 @@ def output_matrices(model: nn.Module) -> list[Tensor]:
     if not trained:
         frozen = ", ".join(name_of(matrix, model) for matrix in matrices)
         _warn(
-            f"nothing is coupled, so CoupledAdam is AdamW: the output embedding ({frozen}) is frozen, as with LoRA. To "
-            'train and couple it, LoraConfig(modules_to_save=["lm_head"]); to silence this, coupled=[]'
+            f"nothing is coupled, so CoupledAdam behaves exactly like AdamW: the output embedding ({frozen}) is "
+            'frozen, as with LoRA. To train and couple it, use LoraConfig(modules_to_save=["lm_head"]); to silence '
+            "this warning, pass coupled=[]"
         )
         return []
     for matrix in trained:
@@ -110,7 +111,7 @@ def candidates(model: nn.Module) -> str:
     heads = [(name, p) for name, p in reversed(matrices) if id(p) not in embeddings or id(p) in tied]
     heads.sort(key=lambda item: item[0].count("."))
     tables.sort(key=lambda item: -item[1].shape[0])
-    return listed([*heads[: SHOWN - min(len(tables), 2)], *tables]) or "none, the model has no matrix"
+    return listed([*heads[: SHOWN - min(len(tables), 2)], *tables]) or "none (the model has no matrix)"
 
 
 def computed(item: nn.Module, model: nn.Module) -> str:
@@ -118,8 +119,9 @@ def computed(item: nn.Module, model: nn.Module) -> str:
     own = {id(p) for p in item.parameters()}
     sources = [name for name, p in model.named_parameters() if id(p) in own]
     return (
-        f"whose weight is no parameter: it is computed from {', '.join(sources[:SHOWN])}, as by weight_norm. Coupling "
-        "those would not couple the weight; remove the parametrization, or pass coupled=[] to couple nothing"
+        f"whose weight is not a parameter: it is computed from {', '.join(sources[:SHOWN])}, as with weight_norm. "
+        "Coupling those would not couple the weight; remove the parametrization, or pass coupled=[] to couple "
+        "nothing"
     )
 
 
@@ -179,7 +181,7 @@ def _matrix_of(item: Any, model: nn.Module, sizes: Mapping[int, str], says: str)
     if isinstance(weight, Tensor) and name_of(weight, model):
         return weight
     if not isinstance(item, nn.Module):
-        raise ValueError(f"{says} {kind(item)}, which is no parameter of the model; {_remedy(model)}")
+        raise ValueError(f"{says} {kind(item)}, which is not a parameter of the model; {_remedy(model)}")
     known = {id(p) for p in model.parameters()}
     inside = [p for p in item.parameters() if id(p) in known and p.ndim == 2 and (p.shape[0] in sizes or not sizes)]
     if isinstance(weight, Tensor) and any(p.requires_grad for p in inside):
@@ -200,9 +202,9 @@ def _check_rows(matrix: Tensor, model: nn.Module, sizes: Mapping[int, str], says
     """Raise ValueError for a matrix that cannot have one row per entry of the vocabulary."""
     if matrix.ndim != 2:
         raise ValueError(
-            f"{says} {listed([(name_of(matrix, model), matrix)])}, which is no (vocabulary, hidden) matrix: "
-            "flattened by DeepSpeed ZeRO or FSDP1 it cannot be coupled, while FSDP2 keeps matrices; coupled=[] couples "
-            "nothing"
+            f"{says} {listed([(name_of(matrix, model), matrix)])}, which is not a (vocabulary, hidden) matrix: "
+            "parameters flattened by DeepSpeed ZeRO or FSDP1 cannot be coupled; FSDP2 keeps matrices. coupled=[] "
+            "couples nothing"
         )
     rows, name = len(matrix), name_of(matrix, model)
     if not sizes:  # then any of the embeddings may be that of the vocabulary
@@ -231,12 +233,12 @@ def _check_others(model: nn.Module, chosen: list[Tensor], sizes: Mapping[int, st
     heads = {id(p) for _, p in _matrices_beside_embeddings(model)}
     if not any(id(matrix) in heads for matrix in chosen):
         raise ValueError(
-            f"{says} {listed(names)}, the weight of an input embedding alone, but the output embedding seems to be "
+            f"{says} {listed(names)}, the weight of an input embedding only, but the output embedding seems to be "
             f"{listed(others)}: pass {_spelled(others)}, or {_spelled(names)} if that is right"
         )
     _warn(
-        f"{says} {listed(names)}, and only that is coupled, but {listed(others)} seems to be an output embedding too. "
-        f"To couple all, {_spelled([*names, *others])}; to silence this, {_spelled(names)}"
+        f"{says} {listed(names)}, and only that is coupled, but {listed(others)} seems to be an output embedding "
+        f"too. To couple all, pass {_spelled([*names, *others])}; to silence this warning, pass {_spelled(names)}"
     )
 
 

@@ -109,7 +109,7 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
     group = _group_of(optimizer, param)
     state = optimizer.state.get(param)
     if not state or "exp_avg_sq" not in state:
-        raise ValueError("the parameter has no moments yet; drift looks at the last step: call optimizer.step()")
+        raise ValueError("the parameter has no moments yet; drift describes the last step: call optimizer.step() first")
     # Ours may keep it in another form.
     m = state["exp_avg"] if "exp_avg" in state else optimizer.first_moment(param)  # type: ignore[attr-defined]
     v = state.get("max_exp_avg_sq", state["exp_avg_sq"])
@@ -205,7 +205,7 @@ class DriftMonitor:
             ValueError: the sums are those of a matrix with another number of columns.
         """
         if any(len(state.get(cause, ())) != self.param.shape[1] for cause in CAUSES):
-            raise ValueError(f"the saved drift is not that of a matrix of shape {tuple(self.param.shape)}")
+            raise ValueError(f"the saved drift is not from a matrix of shape {tuple(self.param.shape)}")
         self._sum = None
         mean = self.total.mean
         second_moments, gradients, decay = (torch.tensor(state[c], dtype=torch.float64).to(mean) for c in CAUSES)
@@ -232,22 +232,25 @@ def _group_of(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
     name = type(optimizer).__name__
     group = next((g for g in optimizer.param_groups if any(p is param for p in g["params"])), None)
     if group is None:
-        raise ValueError(f"a {tuple(param.shape)} parameter is in no group of this {name}; pass the one that it holds")
+        raise ValueError(
+            f"the {tuple(param.shape)} parameter is in no group of this {name}; pass the parameter that the "
+            "optimizer holds"
+        )
     if param.ndim != 2:
         raise ValueError(
-            f"drift is that of an embedding matrix (vocabulary, hidden), not of shape {tuple(param.shape)}; FSDP1 and "
-            "DeepSpeed ZeRO flatten parameters: use FSDP2"
+            f"drift needs an embedding matrix (vocabulary, hidden), not a parameter of shape {tuple(param.shape)}; "
+            "FSDP1 and DeepSpeed ZeRO flatten parameters: use FSDP2"
         )
     if "direction" in group:  # one of ours
         if (group["direction"], group["decay"]) != ("ratio", "decoupled"):
-            raise ValueError(f"the step of {name} (atan2, or spectral decay) does not split by cause, as Adam's does")
+            raise ValueError(f"the step of {name} (atan2, or spectral decay) cannot be split by cause, unlike Adam's")
         if group["center"]:
             raise ValueError(f"{name} centers this matrix in every step (center=True): its mean stays 0")
     elif not isinstance(optimizer, Adam):
-        raise TypeError(f"drift does not know the step of {name}; it knows torch.optim.AdamW and Adam, and CoupledAdam")
+        raise TypeError(f"drift does not support {name}; it supports torch.optim.AdamW and Adam, and CoupledAdam")
     if not group.get("decoupled_weight_decay", True) and group["weight_decay"]:
         raise ValueError(
-            f"{name} adds weight_decay={group['weight_decay']} to the gradient, where its moments hide it; use "
-            "torch.optim.AdamW, or weight_decay=0"
+            f"{name} adds weight_decay={group['weight_decay']} to the gradient, so decay is mixed into its moments; "
+            "use torch.optim.AdamW, or weight_decay=0"
         )
     return group

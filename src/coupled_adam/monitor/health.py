@@ -74,8 +74,9 @@ def _embeddings(model: nn.Module) -> dict[str, Tensor]:
 def _figures(embedding: Tensor, isotropy: bool) -> dict[str, float]:
     if embedding.ndim != 2 or embedding.shape[0] < 2 or embedding.shape[1] < 1:
         raise ValueError(
-            f"an embedding matrix is (vocabulary, hidden), two rows or more, not of shape {tuple(embedding.shape)}: "
-            "FSDP1 and DeepSpeed ZeRO-3 flatten and cut parameters: measure the gathered matrix there"
+            "an embedding matrix is (vocabulary, hidden) with two rows or more, not of shape "
+            f"{tuple(embedding.shape)}. FSDP1 and DeepSpeed ZeRO-3 flatten and shard parameters: gather the matrix "
+            "first"
         )
     e = spread_by_rows(embedding.detach())
     height, width = e.shape

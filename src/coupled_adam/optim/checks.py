@@ -77,7 +77,7 @@ def check_one_base(groups: list[dict[str, Any]], lr: float | Tensor) -> None:
         if not math.isclose(base, float(lr), rel_tol=1e-5):
             raise ValueError(
                 f"the optimizer was given lr={float(lr):g}, and its param groups lr={base:g} (param_groups(model, "
-                "lr=…)): give one of them, or the same to both"
+                "lr=…)): set only one of them, or both to the same value"
             )
 
 
@@ -97,7 +97,7 @@ def check_settings(group: Mapping[str, Any]) -> None:
     if group["max_grad_norm"] not in (None, math.inf):
         check_number("max_grad_norm", group["max_grad_norm"])
         if group["max_grad_norm"] == 0:
-            raise ValueError("Invalid max_grad_norm: 0; it must be positive, or None not to bound the norm")
+            raise ValueError("Invalid max_grad_norm: 0; it must be positive, or None to leave the norm unbounded")
     for key in ("center", "maximize", "capturable"):
         if not isinstance(group[key], bool):
             raise TypeError(f"Invalid {key}: {group[key]!r}; it must be True or False")
@@ -126,8 +126,8 @@ def check_flags(flags: Mapping[str, Any]) -> None:
 def check_param(param: Tensor, name: str, optimizer: str, *, coupled: bool) -> None:
     """Raise TypeError or ValueError for a tensor that cannot be updated, or not with a coupled second moment."""
     if not param.is_floating_point():
-        remedy = "give torch.view_as_real of it" if param.is_complex() else "give floating-point parameters only"
-        raise TypeError(f"{name} has dtype {param.dtype}, which {optimizer} does not update; {remedy}")
+        remedy = "pass torch.view_as_real(param)" if param.is_complex() else "pass only floating-point parameters"
+        raise TypeError(f"{name} has dtype {param.dtype}, which {optimizer} does not support; {remedy}")
     if coupled and param.ndim != 2:
         raise ValueError(
             f"{name} has {param.ndim} dimension(s), but second_moment='vocabulary' couples the rows of a "
@@ -168,8 +168,8 @@ def check_state(group: Mapping[str, Any], i: int, state: Mapping[str, Any], form
         return []
     for key in form:
         if not isinstance(state.get(key), Tensor):
-            what = f"a {type(state[key]).__name__} as {key!r}" if key in state else f"no {key!r}"
-            raise RuntimeError(f"the optimizer state of {parameter_name(group, i)} has {what}, not a tensor. {CHANGED}")
+            what = f"a {type(state[key]).__name__} for {key!r}, not a tensor" if key in state else f"no {key!r}"
+            raise RuntimeError(f"the optimizer state of {parameter_name(group, i)} has {what}. {CHANGED}")
         if state[key].is_nested:
             _check_memory(state[key], group, i, f"{key!r} in the optimizer state of ")
     first = keys_of(state)
@@ -181,7 +181,7 @@ def check_state(group: Mapping[str, Any], i: int, state: Mapping[str, Any], form
     if not fits or ("u" in state and state["u"].shape != made_for[:-1]):
         raise RuntimeError(
             f"{parameter_name(group, i)} has shape {tuple(shape)}, but its optimizer state is for {tuple(made_for)}: "
-            "it was resized after the first step. Build a new optimizer after resizing, as by resize_token_embeddings, "
+            "it was resized after the first step. Build a new optimizer after resizing (resize_token_embeddings), "
             "and keep the moments with new.load_state_dict(old.state_dict(), resize_vocabulary=True)"
         )
     _check_shards(group, i, state)
@@ -198,8 +198,8 @@ def _check_shards(group: Mapping[str, Any], i: int, state: Mapping[str, Any]) ->
     row = (1, *shape[1:]) if group["second_moment"] == "vocabulary" else shape
     if local(first).shape != shape or local(square).shape != row:
         raise RuntimeError(
-            f"{parameter_name(group, i)} has the part {tuple(shape)} in this process, but its moments have "
-            f"{tuple(local(first).shape)} and {tuple(local(square).shape)}: they are sharded otherwise. {CONVERTS}"
+            f"{parameter_name(group, i)} has the local shape {tuple(shape)} in this process, but its moments have "
+            f"{tuple(local(first).shape)} and {tuple(local(square).shape)}: they are sharded differently. {CONVERTS}"
         )
 
 
@@ -216,8 +216,8 @@ def _must_change(group: Mapping[str, Any], i: int, key: str, found: tuple[Tensor
     if x.device != param.device and not (count and x.device.type == "cpu"):
         remedy = CHANGED if "meta" in (x.device.type, param.device.type) else CONVERTS
         raise RuntimeError(
-            f"{parameter_name(group, i)} is on {param.device}, but {key!r} in its optimizer state on {x.device}: one "
-            f"of them was moved after the first step. {remedy}"
+            f"{parameter_name(group, i)} is on {param.device}, but {key!r} in its optimizer state is on {x.device}: "
+            f"one of them was moved after the first step. {remedy}"
         )
     if x.dtype == dtype:
         return count and x.device != device and x.device.type == "cpu"
@@ -225,7 +225,7 @@ def _must_change(group: Mapping[str, Any], i: int, key: str, found: tuple[Tensor
         return True
     remedy = CHANGED if key in EIGHT_BIT else CONVERTS
     raise RuntimeError(
-        f"{what}{parameter_name(group, i)} is {x.dtype}, not {dtype}: it was cast from outside. {remedy}"
+        f"{what}{parameter_name(group, i)} is {x.dtype}, not {dtype}: it was cast outside the optimizer. {remedy}"
     )
 
 
@@ -242,21 +242,23 @@ def _check_memory(x: Tensor, group: Mapping[str, Any], i: int, what: str = "") -
         return
     if x.layout is not torch.strided or x.is_nested:
         layout = "nested" if x.is_nested else x.layout
-        raise RuntimeError(f"{what}{parameter_name(group, i)} has the layout {layout}; only dense tensors are updated")
+        raise RuntimeError(
+            f"{what}{parameter_name(group, i)} has the layout {layout}; only dense tensors are supported"
+        )
     if not torch.compiler.is_compiling() and x.is_neg():
         raise RuntimeError(
-            f"{what}{parameter_name(group, i)} is a view of negated numbers, as .conj().imag gives it; replace it by "
-            "its .resolve_neg() form"
+            f"{what}{parameter_name(group, i)} is a negated view, as .conj().imag returns it; replace it with its "
+            ".resolve_neg() form"
         )
     if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
         raise RuntimeError(
-            f"{what}{parameter_name(group, i)} overlaps with itself in memory, as expand() makes it; replace it by its "
-            ".contiguous() form"
+            f"{what}{parameter_name(group, i)} overlaps with itself in memory, as after expand(); replace it with "
+            "its .contiguous() form"
         )
     if x.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
-            f"{what}{parameter_name(group, i)} was made under torch.inference_mode(), outside of which it cannot be "
-            "updated; make it under torch.no_grad()"
+            f"{what}{parameter_name(group, i)} was created under torch.inference_mode() and cannot be updated "
+            "outside it; create it under torch.no_grad()"
         )
 
 
@@ -269,8 +271,8 @@ def check_still_matrices(group: Mapping[str, Any], matrices: int) -> None:
 
 def _flattened(group: Mapping[str, Any], i: int, consequence: str) -> str:
     return (
-        f"{parameter_name(group, i)} was flattened after the optimizer was built, as by DeepSpeed ZeRO, FSDP1 or "
-        f"Megatron's distributed optimizer: it has {consequence}. Use FSDP2 (fully_shard), which keeps matrices"
+        f"{parameter_name(group, i)} was flattened after the optimizer was built, as DeepSpeed ZeRO, FSDP1 and "
+        f"Megatron's distributed optimizer do: it has {consequence}. Use FSDP2 (fully_shard), which keeps matrices"
     )
 
 
@@ -308,7 +310,7 @@ def check_grad(group: Mapping[str, Any], i: int) -> None:
     if not grad.is_floating_point() or not param.is_floating_point():
         raise RuntimeError(
             f"the gradient of {parameter_name(group, i)} is {grad.dtype}, the parameter {param.dtype}; only "
-            "floating-point tensors are updated"
+            "floating-point tensors are supported"
         )
     if grad.layout not in (torch.strided, torch.sparse_coo):
         raise RuntimeError(
@@ -317,8 +319,8 @@ def check_grad(group: Mapping[str, Any], i: int) -> None:
         )
     if grad.is_sparse and group["second_moment"] != "vocabulary":
         raise RuntimeError(
-            f"the gradient of {parameter_name(group, i)} is sparse, which only a matrix with "
-            "second_moment='vocabulary' may have: couple it, or build the nn.Embedding with sparse=False"
+            f"the gradient of {parameter_name(group, i)} is sparse, which is supported only for a matrix with "
+            "second_moment='vocabulary': couple it, or build the nn.Embedding with sparse=False"
         )
 
 
@@ -354,7 +356,7 @@ def check_number(
 ) -> None:
     if isinstance(value, Tensor):
         if not tensor:
-            raise TypeError(f"Invalid {name}: a tensor; give a number")
+            raise TypeError(f"Invalid {name}: a tensor; pass a number")
         if value.numel() != 1:
             raise ValueError(f"Invalid {name}: a tensor of shape {tuple(value.shape)}; it must have one element")
         # Reading a tensor on an accelerator would wait for it, and one that a compiler traces has no value.
@@ -370,10 +372,10 @@ def check_number(
 
 def _check_betas(betas: Any) -> None:
     if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(f"Invalid betas: {betas!r}; give two numbers, (β1, β2)")
+        raise ValueError(f"Invalid betas: {betas!r}; pass two numbers, (β1, β2)")
     for i, beta in enumerate(betas):
         if isinstance(beta, Tensor):
-            raise TypeError(f"Invalid betas[{i}]: a tensor; give a number")
+            raise TypeError(f"Invalid betas[{i}]: a tensor; pass a number")
         check_number(f"betas[{i}]", beta)
         if float(beta) >= 1:
             raise ValueError(f"Invalid betas[{i}]: {float(beta)}; it must be at least 0 and less than 1")

@@ -146,8 +146,8 @@ class CoupledAdam(AdamFamily):
             g["second_moment"] == "vocabulary" or g["coupling_factor"] for g in self.param_groups
         ):
             warnings.warn(
-                "nothing is coupled, so this is AdamW: give CoupledAdam the groups of param_groups(model), "
-                'or put the embedding matrix into a group with second_moment="vocabulary"',
+                "nothing is coupled, so CoupledAdam behaves exactly like AdamW: pass it param_groups(model), or put "
+                'the embedding matrix into a group with second_moment="vocabulary"',
                 UserWarning,
                 stacklevel=2,
             )

@@ -49,7 +49,7 @@ def describe(optimizer: Optimizer) -> str:
     """
     ours = inner_optimizer(optimizer)
     if not isinstance(ours, AdamFamily):
-        raise TypeError(f"{type(optimizer).__name__} is no optimizer of coupled_adam, nor a wrapper around one")
+        raise TypeError(f"{type(optimizer).__name__} is neither an optimizer of coupled_adam nor a wrapper around one")
     members = [(group, i) for group in ours.param_groups for i in range(len(group["params"]))]
     lines = [*_coupled(ours, members), *_others(members), *_centered(members), _state(ours, members), _clipping(ours)]
     return "\n  ".join([type(ours).__name__, *lines])
@@ -79,7 +79,10 @@ def _untrained(optimizer: AdamFamily, member: Member) -> str:
     own = optimizer.state.get(_param(member), {}).get("step", 0)
     if int(own) or not any(steps):
         return ""
-    return f"; no gradient in {max(steps)} steps: frozen, unused, or replaced since, as by resize_token_embeddings"
+    return (
+        f"; no gradient in {max(steps)} steps: frozen, unused, or replaced since, for example by "
+        "resize_token_embeddings"
+    )
 
 
 def _others(members: list[Member]) -> Iterator[str]:
@@ -108,7 +111,7 @@ def _state(optimizer: AdamFamily, members: list[Member]) -> str:
     trained = [member for member in members if _param(member).requires_grad]
     states = [optimizer.state.get(_param(member)) for member in trained]
     if not all(states) and optimizer.spread:
-        return "state: spread over the processes in the first step"
+        return "state: sharded across the processes in the first step"
     size = sum(_bytes(state or _to_be(member)) for state, member in zip(states, trained, strict=True))
     text = f"state: {_size(size)}"
     if not any(map(_is_coupled, trained)):
@@ -123,7 +126,7 @@ def _clipping(optimizer: AdamFamily) -> str:
         return "clipping by this optimizer: none"
     if bound == math.inf:
         return "clipping by this optimizer: none; it computes the norm"
-    return f"clipping by this optimizer: to a global norm of {bound:g}; nobody else should clip"
+    return f"clipping by this optimizer: to a global norm of {bound:g}; do not clip elsewhere"
 
 
 def _param(member: Member) -> Tensor:

@@ -166,7 +166,7 @@ def check_vectors(job: Job, *rows: Tensor | None) -> None:
     """Raise RuntimeError unless ``rows`` are (1, H), and these and the vectors of spectral decay float32 beside it."""
     for x in (*rows, *(job.triple or ())):
         if x is not None and not (x.dtype == torch.float32 and x.device == job.param.device):
-            raise RuntimeError(f"kernels take vectors of float32 beside the parameter, not {x.dtype} on {x.device}")
+            raise RuntimeError(f"kernels need float32 vectors on the parameter's device, not {x.dtype} on {x.device}")
     for x in rows:
         if x is not None and x.shape != (1, job.param.shape[-1]):
             raise RuntimeError(f"a row of shape {tuple(x.shape)} and a matrix of {tuple(job.param.shape)} do not fit")

@@ -108,7 +108,7 @@ class AdamFamily(Optimizer):
             check_keys(group, self.defaults)
             check_group(group, type(self).__name__)
             if group["max_grad_norm"] != self.param_groups[0]["max_grad_norm"]:
-                raise ValueError("max_grad_norm bounds the norm over all groups; give it once, to the optimizer")
+                raise ValueError("max_grad_norm bounds the norm over all groups; pass it once, to the optimizer")
         except (ValueError, TypeError):
             self.param_groups.pop()  # a caller who catches the error keeps a working optimizer
             raise
@@ -185,10 +185,10 @@ class AdamFamily(Optimizer):
         if names:
             cause = f"infinite or NaN in {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
         else:
-            cause = "all are finite in this process; they are not in another, or their squares overflow"
+            cause = "all are finite in this process; some in another process are not, or their squares overflow"
         raise RuntimeError(
-            f"the norm of the gradients is {norm} ({cause}). Nothing has moved: leave this batch out, or set "
-            "optimizer.error_if_nonfinite = False to step all the same"
+            f"the norm of the gradients is {norm} ({cause}). No parameter was updated: skip this batch, or set "
+            "optimizer.error_if_nonfinite = False to step anyway"
         )
 
     def _amp_scaling(self) -> tuple[Number, Tensor | bool]:
@@ -309,7 +309,7 @@ class AdamFamily(Optimizer):
         warnings.warn(
             f"the param groups have the learning rate factors {', '.join(f'{x:g}' for x in factors)}, but one learning "
             f"rate, {lr:g}: it was set for all of them, or a checkpoint without factors was loaded. Where you set it, "
-            'write group["lr"] = lr * group.get("lr_factor", 1.0); give OneCycleLR and CyclicLR a list of rates',
+            'write group["lr"] = lr * group.get("lr_factor", 1.0); pass a list of rates to OneCycleLR and CyclicLR',
             UserWarning,
             stacklevel=6,
         )
@@ -463,7 +463,7 @@ class AdamFamily(Optimizer):
             warnings.warn(
                 f"the checkpoint has the learning rate factors {', '.join(f'{x:g}' for x in loaded)} in its param "
                 f"groups, this optimizer had {', '.join(f'{x:g}' for x in before)}: the checkpoint's rates and factors "
-                'are in force. For others set "lr", "initial_lr" and "lr_factor" of the groups after loading',
+                'now apply. To change them, set "lr", "initial_lr" and "lr_factor" of the groups after loading',
                 UserWarning,
                 stacklevel=3,
             )
@@ -475,9 +475,9 @@ class AdamFamily(Optimizer):
         found = [f"{key} of {name}" for name, state in members if state for key in not_finite(state)]
         if found:
             warnings.warn(
-                f"the checkpoint has infinite numbers, NaN, or negative second moments ({', '.join(found[:3])}"
-                f"{', …' if len(found) > 3 else ''}): what they belong to will not move again, or become NaN. Load an "
-                "earlier checkpoint",
+                "the checkpoint contains infinity, NaN, or negative second moments "
+                f"({', '.join(found[:3])}{', …' if len(found) > 3 else ''}): the affected parameters will stop "
+                "updating or become NaN. Load an earlier checkpoint",
                 UserWarning,
                 stacklevel=3,
             )

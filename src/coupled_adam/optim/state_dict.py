@@ -56,8 +56,8 @@ def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]], *, resize:
             raise ValueError("The checkpoint was made with amsgrad=True, which has no counterpart here")
         if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay", 0) != 0:
             raise ValueError(
-                "The checkpoint is one of an Adam with L2 regularization (decoupled_weight_decay=False), as torch's "
-                "Adam, NAdam and RAdam write them; here decay is decoupled"
+                "The checkpoint is from an Adam with L2 regularization (decoupled_weight_decay=False), such as "
+                "torch's Adam, NAdam and RAdam; here weight decay is decoupled"
             )
         for i, key in enumerate(saved["params"]):
             if state.get(key):
@@ -69,7 +69,7 @@ def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]], *, resize:
         check_group({**fitted_groups[-1], "params": group["params"]}, "this optimizer")
     if len(sizes) > 1:
         changes = ", ".join(f"from {old} to {new} rows ({name})" for (old, new), name in sizes.items())
-        raise ValueError(f"resize_vocabulary=True resizes one vocabulary, but parameters went {changes}")
+        raise ValueError(f"resize_vocabulary=True resizes one vocabulary, but parameters changed {changes}")
     return {**state_dict, "state": state, "param_groups": fitted_groups}
 
 
@@ -99,8 +99,8 @@ def names_in(groups: list[dict[str, Any]]) -> list[str]:
 def _unnamed(sizes: list[int], saved_sizes: list[int], *, saved_has_names: bool) -> str:
     """Why positions do not tell which moments belong to which parameter, and what does."""
     reason = (
-        f"The checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}, and without names a "
-        "parameter could be given the moments of another. "
+        f"The checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}, and without names "
+        "a parameter could get the moments of another. "
     )
     if sum(sizes) != sum(saved_sizes):
         return reason + "Build the optimizer for the model of the run that saved the checkpoint"
@@ -125,7 +125,7 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
     param, name = group["params"][i], parameter_name(group, i)
     first = keys_of(saved)
     if missing := [key for key in ("step", *first, "exp_avg_sq") if key not in saved]:
-        raise ValueError(f"The checkpoint's state of {name} has no {missing[0]!r}; it is not one of an Adam optimizer")
+        raise ValueError(f"The checkpoint's state of {name} has no {missing[0]!r}; it is not from an Adam optimizer")
     fitted = {key: saved[key] for key in ("step", *first, "exp_avg_sq")}
     if "master" in saved:
         fitted["master"] = saved["master"]
@@ -201,8 +201,8 @@ def _misfit(name: str, key: str, found: Tensor, expected: tuple[int, ...]) -> st
     text = f"The checkpoint's {key} of {name} has shape {shape}, not {expected}; "
     if len(shape) == len(expected) > 0 and shape[1:] == expected[1:]:
         return text + (
-            "if tokens were added or removed, load_state_dict(state_dict, resize_vocabulary=True) loads it, else it "
-            "belongs to another model or to other param groups"
+            "if tokens were added or removed, load_state_dict(state_dict, resize_vocabulary=True) loads it; "
+            "otherwise it belongs to another model or to other param groups"
         )
     return text + "it belongs to another model or to other param groups"
 

@@ -59,7 +59,7 @@ def adamw_state_dict(optimizer: AdamFamily, adamw: Optimizer | None = None) -> d
         groups, params = adamw.state_dict()["param_groups"], _counterparts(optimizer, adamw)
         if any(group.get("amsgrad") for group in groups):
             raise ValueError(
-                "amsgrad=True needs the maximum of the second moment, which is not kept here; build the AdamW with "
+                "amsgrad=True needs the maximum of the second moment, which is not kept here; build AdamW with "
                 "amsgrad=False"
             )
     keys = (key for group in groups for key in group["params"])
@@ -72,8 +72,8 @@ def _check(optimizer: AdamFamily, group: dict[str, Any], i: int, state: dict[str
     if group["direction"] != "ratio" or (group["decay"] == "spectral" and "u" in state):
         raise ValueError(
             f"{parameter_name(group, i)} is trained by {type(optimizer).__name__} with "
-            f"direction={group['direction']!r} and decay={group['decay']!r}, a step that AdamW cannot continue; start "
-            "torch.optim.AdamW anew"
+            f"direction={group['direction']!r} and decay={group['decay']!r}, whose steps AdamW cannot continue; "
+            "start torch.optim.AdamW with fresh state"
         )
 
 
@@ -98,8 +98,8 @@ def _counterparts(optimizer: AdamFamily, adamw: Optimizer) -> list[Tensor]:
     names, their_names = names_in(optimizer.param_groups), names_in(adamw.param_groups)
     if not names or not their_names:
         raise ValueError(
-            "the two optimizers have other parameters, and no names to match them by: build both of (name, parameter) "
-            "pairs, as model.named_parameters() gives them"
+            "the two optimizers have different parameters, and no names to match them by: build both from (name, "
+            "parameter) pairs, as model.named_parameters() returns them"
         )
     if missing := set(names) ^ set(their_names):
         raise ValueError(f"Parameter {min(missing)!r} is in one of the two optimizers, but not in both")
@@ -107,7 +107,9 @@ def _counterparts(optimizer: AdamFamily, adamw: Optimizer) -> list[Tensor]:
     found = [by_name[name] for name in their_names]
     for name, a, b in zip(their_names, found, theirs, strict=True):
         if a.shape != b.shape:
-            raise ValueError(f"Parameter {name!r} has shape {tuple(a.shape)}, in the other optimizer {tuple(b.shape)}")
+            raise ValueError(
+                f"Parameter {name!r} has shape {tuple(a.shape)}, but {tuple(b.shape)} in the other optimizer"
+            )
     return found
 
 

@@ -98,7 +98,9 @@ class Adams_ZeRO(Adams):
         process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         if not (isinstance(master_dtype, torch.dtype) and master_dtype.is_floating_point):
-            raise ValueError(f"Invalid master_dtype: {master_dtype}; choose torch.float32 or another floating dtype")
+            raise ValueError(
+                f"Invalid master_dtype: {master_dtype}; choose torch.float32 or another floating-point dtype"
+            )
         self.master_dtype = master_dtype
         self.process_group = process_group
         super().__init__(
@@ -141,13 +143,14 @@ class Adams_ZeRO(Adams):
             if is_dtensor(param):
                 self.param_groups.pop()
                 raise ValueError(
-                    f"{parameter_name(group, i)} is a DTensor, sharded already; give it to Adams, which takes those"
+                    f"{parameter_name(group, i)} is a DTensor, which is already sharded; pass it to Adams, which "
+                    "supports DTensors"
                 )
             if hasattr(param, "vocabulary_group"):
                 self.param_groups.pop()
                 raise ValueError(
-                    f"{parameter_name(group, i)} is a vocabulary shard (vocabulary_group), but Adams_ZeRO takes every "
-                    "process's parameters to be the same; give it to Adams or CoupledAdam"
+                    f"{parameter_name(group, i)} is a vocabulary shard (vocabulary_group), but Adams_ZeRO assumes "
+                    "the same parameters in every process; pass it to Adams or CoupledAdam"
                 )
         self.broadcast_buffers(p.detach() for p in group["params"])
 
@@ -228,8 +231,8 @@ class Adams_ZeRO(Adams):
     def _amp_scaling(self) -> tuple[Number, Tensor | bool]:
         if getattr(self, "found_inf", None) is not None:  # GradScaler sets it, whether or not it has unscaled before
             raise RuntimeError(
-                "Adams_ZeRO does not work with GradScaler, which skips a step in the processes that find an infinity "
-                "and not in the others; train in bfloat16, which needs no scaling, or use FSDP2 with Adams"
+                "Adams_ZeRO does not work with GradScaler, which skips a step only in the processes that find an "
+                "infinity; train in bfloat16, which needs no scaling, or use FSDP2 with Adams"
             )
         return super()._amp_scaling()
 

@@ -223,7 +223,7 @@ def read_runs(directories: Iterable[Path]) -> list[Evaluated]:
             else sorted(p.parent for p in directory.glob("*/experiment.toml") if not p.parent.name.startswith("."))
         )
         if not inner:
-            raise InputError(f"{directory}: holds no run, and no directory in it does")
+            raise InputError(f"{directory}: contains no runs")
         found |= {path.resolve(): _read_run(path) for path in inner}
     return sorted(found.values(), key=lambda run: (run.experiment.model.family, run.parameters, run.tokens, run.name))
 
@@ -425,7 +425,7 @@ def groups(runs: Sequence[Evaluated]) -> list[SeedGroup]:
         same = found.setdefault((run.setting, run.method), [])
         if twins := [other for other in same if other.seed == run.seed]:
             raise InputError(
-                f"{twins[0].directory} and {run.directory} are the same experiment with the same seed; give one"
+                f"{twins[0].directory} and {run.directory} are the same experiment with the same seed; pass only one"
             )
         same.append(run)
     return [SeedGroup(tuple(sorted(same, key=lambda run: run.seed))) for same in found.values()]

@@ -107,7 +107,7 @@ def curves(
 
 
 #: The name of the line that the causes of the drift add up to, but for the initial mean.
-TOTAL = "‖μ‖, all together"
+TOTAL = "‖μ‖, total"
 
 
 def drifts(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list[Chart]:
@@ -201,7 +201,7 @@ def spectrum(values: Mapping[str, Sequence[float]]) -> Chart:
             log_y=True,
             markers=False,
         ),
-        "Singular values over the largest: one that towers above the rest is a dominating direction.",
+        "Singular values over the largest: one that towers above the rest is a dominant direction.",
     )
 
 

@@ -52,7 +52,7 @@ def write_demo_page(path: Path, runs: Sequence[Evaluated], source: str) -> None:
     training = {
         "mean_shift": drawn(
             "mean_shift_ratio",
-            "How far the embeddings have moved off the origin together, relative to their length.",
+            "How far the mean embedding is from the origin, relative to the length of an embedding.",
             1,
         ),
         "isotropy": drawn("isotropy", "1 = isotropic: no preferred direction.", 1.02),

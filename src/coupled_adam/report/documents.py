@@ -46,7 +46,7 @@ def of_runs(runs: Iterable[Evaluated]) -> dict[str, DocumentLosses]:
         data, tokens = run.experiment.data, documents["tokens"]
         corpus = f"{data.source}-{data.vocab_size}-{sum(tokens)}"
         if lengths.setdefault(corpus, tokens) != tokens:
-            raise InputError(f"{run.directory}: its documents have other lengths than those of other runs on {corpus}")
+            raise InputError(f"{run.directory}: its documents differ in length from those of other runs on {corpus}")
         found[run.name] = DocumentLosses(corpus, np.array(tokens), np.array(documents["loss"]))
     return found
 
@@ -94,7 +94,7 @@ def read_documents(path: Path) -> dict[str, DocumentLosses]:
                         raise ValueError("other documents than in an earlier row of the corpus")
                     continue
                 if corpus not in lengths:
-                    raise ValueError(f"no row {TOKENS}{corpus} stands above it")
+                    raise ValueError(f"no row {TOKENS}{corpus} comes before it")
                 if len(values) != len(lengths[corpus]):
                     raise ValueError(f"{len(values)} documents where the corpus has {len(lengths[corpus])}")
                 if name in found:

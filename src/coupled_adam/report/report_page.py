@@ -74,7 +74,7 @@ def report(directories: Sequence[Path], out: Path) -> list[Evaluated]:
     runs = read_runs(directories)
     if not any(run.embeddings or run.validation for run in runs):
         raise InputError(
-            f"{directories[0]}: none of its {len(runs)} runs has been evaluated; `coupled-adam evaluate` does"
+            f"{directories[0]}: none of its {len(runs)} runs has been evaluated; run `coupled-adam evaluate` first"
         )
     found = groups(runs)
     swept = sweeps(found)
@@ -166,8 +166,8 @@ def _headline(pairs: Sequence[Comparison], swept: Sequence[Sweeps], tuned: Seque
         return told
     if swept:
         names = dict.fromkeys(line.first.method for each in swept for line in each.lines)
-        return f"How much the loss depends on the learning rate, and what becomes of the logits: {', '.join(names)}."
-    return "These runs hold no pair of AdamW and Coupled Adam that differs in nothing else."
+        return f"How much the loss depends on the learning rate, and how the logits behave: {', '.join(names)}."
+    return "These runs contain no pair of AdamW and Coupled Adam that differs in nothing else."
 
 
 def _headline_of_pairs(pairs: Sequence[Comparison]) -> str:

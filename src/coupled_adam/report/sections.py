@@ -97,7 +97,7 @@ def _curves(pair: Comparison) -> list[Chart]:
         Chart(drawn("isotropy", 1.02), "1 = isotropic: no preferred direction."),
         Chart(
             drawn("mean_shift_ratio", 1.0),
-            "How far all embeddings together have moved off the origin, relative to their length.",
+            "How far the mean embedding is from the origin, relative to the length of an embedding.",
         ),
     ]
 
@@ -178,7 +178,7 @@ def _sgd(line: Sequence[SeedGroup], found: Sequence[SeedGroup]) -> list[Chart]:
             "SGD keeps the embeddings centered too; its loss says whether the step size fits.",
         ),
         Chart(drawn("isotropy"), "Level lines: the adaptive optimizers in the same setting."),
-        Chart(drawn("mean_shift_ratio"), "SGD divides no gradient by a moment of its token."),
+        Chart(drawn("mean_shift_ratio"), "SGD does not divide gradients by a per-token moment."),
     ]
 
 
@@ -193,7 +193,8 @@ def _embeddings(pair: Comparison) -> list[Chart]:
         charts.norm_against_frequency(samples),
         Chart(
             charts.token_scatter("Projection e·μ against frequency", samples, "projection"),
-            "Far from zero, and sorted by frequency, where the common direction tells frequent tokens from rare ones.",
+            "Far from zero, and ordered by frequency, if the common direction separates frequent tokens from "
+            "rare ones.",
         ),
     ]
     if moments := {name: sample for name, sample in samples.items() if sample.second_moment}:

@@ -31,7 +31,7 @@ def lr_sensitivity(losses: Sequence[float | None], initial_loss: float) -> float
         3.625
     """
     if len(losses) < 2:
-        raise ValueError(f"{len(losses)} loss(es): a sensitivity needs those of two learning rates or more")
+        raise ValueError(f"{len(losses)} loss(es): a sensitivity needs the losses at two or more learning rates")
     if not math.isfinite(initial_loss):
         raise ValueError(f"initial_loss {initial_loss} is not finite")
     bounded = [counted(loss, initial_loss) for loss in losses]

@@ -109,19 +109,19 @@ def drawn(found: Sweeps) -> list[Chart]:
     made = [
         Chart(
             _losses(found),
-            "Nats per token on held-out text; the rate is the highest of the schedule. A cross: a run diverged.",
+            "Nats per token on held-out text; the rate is the peak of the schedule. A cross marks a diverged run.",
         )
     ]
     if found.of == "method":
         made += [
             Chart(
                 _figures(found, "norm_of_mean", floor=LEAST_NORM, log_y=True),
-                f"How far the mean embedding is from the origin; below {LEAST_NORM:g} it is drawn there.",
+                f"How far the mean embedding is from the origin; values below {LEAST_NORM:g} are drawn there.",
             ),
             Chart(
                 _figures(found, "logit_max", log_y=True),
-                "The largest absolute logit of a position, mean over held-out text. In bfloat16 neighboring numbers "
-                "are 0.125 apart at 16 to 32, and 2 at 256 to 512.",
+                "The largest absolute logit of a position, mean over held-out text. In bfloat16, neighboring "
+                "numbers are 0.125 apart at 16 to 32, and 2 at 256 to 512.",
             ),
         ]
     made += [
@@ -147,8 +147,8 @@ def published() -> TextTable:
         largest.setdefault(sweep.method + strength, cells)  # of the first size, of which most is known
     small = f"{sizes[0]} at {rates[-1]:g}"
     return TextTable(
-        f"LRS over {len(rates)} learning rates from {rates[0]:g} to {rates[-1]:g} by size of the model, in brackets "
-        "the best loss where it is known. AdamW, untied, bfloat16 head, 13.1B tokens, one seed.",
+        f"LRS over {len(rates)} learning rates from {rates[0]:g} to {rates[-1]:g} by model size; in brackets the "
+        "best loss, where known. AdamW, untied, bfloat16 head, 13.1B tokens, one seed.",
         (("method", ""), *((size, "") for size in sizes), *((figure.column, small) for figure in shown)),
         tuple((name, *cells, *largest[name]) for name, cells in rows.items()),
         published=True,

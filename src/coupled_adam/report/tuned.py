@@ -70,7 +70,7 @@ def number(row: Row, column: str) -> float | None:
     try:
         found = float(value)
     except ValueError:
-        raise InputError(f"{row.get('name')}, column {column}: {value!r} is no number") from None
+        raise InputError(f"{row.get('name')}, column {column}: {value!r} is not a number") from None
     return found if math.isfinite(found) else None
 
 

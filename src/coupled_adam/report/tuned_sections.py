@@ -128,8 +128,9 @@ def table(found: Cell, documents: Mapping[str, DocumentLosses] | None = None) ->
         "Factor: the learning rate of the embedding over that of the rest, chosen by the loss on one half of the "
         "held-out text; all losses are those of the other half. ≤ or ≥: the best factor lies at the end of what was "
         "tried; fitted: the minimum of the parabola through it and its neighbors, in the logarithm of the factor. "
-        "Differences: means over pairs of runs with one seed, with 95% t intervals; p of two-sided paired t-tests by "
-        "Holm's method over the table; over documents: bootstrap interval over documents and seeds.",
+        "Differences: means over pairs of runs with the same seed, with 95% t intervals; p from two-sided paired "
+        "t-tests, with Holm's correction over the table; over documents: bootstrap interval over documents and "
+        "seeds.",
         tuple(headings),
         tuple(rows),
     )
@@ -181,9 +182,9 @@ def table_across(found: Sequence[Cell], documents: Mapping[str, DocumentLosses] 
         )
     return TextTable(
         "Coupled Adam against AdamW, each at the factor on the embedding's learning rate that is best for it, in "
-        "brackets beside its loss. κ > 1: the share of the vocabulary and of the training text whose second moment "
+        "brackets next to its loss. κ > 1: the share of the vocabulary and of the training text whose second moment "
         "Adam forgets between two occurrences. Differences: Coupled Adam minus AdamW, means over pairs of runs with "
-        "one seed, with 95% t intervals; p by Holm's method over the table.",
+        "the same seed, with 95% t intervals; p with Holm's correction over the table.",
         (
             ("cell", ""),
             ("tokens", "per step"),
@@ -210,13 +211,13 @@ def drawn(found: Cell, styled: Mapping[str, Style]) -> list[Chart]:
     made = [
         Chart(
             against_factor(f"Loss against the embedding's rate: {found.name}", outcomes, "loss_report", styled),
-            "Nats per token on the half of the held-out text that no rate was chosen on, of the seeds that chose; a "
-            f"star: the factor chosen. Losses of more than {SHOWN:g} above the lowest lie outside.",
+            "Nats per token on the half of the held-out text not used to choose the rate, over the seeds used to "
+            f"choose it; a star marks the chosen factor. Losses more than {SHOWN:g} above the lowest are not shown.",
         ),
         Chart(
             by_decile(f"Loss by frequency: {found.name}", outcomes, styled),
-            "Tenths of the held-out text, from its rarest tokens to its most frequent; each method at its best factor, "
-            "minus AdamW at its own; means over pairs.",
+            "Tenths of the held-out text, from its rarest tokens to its most frequent; each method at its best "
+            "factor, minus AdamW at its best; means over pairs.",
         ),
     ]
     for column, name in SIMILARITIES.items():
@@ -225,12 +226,12 @@ def drawn(found: Cell, styled: Mapping[str, Style]) -> list[Chart]:
     made += [
         Chart(
             front(f"Loss and isotropy: {found.name}", outcomes, "isotropy", "isotropy", styled),
-            "Every method at the factors tried, in their order along its line; a star: its best factor. Down and to "
-            "the right is better in both.",
+            "Every method at the factors tried, in order along its line; a star marks its best factor. Lower right "
+            "is better in both.",
         ),
         Chart(
             front(f"Loss and word similarity: {found.name}", outcomes, "eb_cos_sim", "word similarity r̄", styled),
-            "Loss against word similarity, every method at the factors tried; a star: its best factor.",
+            "Loss against word similarity, every method at the factors tried; a star marks its best factor.",
         ),
     ]
     return [chart for chart in made if any(len(trace.x) for trace in chart.figure.data)]
@@ -239,8 +240,8 @@ def drawn(found: Cell, styled: Mapping[str, Style]) -> list[Chart]:
 def drawn_across(found: Sequence[Cell], styled: Mapping[str, Style]) -> list[Chart]:
     """Draw the loss at each arm's best factor, a chart a cell."""
     caption = (
-        "Means over seeds with 95% t intervals, in brackets the factor; the line is AdamW. A seed that is good for one "
-        "method is good for others: the table has the differences within pairs, which are known better."
+        "Means over seeds with 95% t intervals, in brackets the factor; the line is AdamW. A seed that is good for "
+        "one method is good for the others, so the differences within pairs, in the table, are more precise."
     )
     return [
         Chart(at_the_best(f"At its best: {each.name}", outcomes, styled), caption, wide=True)

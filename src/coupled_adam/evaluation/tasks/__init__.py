@@ -46,7 +46,7 @@ def definitions(names: Sequence[str], include_path: Path | None) -> "Iterator[tu
     Raises InputError for a name that no single task has, and for a file that defines one and cannot be read.
     """
     if include_path is not None and not include_path.is_dir():
-        raise InputError(f"{include_path}: no directory of task definitions")
+        raise InputError(f"{include_path}: not a directory of task definitions")
     with TemporaryDirectory() as created:
         directory = Path(created).resolve()  # lm-eval resolves it too, and _content looks for its name
         manager = _manager(names, include_path, directory)
@@ -72,7 +72,7 @@ def _manager(names: Sequence[str], include_path: Path | None, directory: Path) -
     manager = TaskManager(include_path=[*paper, directory, *local], include_defaults=False)
     if set(names) <= set(manager.all_tasks):
         return manager
-    say("looking through all tasks of lm-eval")
+    say("searching all lm-eval tasks")
     return TaskManager(include_path=[directory, *local])
 
 
@@ -81,13 +81,13 @@ def _refuse_unreadable(include_path: Path, index: "Mapping[str, Entry]") -> None
     for file in include_path.rglob("*.yaml"):
         for name in re.findall(r"^task: *['\"]?([\w.-]+)", file.read_text(encoding="utf-8"), re.MULTILINE):
             if name not in index or include_path not in index[name].yaml_path.parents:
-                raise InputError(f"{file}: cannot be read as the definition of {name}; look at its YAML and includes")
+                raise InputError(f"{file}: cannot be read as the definition of {name}; check its YAML and includes")
 
 
 def _definition(manager: "TaskManager", name: str, directory: Path) -> Definition:
     if name not in manager.all_subtasks:
         if name in manager.all_tasks:
-            raise InputError(f"{name}: a group of tasks; give the names of the tasks in it")
+            raise InputError(f"{name}: a group of tasks; name the tasks in it instead")
         near = ", ".join(difflib.get_close_matches(name, manager.all_subtasks, n=3, cutoff=0.0))
         raise InputError(f"{name}: no such task; the nearest names are {near}")
     entry = manager.task_index[name]

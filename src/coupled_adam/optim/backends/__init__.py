@@ -60,5 +60,5 @@ def check_fused(jobs: Sequence[Job]) -> None:
         if of(job) is plain:
             reasons = "; ".join(backend.refuses(job) for backend in BACKENDS if backend is not plain)
             raise RuntimeError(
-                f"fused=True, but no fast backend takes {job.name}: {reasons}. Leave fused None to step it all the same"
+                f"fused=True, but no fast backend supports {job.name}: {reasons}. Leave fused=None to update it anyway"
             )

@@ -33,13 +33,13 @@ ELEMENTS_PER_THREAD = 65536
 def refuses(job: Job) -> str:
     """Return why this backend does not take a job; empty if it does."""
     if job.param.device.type != "cpu":
-        return f"CPU kernels do not reach {job.param.device}"
+        return f"CPU kernels do not run on {job.param.device}"
     if not INSTALLED:
         return "CPU kernels need numba, the extra 'fast'"
     if is_compiling() or job.found_inf is not None or job.param.numel() == 0:
-        return "CPU kernels take no empty tensor, no traced step, and no halt that is known elsewhere"
+        return "CPU kernels do not support empty tensors, traced steps, or found_inf as a tensor"
     if DIRECTION[job.group["direction"]].numbers is None:
-        return f"the direction {job.group['direction']!r} has no form for kernels"
+        return f"the direction {job.group['direction']!r} has no kernel"
     if fault := _fault(job):
         return fault
     if _forked:
@@ -54,14 +54,14 @@ def _fault(job: Job) -> str:
     codes = moment.codes if isinstance(moment, EightBit) else moment
     for name, x in (("parameter", job.param), ("gradient", job.grad), ("second moment", job.exp_avg_sq)):
         if x.dtype != torch.float32:
-            return f"CPU kernels take float32, and the {name} is {x.dtype}"
+            return f"CPU kernels need float32, but the {name} is {x.dtype}"
         if not _is_memory(x):
-            return f"CPU kernels take contiguous tensors, which the {name} is not"
+            return f"CPU kernels need contiguous tensors, but the {name} is not contiguous"
     known = codes.dtype == torch.int8 if codes is not moment else codes.dtype in MOMENTS
     if not known or not _is_memory(codes):
-        return f"CPU kernels take no first moment in {codes.dtype}, or none of this layout"
+        return f"CPU kernels do not support a first moment in {codes.dtype} or in this memory layout"
     if isinstance(moment, EightBit) and not (moment.scales.dtype == torch.float32 and _is_memory(moment.scales)):
-        return "CPU kernels take scales of a first moment in 8 bits in float32, contiguous"
+        return "CPU kernels need contiguous float32 scales for an 8-bit first moment"
     return ""
 
 
@@ -200,7 +200,7 @@ def kernels() -> Any:
     try:
         from coupled_adam.optim.backends import cpu_kernels
     except Exception as error:  # an installed numba may refuse the numpy beside it, in its own ways
-        warnings.warn(f"numba cannot be used ({error}); the optimizer's step takes longer", UserWarning, stacklevel=2)
+        warnings.warn(f"numba cannot be used ({error}); optimizer steps will be slower", UserWarning, stacklevel=2)
         return None
     return cpu_kernels
 
@@ -208,8 +208,8 @@ def kernels() -> Any:
 @functools.cache
 def _warn_of_fork() -> None:
     warnings.warn(
-        "this process was forked from one that had stepped an optimizer, and lacks its threads: steps take one thread "
-        'and no kernels here. Start processes with multiprocessing.get_context("spawn"), or before the first step',
+        "this process was forked from one that had stepped an optimizer, and lacks its threads: steps here use one "
+        'thread and no kernels. Start processes with multiprocessing.get_context("spawn"), or before the first step',
         UserWarning,
         stacklevel=2,
     )

@@ -47,20 +47,20 @@ def refuses(job: Job) -> str:
     """Return why this backend does not take a job; empty if it does."""
     param = job.param
     if param.device.type not in DEVICES:
-        return f"GPU kernels do not reach {param.device}"
+        return f"GPU kernels do not run on {param.device}"
     if not INSTALLED:
         return "GPU kernels need Triton, the extra 'triton'"
     if is_compiling() or param.numel() == 0:
-        return "GPU kernels take no empty tensor and no traced step"
+        return "GPU kernels do not support empty tensors or traced steps"
     if fault := _fault(job):
         return fault
     if not moves_together(job) and (param.ndim < 2 or param.shape[-1] > GRID * WIDTH):
-        return "GPU kernels take vectors at multiples of 16 bytes, and rows that are not too long"
+        return "GPU kernels need vectors aligned to 16 bytes, and rows that are not too long"
     if kernels() is None:
         return "Triton cannot be used"
     numbers = DIRECTION[job.group["direction"]].numbers
     if numbers is None or form(numbers) is None:
-        return f"the direction {job.group['direction']!r} has no form for kernels"
+        return f"the direction {job.group['direction']!r} has no kernel"
     return ""
 
 
@@ -70,14 +70,14 @@ def _fault(job: Job) -> str:
     first = [moment.codes, moment.scales] if isinstance(moment, EightBit) else [moment]
     for x in (param, job.grad, *first, job.exp_avg_sq):
         if not (x.is_contiguous() and type(x) in PLAIN and x.device == param.device):
-            return f"GPU kernels take contiguous tensors on one device, not strides {x.stride()} on {x.device}"
+            return f"GPU kernels need contiguous tensors on one device, not strides {x.stride()} on {x.device}"
     if param.dtype not in FLOATS or job.grad.dtype not in FLOATS:
-        return f"GPU kernels take floats of 16 or 32 bits, not {param.dtype} with gradients in {job.grad.dtype}"
+        return f"GPU kernels need 16-bit or 32-bit floats, not {param.dtype} with gradients in {job.grad.dtype}"
     if job.exp_avg_sq.dtype != torch.float32:
-        return f"GPU kernels take a second moment in float32, not {job.exp_avg_sq.dtype}"
+        return f"GPU kernels need a second moment in float32, not {job.exp_avg_sq.dtype}"
     known = [torch.int8, torch.float32] if len(first) == 2 else [first[0].dtype]
     if [x.dtype for x in first] != known or (len(first) == 1 and known[0] not in MOMENTS):
-        return f"GPU kernels take no first moment in {first[0].dtype}"
+        return f"GPU kernels do not support a first moment in {first[0].dtype}"
     return ""
 
 
@@ -85,7 +85,7 @@ def check(job: Job, *rows: Tensor | None) -> None:
     """Raise RuntimeError unless a kernel can take the tensors of a job as memory, and ``rows`` beside it, (1, H)."""
     check_shapes(job)
     if job.param.numel() == 0:
-        raise RuntimeError("a GPU kernel takes no empty tensor")
+        raise RuntimeError("a GPU kernel does not support empty tensors")
     check_vectors(job, *rows)
     if fault := _fault(job):
         raise RuntimeError(fault)
@@ -182,7 +182,7 @@ def move_many_(jobs: Sequence[Job]) -> None:
     for job in jobs:
         check(job)
         if not moves_together(job) or _likeness(job) != likeness:
-            raise RuntimeError("tensors that move together need one dtype, one device, and multiples of 16 bytes")
+            raise RuntimeError("tensors updated together need one dtype, one device, and alignment to 16 bytes")
     step = first.step
     if isinstance(step, Tensor):  # each its own
         step = torch.stack([job.state["step"] for job in jobs]).to(step.dtype) + 1
@@ -212,7 +212,7 @@ def launch(name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) 
     device = tensors[0].device
     if any(x.device != device for x in tensors):
         raise RuntimeError(
-            f"a GPU kernel takes tensors on one device, not on {sorted({str(x.device) for x in tensors})}"
+            f"a GPU kernel needs all tensors on one device, not on {sorted({str(x.device) for x in tensors})}"
         )
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         # Products and sums are rounded one by one, as on tensors: a moment in bfloat16 must fall alike everywhere.
@@ -231,7 +231,7 @@ def kernels() -> Any:
     try:
         from coupled_adam.optim.backends import gpu_kernels
     except Exception as error:  # an installed Triton may refuse the Python or the driver beside it, in its own ways
-        warnings.warn(f"Triton cannot be used ({error}); the optimizer's step takes longer", UserWarning, stacklevel=2)
+        warnings.warn(f"Triton cannot be used ({error}); optimizer steps will be slower", UserWarning, stacklevel=2)
         return None
     return gpu_kernels
 

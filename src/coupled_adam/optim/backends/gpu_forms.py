@@ -37,9 +37,9 @@ def triton_form(function: Callable[..., Any]) -> Any:
     try:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     except (OSError, SyntaxError, TypeError, ValueError) as error:
-        raise NoForm(f"{function!r} has no source of its own") from error
+        raise NoForm(f"{function!r} has no source code") from error
     if not isinstance(definition, ast.FunctionDef):
-        raise NoForm(f"{function.__name__} is no plain function")
+        raise NoForm(f"{function.__name__} is not a plain function")
     names = {arg.arg for arg in definition.args.args}
     names |= {x.id for x in ast.walk(definition) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
     body = [
@@ -70,7 +70,7 @@ class _Writer(ast.NodeTransformer):
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         if not isinstance(node, self.KNOWN) or isinstance(node, ast.Pow | ast.Not):
-            raise NoForm(f"{type(node).__name__} has no form in Triton")
+            raise NoForm(f"{type(node).__name__} cannot be translated to Triton")
         return super().generic_visit(node)
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
@@ -79,7 +79,7 @@ class _Writer(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if not isinstance(node.func, ast.Name) or node.func.id not in BUILTIN or node.keywords:
-            raise NoForm(f"{ast.unparse(node.func)} has no form in Triton")
+            raise NoForm(f"{ast.unparse(node.func)} cannot be translated to Triton")
         return _call(BUILTIN[node.func.id].__name__, *(self.visit(argument) for argument in node.args))
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
@@ -87,7 +87,7 @@ class _Writer(ast.NodeTransformer):
             return node
         value = self.constants.get(node.id)
         if not isinstance(value, Real):
-            raise NoForm(f"{node.id} has no form in Triton")
+            raise NoForm(f"{node.id} cannot be translated to Triton")
         return ast.Constant(float(value))
 
 

@@ -19,13 +19,14 @@ FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 def refuses(job: Job) -> str:
     """Return why this backend does not take a job; empty if it does."""
     if not is_plain_adamw(job.param, job.group):
-        return "torch's AdamW computes another step"
+        return "torch's AdamW computes a different step"
     if not job.param.dtype == job.grad.dtype == cast(Tensor, job.exp_avg).dtype:
         return (
-            f"torch's AdamW takes parameter, gradient and first moment in one dtype, not {job.grad.dtype} beside others"
+            "torch's AdamW needs parameter, gradient and first moment in one dtype, not a gradient in "
+            f"{job.grad.dtype} with others"
         )
     if job.found_inf is not None and not _fuses(job):
-        return "torch's fused AdamW takes no such layout in memory"
+        return "torch's fused AdamW does not support this memory layout"
     return ""
 
 
