@@ -1,6 +1,7 @@
 """The real Trainer of transformers, of TRL and with PEFT, on a tiny Llama."""
 
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -371,6 +372,20 @@ def test_clipping_twice_is_told_once_and_the_start_says_who_clips(tmp_path, capl
     assert told[0] == "CoupledAdam" and not any("\\n" in line for line in told)
     assert "  coupled over the vocabulary: lm_head.weight (64, 16), weight decay 0" in told
     assert told[-1] == "  clipping by the Trainer: to a global norm of 1"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("embeding_lr_factor", "; did you mean 'embedding_lr_factor'?"),
+        ("max_gradnorm", "; did you mean 'max_grad_norm'?"),
+        ("colour", ""),
+    ],
+)
+def test_a_misspelt_argument_is_named_before_the_model_is_there(name: str, told: str, tmp_path) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"unexpected keyword argument {name!r}{told}") + "$"):
+        trainer_optimizer(arguments(tmp_path), **{name: 1.0})
+    trainer_optimizer(arguments(tmp_path), center=True, coupling_scale=0.5, optimizer=CoupledAdam)
 
 
 def test_the_factory_takes_the_arguments_that_axolotl_passes(tmp_path) -> None:

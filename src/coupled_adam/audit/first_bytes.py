@@ -93,7 +93,10 @@ def format_of(path: Path) -> Format | None:
             raise InputError(f"{path}: {what}; {READ}")
     _refuse_static_embeddings(path, head)
     if head and len(head) < HEAD and (text := _text(head)) is not None:
-        raise InputError(f"{path}: a text file, which is not supported; it begins with {printable(text[:60])!r}")
+        raise InputError(
+            f"{path}: a text file, which is not supported; it begins with {printable(text[:60])!r}. Save an array of "
+            "numbers with numpy.save, as .npy"
+        )
     return None
 
 

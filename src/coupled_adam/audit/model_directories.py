@@ -90,7 +90,8 @@ def weights_in(directory: Path) -> tuple[Tensors, str | None]:
     )
     hint = f"; name the file to read: {', '.join(others[:5])}" if others else ""
     raise InputError(
-        f"{directory}: no weights in it (neither safetensors, nor {PICKLE}, nor experiment.toml and checkpoints){hint}"
+        f"{directory}: no weights in it: neither a model of transformers ({SAFETENSORS} or {PICKLE}), nor a run of "
+        f"coupled-adam train, nor an array{hint}"
     )
 
 

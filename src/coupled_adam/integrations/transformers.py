@@ -3,6 +3,7 @@
 Trainer(model, args, …, optimizer_cls_and_kwargs=trainer_optimizer(args))
 """
 
+import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -56,6 +57,7 @@ def trainer_optimizer(
 
     Raises:
         ValueError, TypeError: ``embedding_lr_factor`` is not a positive finite number.
+        TypeError: ``optimizer`` has no argument of that name.
 
     Examples:
         >>> from transformers import TrainingArguments
@@ -66,6 +68,7 @@ def trainer_optimizer(
     """
     if embedding_lr_factor is not None:
         check_factor("embedding_lr_factor", embedding_lr_factor)
+    _check_names(options, optimizer)
     ours: dict[str, Any] = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -88,6 +91,19 @@ def trainer_optimizer(
         **ours,
         **options,
     }
+
+
+def _check_names(options: Iterable[str], optimizer: Callable[..., Optimizer]) -> None:
+    """Reject what the optimizer does not accept, before a model is trained or loaded for it."""
+    accepted = inspect.signature(optimizer).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in accepted.values()):
+        return
+    known = {"args", "coupled", "optimizer", "embedding_lr_factor", "center", *accepted} - {"params"}
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"trainer_optimizer() got an unexpected keyword argument {name!r}{meant}")
 
 
 class OptimizerFactory:
@@ -125,7 +141,7 @@ class OptimizerFactory:
             lr=None if embedding_lr_factor is None else lr,  # so that checkpoints without a factor stay as they are
             embedding_lr_factor=embedding_lr_factor,
         )
-        built = optimizer(groups, lr=lr, weight_decay=weight_decay, **options)
+        built = optimizer(groups, lr=lr, **options)
         built.register_load_state_dict_pre_hook(_NamesOf(model, from_adamw))
         built.register_step_pre_hook(_AllHeld(model))
         bound = f"to a global norm of {trainer_clips:g}" if trainer_clips else "none"

@@ -3,6 +3,7 @@
 reference.py shows the whole step in one screenful.
 """
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,6 +82,19 @@ class AdamFamily(Optimizer):
             check_one_base(self.param_groups, defaults["lr"])
         elif bases := [group["lr"] / group["lr_factor"] for group in self.param_groups if "lr_factor" in group]:
             self.defaults["lr"] = bases[-1]  # which schedules read, and groups that are added take
+        self._warn_of_a_decay_without_effect()
+
+    def _warn_of_a_decay_without_effect(self) -> None:
+        """Warn if a weight decay was given to the constructor, and every group has another."""
+        given = self.defaults["weight_decay"]
+        usual = inspect.signature(type(self)).parameters["weight_decay"].default
+        if given != usual and all(group["weight_decay"] != given for group in self.param_groups):
+            warnings.warn(
+                f"weight_decay={given:g} has no effect, because every param group has its own: pass it to "
+                f"param_groups(model, weight_decay={given:g})",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group. Missing keys take the defaults of the constructor.
