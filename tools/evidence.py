@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import evidence_demo
@@ -33,6 +34,9 @@ ROOT = Path(__file__).parents[1]
 
 #: Of a chart in a picture, in pixels.
 WIDTH = 560
+
+#: The arms that pictures of the whole study show: all of them would hide each other.
+DRAWN = ("adamw", "adamw-center", "element-zero-sum", "token", "coupled", "coupled-center", "factored-0.5")
 
 MARKED = re.compile(r"<!-- evidence: (?P<name>[\w.-]+) -->(?P<content>.*?)<!-- /evidence -->", re.DOTALL)
 ANY_MARKER = re.compile(r"<!--\s*/?evidence\b.*?-->")
@@ -123,24 +127,19 @@ def states(results: Results) -> Iterable[str]:
 def pictures(results: Results) -> dict[str, list[tuned_sections.Chart]]:
     """Make the charts of each picture that the files have runs for, by file name."""
     found: dict[str, list[tuned_sections.Chart]] = {}
-    for name, grid in (("best", WHAT), ("batch", BATCH)):
-        try:
-            cells = results.tuned(grid)
-        except NotYet:
-            continue
-        found[f"{name}.png"] = tuned_sections.drawn_across(cells, tuned_sections.styles(cells))
+    try:
+        cells = results.tuned(BATCH)
+        found["batch.png"] = tuned_sections.drawn_across(cells, tuned_sections.styles(cells))
+    except NotYet:
+        pass
     try:
         cells = results.tuned(WHAT)
     except NotYet:
         return found
-    styles = tuned_sections.styles(cells)
-    charts = [chart for each in cells for chart in tuned_sections.drawn(each, styles)]
-    beginnings = {
-        "rates.png": ("Loss against",),
-        "frequency.png": ("Loss by frequency",),
-        "similarity.png": ("Word similarity, raw", "Word similarity, centered"),
-        "front.png": ("Loss and isotropy", "Loss and word similarity"),
-    }
+    few = [replace(each, arms={name: arm for name, arm in each.arms.items() if name in DRAWN}) for each in cells]
+    styles = tuned_sections.styles(few)
+    charts = [chart for each in few for chart in tuned_sections.drawn(each, styles)]
+    beginnings = {"rates.png": ("Loss against",), "front.png": ("Loss and isotropy", "Loss and word similarity")}
     for file, titles in beginnings.items():
         if chosen := [chart for chart in charts if chart.name.startswith(titles)]:
             found[file] = chosen

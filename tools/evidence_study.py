@@ -32,6 +32,8 @@ WHAT, BATCH, REST = "mini-what-{tying}-{arm}-{factor}", "mini-{cell}-{arm}-{fact
 RATES, WORDS, WARM = "mini-rates-{arm}-{factor}", "mini-words-{arm}-{factor}", "mini-warm-{arm}-{factor}"
 LARGE = "mini-large-{rate}-{arm}-{factor}"
 
+STEPS = "mini-steps-{steps}-{arm}-{factor}"
+
 #: The cell of the largest batch.
 LARGEST = "b16k"
 
@@ -230,6 +232,21 @@ def rest(results: Results) -> str:
     return _by_rate([*results.tuned(REST), *results.tuned(WHAT, "tied")])
 
 
+@block("steps")
+def steps(results: Results) -> str:
+    """Coupled Adam beside AdamW by the number of steps."""
+    rows = []
+    shorter = [*results.tuned(BATCH, "b1k"), *results.tuned(BATCH, "b4k"), *results.tuned(WARM)]
+    for each in versus([*shorter, *results.tuned(STEPS)]):
+        a, v = each.adamw, each.coupled
+        losses = [f"{o.mean('loss_report'):.3f} ({factor_text(o.choice)})" for o in (a, v)]
+        row = [_setting(each.cell), *losses, difference_text(v.difference), p_text(each.adjusted)]
+        similarities = [cell(o.mean("word_similarity_centered"), "{:.1f}") for o in (a, v)]
+        rows.append([*row, str(v.difference.count) if v.difference else "0", *similarities])
+    headings = ["parameters; steps × tokens", "AdamW (factor)", "Coupled Adam (factor)", "difference [95%]", "p Holm"]
+    return markdown([*headings, "pairs", "r̄ centered, AdamW", "r̄ centered, Coupled Adam"], rows)
+
+
 @block("large-batch")
 def large_batch(results: Results) -> str:
     return _by_rate([*results.tuned(LARGE), *results.tuned(BATCH, LARGEST)])
@@ -350,29 +367,38 @@ def headline_cells(results: Results) -> list[Cell]:
     return found
 
 
-#: Metrics of the front page besides the loss: what they are called, column, and form.
+#: Metrics of the front page besides the loss, of the longest runs: what they are called, column, and form.
 AT_THE_DOOR = (
-    ("mean shift ratio ‖μ‖ʳ (0: centered)", "ratio norm", ".3f"),
-    ("isotropy (1: no preferred direction)", "isotropy", ".2f"),
+    ("word similarity r̄, after centering", "word_similarity_centered", ".1f"),
+    ("mean shift ratio ‖μ‖ʳ", "ratio norm", ".3f"),
+    ("isotropy", "isotropy", ".2f"),
 )
 
 
 @block("door")
 def door(results: Results) -> str:
-    """The loss at one rate, at the best rate and in the largest batch, and the shape of the embeddings at the best."""
-    found = versus([*results.tuned(WHAT, "tied"), *results.tuned(BATCH, LARGEST)])
-    if len(found) < 2:
-        raise NotYet("study.csv lacks an optimizer, or its best rate, tied or in the largest batch")
-    tied, large = found
-    a, v = tied.adamw, tied.coupled
-    rows = [["loss, one learning rate for all parameters", *_door_row(a.arm, 1.0, v.arm, 1.0, "loss_report", ".3f")]]
-    for each in (tied, large):
-        tokens = cell(number(each.cell.rows[0], "batch_tokens"), "{:,.0f}")
-        row = _door_row(*_at_their_best(each), "loss_report", ".3f")
-        rows.append([f"loss, each at the best rate for the embedding, {tokens} tokens per batch", *row])
-    for name, column, form in AT_THE_DOOR:
-        rows.append([f"{name}, as in row 2", *_door_row(*_at_their_best(tied), column, form)])
-    return markdown(["", "AdamW", "Coupled Adam", "difference [95%]"], rows)
+    """The loss at one rate and at the best rate of each, short and long, and the embeddings of the longest runs."""
+    found = versus([*results.tuned(WHAT, "tied"), *results.tuned(BATCH, LARGEST), *results.tuned(WORDS)])
+    if len(found) < 3:
+        raise NotYet("study.csv lacks an optimizer, or its best rate, in one of three settings")
+    (short, _, longest), best = found, "best for each"
+    a, v = short.adamw, short.coupled
+    one = _door_row(a.arm, 1.0, v.arm, 1.0, "loss_report", ".3f")
+    shown = [(each, "loss", "loss_report", ".3f") for each in found]
+    shown += [(longest, name, column, form) for name, column, form in AT_THE_DOOR]
+    rows = [["loss", _setting(short.cell), "one for all parameters", *one]]
+    rows += [
+        [name, _setting(each.cell), best, *_door_row(*_at_their_best(each), column, form)]
+        for each, name, column, form in shown
+    ]
+    headings = ["", "parameters; steps × tokens", "learning rate of the embedding", "AdamW", "Coupled Adam"]
+    return markdown([*headings, "difference [95%]"], rows, left=3)
+
+
+def _setting(found: Cell) -> str:
+    row = found.rows[0]
+    size, steps, tokens = (number(row, column) for column in ("parameters", "steps", "batch_tokens"))
+    return f"{cell(size and size / 1e6, '{:.2f}M')}; {cell(steps, '{:,.0f}')} × {cell(tokens, '{:,.0f}')}"
 
 
 def _at_their_best(each: Versus) -> tuple[Arm, float, Arm, float]:
