@@ -409,7 +409,7 @@ def test_a_run_of_which_something_is_wrong(tiny: Experiment, corpus: Corpus, tmp
     write_json(directory / "environment.json", {"corpus": "another"})
     with pytest.raises(InputError, match="not the text that"):
         read_embeddings(str(directory), data=corpus.directory)
-    with pytest.raises(InputError, match=r"holds no model\.no\.such"):
+    with pytest.raises(InputError, match=r"contains no model\.no\.such"):
         read_embeddings(str(directory), tensor="no.such")
     dcp = directory / "checkpoints" / "step-00000002" / "dcp"
     description = (dcp / ".metadata").read_bytes()
@@ -489,7 +489,7 @@ def save_npz(path: Path) -> None:
     ("name", "write", "message"),
     [
         ("missing.safetensors", lambda p: None, "no such file"),
-        ("m.txt", lambda p: p.write_text("text"), "not a supported type of file"),
+        ("m.txt", lambda p: p.write_text("text"), "a text file, which is not supported"),
         ("m.npy", lambda p: np.save(p, np.ones(5)), r"shape \(5,\)"),
         ("m.npy", lambda p: np.save(p, np.ones((5, 5), int)), "holds int64"),
         ("m.npz", save_npz, r"second 4 × 2, first 3 × 2"),

@@ -123,7 +123,7 @@ def reason_against(embeddings: Embeddings) -> str | None:
     if origin.path.is_file() and len(set(origin.files.values())) > 1:
         return "the file is one part of the model; pass the directory"
     if embeddings.output is None or origin.head is None:
-        return "it has no separate output embedding"
+        return "it has no output embedding"
     prefix = origin.head.removesuffix("weight")
     if parts := [n for n in origin.files if n.startswith(prefix) and n not in (origin.head, prefix + "bias")]:
         return f"its head is more than one matrix ({parts[0]}), so not all scores would shift by the same amount"
