@@ -700,7 +700,7 @@ def test_what_cannot_be_centered_says_why(tmp_path: Path) -> None:
     content["lm_head.weight"][3, 3] = torch.inf
     save_file(content, tmp_path / "infinite.safetensors")
     infinite = read_embeddings(str(tmp_path / "infinite.safetensors"))
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="non-finite"):
         center(infinite, tmp_path / "c.safetensors")
     with pytest.raises(InputError, match=r"copy of a \.safetensors file"):
         center(infinite, tmp_path / "c.npy")

@@ -414,7 +414,7 @@ def test_missing_data_says_how_to_get_it_and_the_rest_runs(
     for part in ("load_dataset('allenai/winogrande', 'winogrande_xl')", "HF_HOME", "--include-path"):
         assert part in reason
     assert str(directory / "race.jsonl") in result["failed"]["race"]
-    assert "hub" not in result["failed"]["race"], "a local file is not to be had from the hub"
+    assert "Hub" not in result["failed"]["race"], "a local file is not to be had from the Hub"
     captured = capsys.readouterr()
     assert captured.out == ""
     told = [line.partition(":")[0] for line in captured.err.splitlines()]

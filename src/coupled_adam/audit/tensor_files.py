@@ -50,8 +50,8 @@ class Tensors:
             tensor = self.stored(name)
             if tensor.dtype not in FLOATS:
                 raise PackedError(
-                    f"{self.files[name]}: {name!r} holds {str(tensor.dtype).removeprefix('torch.')}: packed or quantized "
-                    "embeddings are not supported; use the unquantized model"
+                    f"{self.files[name]}: {name!r} holds {str(tensor.dtype).removeprefix('torch.')}: packed or "
+                    "quantized embeddings are not supported; use the unquantized model"
                 )
             return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
