@@ -214,6 +214,7 @@ def whole_study() -> list:
     for rate in (1e-3, 1e-2):
         also(f"mini-rest-{rate:.0e}-{{arm}}-{{factor}}".replace("e-0", "e-"), plain, lr=rate)
     also("mini-large-1e-2-{arm}-{factor}", both, lr=1e-2)
+    also("mini-steps-1952-{arm}-{factor}", plain, steps=1952)
     also("mini-rates-{arm}-{factor}", plain)
     also("mini-words-{arm}-{factor}", plain)
     also("mini-warm-{arm}-{factor}", plain)
@@ -247,14 +248,15 @@ def test_every_block_is_made_from_a_whole_study(evidence: ModuleType, root: Path
     assert "| 16384 | 8192 | 0.95 |" in made["batch"] and "| 1024 | 8192 | 0.99 |" in made["batch"]
     assert [line.split(" | ")[0] for line in made["rest"].splitlines()[2:]] == ["| 0.001", "| 0.003", "| 0.01"]
     assert [line.split(" | ")[0] for line in made["large-batch"].splitlines()[2:]] == ["| 0.003", "| 0.01"]
-    assert "16,384 tokens per batch | 5.720 | 5.821 |" in made["door"]
+    assert " × 16,384 | best for each | 5.720 | 5.821 |" in made["door"]
+    assert [line.split(" | ")[0].split("; ")[1] for line in made["steps"].splitlines()[2:]].count("1,952 × 1,024") == 1
     assert [line.split(" | ")[:3] for line in made["noise"].splitlines()[2:]] == [
         ["| tied", "best for each", "3"],  # at factor 1 there is one pair, and no spread
         ["| untied", "1", "3"],
         ["| untied", "best for each", "3"],
     ]
     assert "| Coupled Adam, untied | 0.5000 | 0.3000 (60.0%) | 0.1000 (20.0%) | 0.1000 |" in made["health"]
-    assert made["headline"].count("best for each") == 4 and "1.85M parameters, 4M tokens" in made["headline"]
+    assert made["headline"].count("best for each") == 5 and "1.85M parameters, 4M tokens" in made["headline"]
     assert made["centering"].count("\n") == 1 + 4 and "the step sums to zero | AdamW" in made["contrasts-tied"]
     assert made["word-similarity-rate"].count("**") == 2 * 2, "one factor chosen an arm"
 

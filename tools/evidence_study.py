@@ -34,8 +34,8 @@ LARGE = "mini-large-{rate}-{arm}-{factor}"
 
 STEPS = "mini-steps-{steps}-{arm}-{factor}"
 
-#: The cell of the largest batch.
-LARGEST = "b16k"
+#: The cell of the largest batch, and that of more steps with the smallest.
+LARGEST, LONGER = "b16k", "1952"
 
 #: Pairs of arms that differ in one thing: what that is, without it, and with it.
 CONTRASTS = (
@@ -356,7 +356,12 @@ def front(results: Results) -> str:
 def headline_cells(results: Results) -> list[Cell]:
     """The settings of README: tied, untied, and the larger models; those that have been run."""
     found: list[Cell] = []
-    for grid, name in ((WHAT, ""), (RATES, "1.85M parameters, 0.6M tokens"), (WORDS, "1.85M parameters, 4M tokens")):
+    for grid, name in (
+        (WHAT, ""),
+        (STEPS, "0.63M parameters, 2M tokens"),
+        (RATES, "1.85M parameters, 0.6M tokens"),
+        (WORDS, "1.85M parameters, 4M tokens"),
+    ):
         try:
             tuned = results.tuned(grid)
         except NotYet:
@@ -378,10 +383,11 @@ AT_THE_DOOR = (
 @block("door")
 def door(results: Results) -> str:
     """The loss at one rate and at the best rate of each, short and long, and the embeddings of the longest runs."""
-    found = versus([*results.tuned(WHAT, "tied"), *results.tuned(BATCH, LARGEST), *results.tuned(WORDS)])
-    if len(found) < 3:
-        raise NotYet("study.csv lacks an optimizer, or its best rate, in one of three settings")
-    (short, _, longest), best = found, "best for each"
+    places = ((WHAT, "tied"), (BATCH, LARGEST), (STEPS, LONGER), (WORDS,))
+    found = versus(each for place in places for each in results.tuned(*place))
+    if len(found) < len(places):
+        raise NotYet("study.csv lacks an optimizer, or its best rate, in one of four settings")
+    (short, *_, longest), best = found, "best for each"
     a, v = short.adamw, short.coupled
     one = _door_row(a.arm, 1.0, v.arm, 1.0, "loss_report", ".3f")
     shown = [(each, "loss", "loss_report", ".3f") for each in found]
