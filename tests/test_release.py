@@ -48,7 +48,7 @@ def test_the_wheel_holds_the_package_alone(built: dict[str, Path]) -> None:
     assert {"coupled_adam/py.typed", "coupled_adam/experiments/published.toml"} <= set(names)
     assert f"\nVersion: {coupled_adam.__version__}\n" in metadata
     text = metadata.split("\n\n", 1)[1]
-    assert "## The problem" in text and "--8<--" not in text
+    assert "## Why it works" in text and "--8<--" not in text
     assert [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")] == []
 
 

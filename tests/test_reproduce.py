@@ -20,7 +20,7 @@ def test_the_plan_is_the_families_times_the_seeds(tmp_path: Path) -> None:
     runs = reproduce.plan("mini", [], [], tmp_path)
     first = 8 * 3 + 10 + 6 + 2 + 2 * 3  # n = 0 of the scaled family is a run of the small one
     sweeps = 6 * 6 + 6 * 5 + 3 * 4 * 2 + 3 * 2  # they share the runs that are their controls
-    study = 2 * 10 + 2 * 4 + 2  # noise, one rate for all, health; what is tuned is no plan
+    study = 2 * 10 + 2 * 4 + 2 * 4 + 2  # noise, one rate for all, health; what is tuned is no plan
     assert len(runs) == first + sweeps + study
     assert len({run.directory for run in runs}) == len(runs)
     assert len(reproduce.plan("mini", ["scaled"], [], tmp_path)) == 11

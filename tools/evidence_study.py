@@ -236,7 +236,7 @@ def rest(results: Results) -> str:
 def steps(results: Results) -> str:
     """Coupled Adam beside AdamW by the number of steps."""
     rows = []
-    shorter = [*results.tuned(BATCH, "b1k"), *results.tuned(BATCH, "b4k"), *results.tuned(WARM)]
+    shorter = [each for each in results.tuned(BATCH) if each.name in ("b1k", "b4k")] + results.tuned(WARM)
     for each in versus([*shorter, *results.tuned(STEPS)]):
         a, v = each.adamw, each.coupled
         losses = [f"{o.mean('loss_report'):.3f} ({factor_text(o.choice)})" for o in (a, v)]

@@ -195,8 +195,8 @@ def test_what_does_not_split_is_refused() -> None:
     model = Model(False)
     weight, parameters = model.head.weight, list(model.parameters())
     for optimizer, error, message in (
-        (SGD(parameters), TypeError, "step of SGD"),
-        (NAdam(parameters), TypeError, "step of NAdam"),
+        (SGD(parameters), TypeError, "does not support SGD"),
+        (NAdam(parameters), TypeError, "does not support NAdam"),
         (Adam(parameters, weight_decay=0.1), ValueError, "AdamW, or weight_decay=0"),
         (Adams(param_groups(model)), ValueError, "atan2"),
         (AdamW([model.inner.weight]), ValueError, "in no group"),

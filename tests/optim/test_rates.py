@@ -331,7 +331,7 @@ def test_a_tensor_for_a_rate_has_a_copy_in_each_group(optimizer: type[Optimizer]
         ({"embedding_lr_factor": 1e300, "lr": 1e300}, ValueError, r"lr · embedding_lr_factor\): inf"),
         ({"lr": -1e-3}, ValueError, r"learning rate \(lr\): -0.001"),
         ({"lr": "1e-3"}, TypeError, r"learning rate \(lr\): '1e-3'"),
-        ({"lr": LR, "embedding_lr_factor": 3.0, "coupled": []}, ValueError, "nothing of Model is coupled.*AdamW"),
+        ({"lr": LR, "embedding_lr_factor": 3.0, "coupled": []}, ValueError, "nothing in Model is coupled.*AdamW"),
     ],
 )
 def test_what_cannot_be_a_rate_or_a_factor(options: dict[str, Any], error: type[Exception], message: str) -> None:

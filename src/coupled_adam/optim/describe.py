@@ -45,7 +45,7 @@ def describe(optimizer: Optimizer) -> str:
           weight decay 0.1: 1 matrix, 800 elements
           weight decay 0: 2 vectors and scalars, 16 elements
           state: 9.8 kB; uncoupled it would be 12.9 kB
-          clipping by this optimizer: to a global norm of 1; nobody else should clip
+          clipping by this optimizer: to a global norm of 1; do not clip elsewhere
     """
     ours = inner_optimizer(optimizer)
     if not isinstance(ours, AdamFamily):

@@ -87,8 +87,12 @@ class AdamFamily(Optimizer):
     def _warn_of_a_decay_without_effect(self) -> None:
         """Warn if a weight decay was given to the constructor, and every group has another."""
         given = self.defaults["weight_decay"]
-        usual = inspect.signature(type(self)).parameters["weight_decay"].default
-        if given != usual and all(group["weight_decay"] != given for group in self.param_groups):
+        argument = inspect.signature(type(self)).parameters.get("weight_decay")  # a subclass may have none
+        if (
+            argument
+            and given != argument.default
+            and all(group["weight_decay"] != given for group in self.param_groups)
+        ):
             warnings.warn(
                 f"weight_decay={given:g} has no effect, because every param group has its own: pass it to "
                 f"param_groups(model, weight_decay={given:g})",
