@@ -23,7 +23,7 @@ def tool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """A program of tools/."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     yield import_module(request.param)
-    for name in (request.param, "short_runs"):
+    for name in (request.param, "short_runs", "tables"):
         sys.modules.pop(name, None)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tables import write_table
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "results" / "audited.csv"
@@ -167,10 +168,7 @@ def write(rows: Iterable[dict[str, str]]) -> None:
         with TABLE.open(encoding="utf-8", newline="") as file:
             kept = {(row["model"], row["matrix"]): row for row in csv.DictReader(file)}
     kept |= {(row["model"], row["matrix"]): row for row in rows}
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept.values())
+    write_table(TABLE, kept.values(), COLUMNS)
 
 
 def main() -> None:

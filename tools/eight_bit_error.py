@@ -7,10 +7,10 @@ grows. One line per β1 and seed: the root mean square of the error over that of
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
+from tables import write_table
 
 from coupled_adam import CoupledAdam
 
@@ -36,10 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     out = parser.parse_args().out
     lines = [{"beta1": beta1, "seed": seed, "error": error(beta1, seed)} for beta1 in BETAS for seed in SEEDS]
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    write_table(out, lines)
 
 
 if __name__ == "__main__":

@@ -18,17 +18,17 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import evidence_demo
-import evidence_memory  # noqa: F401
-import evidence_models  # noqa: F401
-import evidence_programs  # noqa: F401
-import evidence_sweeps  # noqa: F401  # registers its blocks
 from evidence_results import BLOCKS, NotYet, Results
 from evidence_study import BATCH, WHAT
 
 from coupled_adam.report import tuned_sections
+
+for name in ("sweeps", "memory", "models", "programs"):
+    import_module(f"evidence_{name}")  # registers its blocks, as the imports above do
 
 ROOT = Path(__file__).parents[1]
 

@@ -130,27 +130,6 @@ def noise(results: Results) -> str:
     return markdown([*headings, f"pairs for an interval of {DETECTABLE:g}"], rows, left=2)
 
 
-@block("noise-sentence")
-def noise_sentence(results: Results) -> str:
-    """Of the pairs at one rate for all parameters, of the embeddings of which there are most."""
-    counted = []
-    for found in results.cells:
-        if found.grid == WHAT and found.reference is not None and found.shared is not None:
-            a, v = (arm.figures("loss_report", 1.0) for arm in (found.reference, found.shared))
-            difference = paired_difference(a, v)
-            if difference is not None and difference.deviation is not None and difference.count >= 3:
-                counted.append((difference.count, found.name, a, v, difference.deviation))
-    if not counted:
-        raise NotYet("study.csv has fewer than three pairs at factor 1")
-    count, name, a, v, deviation = max(counted, key=lambda each: each[0])
-    spreads = [statistics.stdev(each[seed] for seed in a.keys() & v.keys()) for each in (a, v)]
-    return (
-        f"Over {count} pairs of seeds ({name}, one learning rate for all parameters) the standard deviation of the "
-        f"loss is {spreads[0]:.3f} with AdamW, {spreads[1]:.3f} with Coupled Adam, and {deviation:.3f} of their "
-        f"difference: an interval as narrow as {DETECTABLE:g} would take {pairs_needed(deviation, DETECTABLE)} pairs."
-    )
-
-
 @block("batch")
 def batch(results: Results) -> str:
     return _text_table(tuned_sections.table_across(results.tuned(BATCH), results.documents))
@@ -441,14 +420,6 @@ def headline_rows(results: Results) -> list[list[str]]:
 @block("headline")
 def headline(results: Results) -> str:
     return markdown(HEADLINE, headline_rows(results), left=2)
-
-
-@block("headline-sentence")
-def headline_sentence(results: Results) -> str:
-    told = tuned_sections.headline(versus(headline_cells(results)))
-    if not told:
-        raise NotYet("study.csv has no pairs of AdamW and Coupled Adam")
-    return told
 
 
 def _by_decile(found: Cell) -> str:

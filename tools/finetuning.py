@@ -14,6 +14,7 @@ compare are of the other half. Lines that FILE has already are not measured agai
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,22 +74,18 @@ def main() -> None:
         sys.exit(f"{options.data}: has another tokenizer than the runs; prepare it with --tokenizer of their corpus")
     table = Table(options.out, ("pretrained", "optimizer", "lr", "lr_factor"))
 
-    def line(run: Run, *arm: str | float) -> Line:
-        optimizer, lr, factor = str(arm[0]), float(arm[1]), float(arm[2])
-        return table.line(run.directory.name, *arm, measure=lambda: measure(run, corpus, optimizer, lr, factor))
+    def loss(run: Run, optimizer: str, lr: float, factor: float) -> float:
+        at = (optimizer, lr, factor)
+        return float(table.line(run.directory.name, *at, measure=partial(measure, run, corpus, *at))["loss_selection"])
 
     for run in runs:
-        line(run, "", 0.0, 0.0)
+        loss(run, "", 0.0, 0.0)
     for name in OPTIMIZERS:
-
-        def loss(lr: float, factor: float, name: str = name) -> float:
-            return float(line(runs[0], name, lr, factor)["loss_selection"])
-
-        lr = downhill(RATES, 1e-3, lambda lr: loss(lr, 1.0))
-        factor = downhill(FACTORS, 1.0, lambda factor, lr=lr: loss(lr, factor))  # type: ignore[misc]
+        lr = downhill(RATES, 1e-3, partial(loss, runs[0], name, factor=1.0))
+        factor = downhill(FACTORS, 1.0, partial(loss, runs[0], name, lr))
         for run in runs[1:]:
             for chosen in sorted({1.0, factor}):
-                line(run, name, lr, chosen)
+                loss(run, name, lr, chosen)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ The model is in that package. The signs are ours, those that numpy returns, and 
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
 from scipy.special import logsumexp
+from tables import write_table
 
 from coupled_adam import geometry
 from coupled_adam.audit.embedding_files import read_embeddings
@@ -33,11 +33,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
-    line = {"model": Path(options.model).name, **isotropies(options.model)}
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(line), lineterminator="\n")
-        writer.writeheader()
-        writer.writerow(line)
+    write_table(options.out, [{"model": Path(options.model).name, **isotropies(options.model)}])
 
 
 if __name__ == "__main__":

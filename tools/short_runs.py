@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from tables import write_table
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -40,10 +41,7 @@ class Table:
                 return line
         line = {**dict(zip(self.keys, values, strict=True)), **measure()}
         self.lines.append(line)
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(line), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.lines)
+        write_table(self.path, self.lines)
         print(*line.values(), file=sys.stderr, flush=True)
         return line
 

@@ -8,10 +8,10 @@ AdamW at 1e-2, betas (0.9, 0.95), without weight decay. One line per seed. Takes
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
+from tables import write_table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -51,10 +51,7 @@ def main() -> None:
     out = parser.parse_args().out
     torch.set_num_threads(1)
     lines = [{"seed": seed, **shares(seed)} for seed in SEEDS]
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    write_table(out, lines)
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ def test_a_matrix_that_does_not_fit_into_memory_says_how_much_it_needs(monkeypat
     ],
 )
 def test_what_libraries_raise_without_memory_is_one_line(error: Exception) -> None:
-    with pytest.raises(InputError, match=r"x needs 0\.8 GB of memory in float64, but less is free"):  # noqa: SIM117
-        with arrays.enough_memory("x", 10**5, 10**3):
-            raise error
+    told = r"x needs 0\.8 GB of memory in float64, but less is free"
+    with pytest.raises(InputError, match=told), arrays.enough_memory("x", 10**5, 10**3):
+        raise error
     with pytest.raises(RuntimeError, match="another"), arrays.enough_memory("x", 2, 2):
         raise RuntimeError("another")

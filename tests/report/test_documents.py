@@ -9,7 +9,8 @@ from made_up import write_run
 
 from coupled_adam.errors import InputError
 from coupled_adam.report.aggregate import read_runs
-from coupled_adam.report.documents import DocumentLosses, as_csv, interval_over_documents, of_runs, read_documents
+from coupled_adam.report.documents import DocumentLosses, formatted, interval_over_documents, of_runs, read_documents
+from coupled_adam.report.tuned import read_rows, text
 
 
 def measured(directory: Path, name: str, tokens: list[int], losses: list[float], **values) -> None:
@@ -32,7 +33,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     measured(tmp_path, "c", [9, 8], [4.0, 3.0], data__vocab_size=512)
     write_run(tmp_path, "d", schedule__lr=2e-2)  # without documents
     runs = read_runs([tmp_path])
-    (tmp_path / "documents.csv").write_text(as_csv(runs))
+    (tmp_path / "documents.csv").write_text(formatted(of_runs(runs)))
     found, expected = read_documents(tmp_path / "documents.csv"), of_runs(runs)
     assert found.keys() == expected.keys() == {"a-s1", "b-s1", "c-s1"}
     for name, run in expected.items():
@@ -85,3 +86,24 @@ def test_runs_that_read_other_documents_are_not_compared() -> None:
     assert interval_over_documents([(a, b)]) is None and interval_over_documents([]) is None
     same = interval_over_documents([(a, a)])
     assert (same.low, same.high) == (0.0, 0.0)
+
+
+def test_runs_are_collected_beside_those_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    from collect_study import collect
+
+    def names() -> tuple[list[str], set[str]]:
+        table = read_rows(tmp_path / "study.csv")
+        return [text(row, "name") for row in table], set(read_documents(tmp_path / "study-documents.csv"))
+
+    for seed in (1, 2):
+        measured(tmp_path / "first", "a", [3, 40], [6.0, 5.0], seed=seed)
+    write_run(tmp_path / "first", "c")  # not evaluated to its end
+    collect([tmp_path / "first"], tmp_path)
+    assert names() == (["a-s1", "a-s2"], {"a-s1", "a-s2"})
+    measured(tmp_path / "second", "a", [3, 40], [4.0, 5.0], seed=2)
+    measured(tmp_path / "second", "b", [3, 40], [6.0, 5.0])
+    collect([tmp_path / "second"], tmp_path)
+    assert names() == (["a-s1", "a-s2", "b-s1"], {"a-s1", "a-s2"}), "with one seed only a rate is looked for"
+    losses = read_documents(tmp_path / "study-documents.csv")
+    assert [losses[f"a-s{seed}"].losses.tolist() for seed in (1, 2)] == [[6.0, 5.0], [4.0, 5.0]]

@@ -3,7 +3,7 @@
 import csv
 import io
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,12 +51,11 @@ def of_runs(runs: Iterable[Evaluated]) -> dict[str, DocumentLosses]:
     return found
 
 
-def as_csv(runs: Iterable[Evaluated]) -> str:
-    """Format the losses of ``of_runs``: a row a run of its name, its corpus and the loss of each document in order.
+def formatted(found: Mapping[str, DocumentLosses]) -> str:
+    """Format losses as CSV: per run one row with its name, its corpus and the loss of each document in order.
 
     Before the runs of each corpus stands a row ``tokens:CORPUS`` with the length of each document.
     """
-    found = of_runs(runs)
     most = max((len(run.tokens) for run in found.values()), default=0)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -70,7 +69,7 @@ def as_csv(runs: Iterable[Evaluated]) -> str:
 
 
 def read_documents(path: Path) -> dict[str, DocumentLosses]:
-    """Read what ``as_csv`` wrote, by the run's name; runs of several such files may stand below one another.
+    """Read what ``formatted`` wrote, by the run's name; runs of several such files may stand below one another.
 
     Raises:
         InputError: the file is damaged: the line is named.
