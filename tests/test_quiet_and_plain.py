@@ -68,9 +68,10 @@ def test_a_quiet_command_prints_what_it_prints_otherwise_and_no_more(
         assert results[False][name] == results[True][name], name
 
 
-def test_a_command_is_as_quiet_as_it_is_told() -> None:
-    for options, quiet in ((["-q"], True), ([], False), (["--quiet"], True), ([], False)):
-        assert command("experiments", "exp12V", *options).returncode == 0
+@pytest.mark.parametrize("before", [[], ["-q"], ["--quiet"]])
+def test_a_command_is_as_quiet_as_it_is_told(before: list[str]) -> None:
+    for options, quiet in ((["-q"], True), ([], bool(before)), (["--quiet"], True), ([], bool(before))):
+        assert command(*before, "experiments", "exp12V", *options).returncode == 0
         assert progress.is_quiet() == quiet
 
 

@@ -29,13 +29,15 @@ app = typer.Typer(
 )
 
 
-def _quiet(wanted: bool) -> None:
+def _quiet(context: typer.Context, wanted: bool) -> bool:
+    wanted |= context.parent is not None and bool(context.parent.params.get("quiet"))
     progress.show_log(wanted)
     if wanted:  # of the libraries that show bars themselves
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    return wanted
 
 
-#: An option of every command that works for a while.
+#: An option of every command that works for a while, which may also stand before the command.
 Quiet = Annotated[
     bool,
     typer.Option("--quiet", "-q", callback=_quiet, help="Hide progress; show only results, warnings and errors."),
@@ -53,6 +55,7 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """AdamW for language models that keeps token embeddings centered: optimizers, experiments, measurements."""
 

@@ -6,11 +6,13 @@ on standard error.
 
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal, Protocol
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Literal, Protocol, TextIO
 
 from coupled_adam.errors import printable
 from coupled_adam.terminal import plain, print_error
@@ -54,7 +56,27 @@ class _StandardError(logging.Handler):
     """Writes to what standard error is at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print_error(record.getMessage())
+        print_error(record.getMessage(), _shown())
+
+
+#: Standard error, while that of the libraries is dropped.
+_ours: TextIO | None = None
+
+
+def _shown() -> TextIO:
+    return _ours or sys.stderr
+
+
+@contextmanager
+def libraries_silenced() -> Iterator[None]:
+    """Drop what is printed, bars included; lines and bars of this module still show."""
+    global _ours
+    before, _ours = _ours, _shown()
+    try:
+        with Path(os.devnull).open("w") as sink, redirect_stdout(sink), redirect_stderr(sink):
+            yield
+    finally:
+        _ours = before
 
 
 class Update(Protocol):
@@ -80,7 +102,7 @@ def progress_bar(
     if not shown or is_quiet():
         yield lambda done, text="": None
         return
-    if sys.stderr.isatty():
+    if _shown().isatty():
         with _bar(name, done, total, unit, passing) as update:
             yield update
         return
@@ -110,7 +132,7 @@ def _bar(name: str, done: int, total: int, unit: str, passing: bool) -> Iterator
     from rich.progress import TimeRemainingColumn as Left
     from rich.table import Column
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(file=_shown(), highlight=False)
     overflow: Literal["ellipsis", "crop"] = "ellipsis" if plain("…", console.encoding) == "…" else "crop"
     columns = (
         TextColumn(

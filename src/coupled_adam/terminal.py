@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from coupled_adam.errors import printable
 
@@ -100,9 +100,10 @@ def print_line(text: object) -> None:
     print(plain(printable(str(text), keep="\n"), sys.stdout.encoding))
 
 
-def print_error(text: object) -> None:
-    """Print one line on standard error, at once."""
-    print(plain(printable(str(text)), sys.stderr.encoding), file=sys.stderr, flush=True)
+def print_error(text: object, stream: TextIO | None = None) -> None:
+    """Print one line on standard error, or ``stream``, at once."""
+    stream = stream or sys.stderr
+    print(plain(printable(str(text)), stream.encoding), file=stream, flush=True)
 
 
 def print_json(value: Any) -> None:

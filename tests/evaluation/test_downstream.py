@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer
 from torch.nn import functional as F
 
+from coupled_adam import progress
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation import downstream as module
 from coupled_adam.evaluation.downstream import (
@@ -316,6 +318,43 @@ def test_a_second_call_runs_nothing(run: Callable[..., Any], ran: list[str], req
     assert run("arc_easy", "race_043") == first
     assert list(run("race_043", "arc_easy")["tasks"]) == ["race_043", "arc_easy"]
     assert ran == ["arc_easy", "race_043"]
+
+
+#: Tasks whose requests are of another kind each, over the file of lambada_openai; and how many a sample makes.
+KINDS = {
+    "choices": ("arc_easy", "", 4),
+    "rolling": (
+        "lambada_openai",
+        "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: word_perplexity}]\n",
+        1,
+    ),
+    "generated": (
+        "lambada_openai",
+        "output_type: generate_until\ngeneration_kwargs: {until: [' '], max_gen_toks: 2}\n"
+        "metric_list: [{metric: exact_match}]\n",
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_shows_its_share_and_the_time_left(
+    kind: str, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", -1.0)
+    monkeypatch.setattr(progress, "SETTLED", 0.0)
+    base, lines, each = KINDS[kind]
+    write_task(tmp_path, base)
+    with (tmp_path / f"{base}.yaml").open("a", encoding="utf-8") as file:
+        file.write(lines)
+    found = run(base, include_path=tmp_path)
+    assert not found["failed"], found["failed"]
+    said, total = capsys.readouterr().err.splitlines(), SAMPLES * each
+    told = [re.fullmatch(rf"{base}: request (\d+) of {total} \(\d+%\)(, about .+ left)?", line) for line in said]
+    assert [int(match[1]) for match in told if match] == list(range(1, total + 1))
+    assert [match[2] is not None for match in told if match] == [True] * (total - 1) + [False]
+    assert said[0] == f"[1/1] {base}" and len(said) == total + 2
 
 
 def test_the_model_is_loaded_once(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

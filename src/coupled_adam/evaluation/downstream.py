@@ -5,10 +5,9 @@ import importlib.metadata
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from coupled_adam.errors import InputError, one_line, require
 from coupled_adam.evaluation.results import read_results, write_results
 from coupled_adam.evaluation.tasks import Definition, definitions
 from coupled_adam.files import check_writable
-from coupled_adam.progress import is_quiet, say, warn
+from coupled_adam.progress import libraries_silenced, say, warn
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -164,14 +163,14 @@ def _run_one(d: Definition, manager: "TaskManager", model: "Callable[[], HFLM]",
 
     started = time.monotonic()
     try:
-        with _no_output():
+        with libraries_silenced():
             task = manager.load([d.name])["tasks"][d.name]
     except Exception as error:  # definitions and datasets are the code of others: any error may come
         # The hub is tried for half a minute, again for each task. What lies in the cache is found without it.
         datasets.config.HF_HUB_OFFLINE |= isinstance(error, ConnectionError)
         results.fail(d, f"not run: {_reason(d, error)}")
         return
-    with _no_output():
+    with libraries_silenced():
         lm = model()
         try:
             figures, problem = _evaluate(lm, task, results.settings["limit"]), None
@@ -204,14 +203,15 @@ def mean_accuracy(results: Mapping[str, Record]) -> Record:
 
 def _load(model_dir: Path, batch_size: int, device: str) -> "HFLM":
     """Load the model as lm-eval wants it. Given a path instead, lm-eval would join torchrun's process group."""
-    from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from coupled_adam.evaluation.harness_model import HarnessModel
 
     if not (model_dir / "config.json").is_file():
         raise InputError(f"{model_dir}: not a Hugging Face model directory (config.json is missing)")
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    return HFLM(pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size)
+    return HarnessModel(pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _evaluate(lm: "HFLM", task: "Task", limit: int | None) -> Record:
@@ -296,14 +296,4 @@ def _quiet() -> Iterator[None]:
         if "DISABLE_MULTIPROC" not in os.environ:
             os.environ["DISABLE_MULTIPROC"] = "1"  # else the bootstrap forks as often as there are cores
             stack.callback(os.environ.pop, "DISABLE_MULTIPROC", None)
-        yield
-
-
-@contextmanager
-def _no_output() -> Iterator[None]:
-    """Drop what is printed, and bars unless they are on a terminal and wanted."""
-    with Path(os.devnull).open("w") as sink, ExitStack() as stack:
-        stack.enter_context(redirect_stdout(sink))
-        if not sys.stderr.isatty() or is_quiet():
-            stack.enter_context(redirect_stderr(sink))
         yield
