@@ -89,6 +89,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         ("plotly", "report", "demo"),
         ("jinja2", "audit", "demo"),
         ("transformers", "integrations.transformers", "demo"),
+        ("jax", "optax", "jax"),
+        ("optax", "optax", "jax"),
     ],
 )
 def test_a_missing_extra_is_named(missing: str, module: str, extra: str) -> None:

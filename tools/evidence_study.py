@@ -32,7 +32,7 @@ WHAT, BATCH, REST = "mini-what-{tying}-{arm}-{factor}", "mini-{cell}-{arm}-{fact
 RATES, WORDS, WARM = "mini-rates-{arm}-{factor}", "mini-words-{arm}-{factor}", "mini-warm-{arm}-{factor}"
 LARGE = "mini-large-{rate}-{arm}-{factor}"
 
-STEPS = "mini-steps-{steps}-{arm}-{factor}"
+STEPS, MUON = "mini-steps-{steps}-{arm}-{factor}", "mini-muon-{matrices}-{arm}-{factor}"
 
 #: The cell of the largest batch, and that of more steps with the smallest.
 LARGEST, LONGER = "b16k", "1952"
@@ -226,9 +226,57 @@ def steps(results: Results) -> str:
     return markdown([*headings, "pairs", "r̄ centered, AdamW", "r̄ centered, Coupled Adam"], rows)
 
 
+@block("steps-tempered")
+def steps_tempered(results: Results) -> str:
+    """The tempered second moment beside both, with more steps."""
+    rows = []
+    for found in results.tuned(STEPS):
+        by_name = {outcome.arm.name: outcome for outcome in found.outcomes()}
+        if "factored-0.5" not in by_name:
+            continue
+        tempered = by_name["factored-0.5"]
+        for other in (by_name[name] for name in ("adamw", "coupled") if name in by_name):
+            difference = paired_difference(other.losses, tempered.losses)
+            losses = [f"{o.mean('loss_report'):.3f} ({factor_text(o.choice)})" for o in (tempered, other)]
+            row = [_setting(found), other.arm.label, *losses, difference_text(difference)]
+            shifts = [cell(o.mean("ratio norm"), "{:.3f}") for o in (tempered, other)]
+            similarities = [cell(o.mean("word_similarity_centered"), "{:.1f}") for o in (tempered, other)]
+            rows.append([*row, str(difference.count) if difference else "0", *shifts, *similarities])
+    headings = ["parameters; steps × tokens", "against", "tempered, α = 0.5 (factor)", "the other (factor)"]
+    headings += ["difference [95%]", "pairs", "‖μ‖ʳ tempered", "‖μ‖ʳ the other", "r̄ centered tempered"]
+    return markdown([*headings, "r̄ centered the other"], rows, left=2)
+
+
 @block("large-batch")
 def large_batch(results: Results) -> str:
     return _by_rate([*results.tuned(LARGE), *results.tuned(BATCH, LARGEST)])
+
+
+#: What updates the matrices beside the embedding, by the name in the grid; AdamW is in ``WHAT``.
+MATRICES = {"untied": "AdamW", "fused": "Muon, q, k and v in one matrix", "split": "Muon, q, k and v apart"}
+
+
+@block("muon")
+def muon(results: Results) -> str:
+    rows, differences = [], []
+    for found in [*results.tuned(WHAT, "untied"), *results.tuned(MUON)]:
+        outcomes = {outcome.arm.name: outcome for outcome in found.outcomes()}
+        a, others = outcomes["adamw"], [outcomes[name] for name in ("coupled", "sgd") if name in outcomes]
+        for other in others:
+            differences.append(paired_difference(a.losses, other.losses))
+            losses = [f"{o.mean('loss_report'):.3f} ({factor_text(o.choice)})" for o in (a, other)]
+            row = [MATRICES[found.name], other.arm.label, *losses, difference_text(differences[-1])]
+            similarities = [cell(o.mean("word_similarity_centered"), "{:.1f}") for o in (a, other)]
+            shifts = [cell(o.mean("ratio norm"), "{:.3f}") for o in (a, other)]
+            rows.append([*row, *shifts, *similarities])
+    adjusted = holm([each.p_value if each else None for each in differences])
+    told = [
+        [*row[:5], p_text(p), str(each.count) if each else "0", *row[5:]]
+        for row, p, each in zip(rows, adjusted, differences, strict=True)
+    ]
+    headings = ["on the matrices", "on the embedding", "AdamW (factor)", "the other (factor)", "difference [95%]"]
+    headings += ["p Holm", "pairs", "‖μ‖ʳ AdamW", "‖μ‖ʳ the other", "r̄ centered AdamW", "r̄ centered the other"]
+    return markdown(headings, told, left=2)
 
 
 @block("word-similarity-rate")
