@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from patched import output_of, patched
 
 from coupled_adam import CoupledAdam
 from coupled_adam.optax import coupled_adam, scale_by_coupled_adam
@@ -210,6 +211,29 @@ def test_sharded_rows_take_one_all_reduce(axes: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[('f32[16]{0}', 'all-reduce')]"]
+
+
+#: The patched optax beside ours, in one process.
+PATCHED = """
+import jax, numpy as np, optax
+from coupled_adam import optax as ours
+params = {"embed": np.ones((5, 3), np.float32), "kernel": np.ones((3, 3), np.float32)}
+options = {"coupled": {"embed": True, "kernel": False}, "coupling_scale": 0.5, "weight_decay": 0.1}
+found = []
+for made in (optax.contrib.coupled_adam(1e-3, **options), ours.coupled_adam(1e-3, **options)):
+    state = made.init(params)
+    for seed in range(3):
+        draw = np.random.default_rng(seed)
+        grads = {name: draw.normal(size=x.shape).astype(np.float32) for name, x in params.items()}
+        updates, state = made.update(grads, state, params)
+    found.append(jax.tree.leaves((updates, state)))
+assert all((a == b).all() for a, b in zip(*found, strict=True))
+print(optax.__file__)
+"""
+
+
+def test_the_patch_for_optax_does_the_same(tmp_path: Path) -> None:
+    assert output_of(PATCHED, patched("optax", tmp_path)).strip() == str(tmp_path / "optax" / "__init__.py")
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ from axolotl.integrations.base import PluginManager
 from axolotl.integrations.config import merge_input_args
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
+from patched import output_of, patched
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 
@@ -92,3 +93,28 @@ def test_a_schedule_that_would_lose_the_factor_is_refused(tmp_path: Path) -> Non
 def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"embedding_lr would have no effect.*use embedding_lr_factor"):
         trainer(tmp_path, embedding_lr=1e-4)
+
+
+PATCHED = """
+import axolotl, torch
+from types import SimpleNamespace
+from axolotl.core.builders.base import TrainerBuilderBase
+from axolotl.utils.dict import DictDefault
+from transformers import LlamaConfig, LlamaForCausalLM
+builder = SimpleNamespace(cfg=DictDefault(optimizer="coupled_adam"))
+arguments, chosen = {"learning_rate": 1e-3, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95}, {}
+TrainerBuilderBase._configure_optimizer(builder, arguments, chosen)
+factory, options = chosen["optimizer_cls_and_kwargs"]
+sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=67, tie_word_embeddings=False, **sizes))
+optimizer = factory()(model, None, **options)
+model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+optimizer.step()
+shape = tuple(optimizer.state[model.lm_head.weight]["exp_avg_sq"].shape)
+print(axolotl.__path__[0], shape, optimizer.defaults["betas"])
+"""
+
+
+def test_the_patch_for_axolotl_knows_the_name(tmp_path: Path) -> None:
+    found = output_of(PATCHED, patched("axolotl", tmp_path)).strip()
+    assert found == f"{tmp_path / 'axolotl'} (1, 16) (0.9, 0.95)"

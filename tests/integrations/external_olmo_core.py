@@ -13,6 +13,7 @@ from external_loop import ROWS, STEPS, assert_close, train, whole
 from olmo_core.distributed.checkpoint import load_model_and_optim_state, save_model_and_optim_state
 from olmo_core.nn.transformer import TransformerConfig
 from olmo_core.optim import CosWithWarmup, OptimConfig
+from patched import output_of, patched
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -112,3 +113,23 @@ def test_fsdp2_on_two_processes_is_one_process_and_resumes() -> None:
     model = olmo()
     expected = whole(train(model, CoupledAdamConfig(lr=1e-2, eps=EPS).build(model), range(STEPS)))
     assert_close(found, expected, 1e-5)
+
+
+PATCHED = """
+import olmo_core, torch
+from olmo_core.nn.transformer import TransformerConfig
+from olmo_core.optim import CoupledAdamConfig, OptimConfig
+config = TransformerConfig.llama_like(d_model=32, vocab_size=50, n_layers=1, n_heads=2)
+model = config.build(init_device="cpu")
+model.init_weights(device=torch.device("cpu"))
+config = OptimConfig.from_dict(CoupledAdamConfig(lr=1e-2).as_config_dict())
+optimizer = config.build(model)
+model(torch.arange(8)[None]).logsumexp(-1).sum().backward()
+optimizer.step()
+print(olmo_core.__file__, tuple(optimizer.state[model.lm_head.w_out.weight]["exp_avg_sq"].shape))
+"""
+
+
+def test_the_patch_for_olmo_core_has_the_configuration(tmp_path: Path) -> None:
+    found = output_of(PATCHED, patched("olmo_core", tmp_path)).strip()
+    assert found == f"{tmp_path / 'olmo_core' / '__init__.py'} (1, 32)"

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from external_loop import STEPS, assert_close, train, whole
+from patched import output_of, patched
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
@@ -150,3 +151,26 @@ def test_what_would_go_wrong_is_told() -> None:
 def test_clipping_is_left_to_torchtitan() -> None:
     with pytest.raises(ValueError, match=r"set training\.max_norm, and leave max_grad_norm out"):
         coupled_adamw(max_grad_norm=1.0)
+
+
+PATCHED = """
+import torch, torchtitan
+from torch import nn
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+model = nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 20, bias=False))
+config = OptimizersContainer.Config(param_groups=[
+    ParamGroupConfig(pattern="^1", optimizer_name="CoupledAdam",
+                     optimizer_kwargs={"lr": 1e-3, "second_moment": "vocabulary"}),
+    ParamGroupConfig(pattern=".*", optimizer_name="CoupledAdam", optimizer_kwargs={"lr": 1e-3}),
+])
+container = config.build(model_parts=[model])
+model(torch.arange(20)).logsumexp(-1).sum().backward()
+container.step()
+state = container.optimizers[0].state
+print(torchtitan.__file__, *(tuple(state[p]["exp_avg_sq"].shape) for p in model.parameters()))
+"""
+
+
+def test_the_patch_for_torchtitan_knows_the_name(tmp_path: Path) -> None:
+    found = output_of(PATCHED, patched("torchtitan", tmp_path)).strip()
+    assert found == f"{tmp_path / 'torchtitan' / '__init__.py'} (20, 4) (1, 4)"
