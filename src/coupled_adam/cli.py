@@ -494,7 +494,10 @@ def report_command(
 def audit_command(
     models: Annotated[
         list[str],
-        typer.Argument(help="Directory or name of a transformers model, .safetensors, .gguf, .npy, .npz, or a run."),
+        typer.Argument(
+            help="Directory or name of a transformers model, .safetensors, .gguf, .npy, .npz, word vectors of "
+            "word2vec, GloVe or fastText, or a run."
+        ),
     ],
     benchmarks: Annotated[Path | None, typer.Option(help="Directory of word-similarity benchmarks.")] = None,
     tensor: Annotated[str | None, typer.Option(help="Name of the tensor to measure.")] = None,
@@ -502,7 +505,17 @@ def audit_command(
     html: Annotated[Path | None, typer.Option(help="Write an HTML page with charts to this file.")] = None,
     center_to: Annotated[
         Path | None,
-        typer.Option("--center", help="Write a copy with a centered output embedding (predictions unchanged)."),
+        typer.Option(
+            "--center",
+            help="Write a copy with a centered output embedding (predictions unchanged), or centered word vectors.",
+        ),
+    ] = None,
+    without_top_to: Annotated[
+        Path | None,
+        typer.Option(
+            "--all-but-the-top",
+            help="Write a copy of word vectors, or of an array, without mean and first principal components.",
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
@@ -510,23 +523,34 @@ def audit_command(
     """Audit the embeddings of any model. Metrics, a verdict in words, several models side by side."""
     from coupled_adam.audit.audit_page import write_audit_page
     from coupled_adam.audit.audit_text import print_audit
+    from coupled_adam.audit.centering import Centered
     from coupled_adam.audit.models import audit_models
     from coupled_adam.evaluation.stages import read_benchmarks
     from coupled_adam.report.page import check_page
 
     if html:
         check_page(html)  # before it is measured
-    audited, centered = audit_models(models, read_benchmarks(benchmarks), tensor=tensor, data=data, center_to=center_to)
+    audited, written = audit_models(
+        models,
+        read_benchmarks(benchmarks),
+        tensor=tensor,
+        data=data,
+        center_to=center_to,
+        without_top_to=without_top_to,
+    )
     if html:
         write_audit_page(html, audited)
     if as_json:
         print_json([matrix.as_json() for matrix in audited])
     else:
         print_audit(audited, html)
-    if centered:
-        provided = f"; {centered.condition}" if centered.condition else ""
-        rounded = f"‖μ‖ was {centered.norm_of_mean:.4g}; rounding moves a row by at most {centered.rounding:.2g}"
-        print_error(f"Centered copy: {centered.path} ({rounded}){provided}")
+    if isinstance(written, Centered):
+        provided = f"; {written.condition}" if written.condition else ""
+        rounded = f"‖μ‖ was {written.norm_of_mean:.4g}; rounding moves a row by at most {written.rounding:.2g}"
+        print_error(f"Centered copy: {written.path} ({rounded}){provided}")
+    elif written is not None:
+        removed = f"‖μ‖ was {written.norm_of_mean:.4g}; principal components removed: {written.components}"
+        print_error(f"All-but-the-Top: {written.path} ({removed}, {written.share:.0%} of the variance)")
 
 
 def _print_rows(names: Iterable[str], shown: Sequence["Row"], caption: str | None = None) -> None:

@@ -3,23 +3,29 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 from zipfile import is_zipfile
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from coupled_adam.audit import model_directories, tensor_files
+from coupled_adam.audit import model_directories, tensor_files, word_vectors
 from coupled_adam.audit.embedding_files import Embeddings, Origin
 from coupled_adam.audit.model_copy import files_to_copy
+from coupled_adam.audit.word_vectors import WordFormat, is_word_format
 from coupled_adam.errors import InputError
 from coupled_adam.files import output_path, write_array, written_whole
+from coupled_adam.geometry.post_processing import all_but_the_top, isotropy_components, principal_components
 
-__all__ = ["Centered", "center"]
+__all__ = ["Centered", "WithoutTop", "center", "remove_top"]
+
+if TYPE_CHECKING:
+    from gensim.models import KeyedVectors
 
 #: Rows that are held in float64 at a time.
 ROWS = 4096
@@ -45,6 +51,20 @@ class Centered:
     """What must hold for the predictions to be unchanged but cannot be checked in the file; None if nothing."""
 
 
+@dataclass(frozen=True)
+class WithoutTop:
+    """What ``remove_top`` wrote."""
+
+    path: Path
+    """The copy."""
+    norm_of_mean: float
+    """‖μ‖ of the row μ that was subtracted."""
+    components: int
+    """How many principal components were removed."""
+    share: float
+    """Their share of the variance, in [0, 1]."""
+
+
 def center(embeddings: Embeddings, out: Path) -> Centered:
     """Write a copy of a model whose output embedding is centered: W − μ, with μ the mean of its rows.
 
@@ -53,10 +73,12 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
     change as much as by rounding the weights once more. Everything else is copied byte for byte, except that weights in
     other formats than the one that was read are left out.
 
+    Of word vectors, which predict nothing, it is all that a comparison by cosine needs.
+
     Args:
         embeddings: of the model, from ``coupled_adam.audit.embedding_files.read_embeddings``.
         out: the copy, which must not exist: a directory if the model is one, else a file of the same format
-            (.safetensors or .npy). It is written completely or not at all.
+            (.safetensors, .npy, word2vec or GloVe). It is written completely or not at all.
 
     Returns:
         What was written, and how far rounding can change the predictions.
@@ -72,13 +94,11 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
     source = origin.path
     if reason := reason_against(embeddings):
         raise InputError(f"{embeddings.name}: not centered: {reason}")
-    if out.exists() or out.is_symlink():
-        raise InputError(f"{out}: already exists; choose another place for the centered copy")
-    out = output_path(out, source)
-    if source.is_file() and out.suffix != source.suffix:
-        raise InputError(f"{out}: a copy of a {source.suffix} file needs the suffix {source.suffix}")
+    out = _place_of_copy(out, source)
     if origin.kind == "numpy":
         return _center_array(source, out)
+    if is_word_format(origin.kind):
+        return _center_words(source, cast(WordFormat, origin.kind), out)
     assert origin.head is not None
     if missing := sorted({path.name for path in origin.files.values() if not path.exists()}):
         raise InputError(
@@ -101,8 +121,70 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
     return Centered(out, origin.head, mean.norm().item(), rounding, condition)
 
 
+def remove_top(embeddings: Embeddings, out: Path) -> WithoutTop:
+    """Write a copy of word vectors, or of an array, without their mean and first ⌈H/100⌉ principal components.
+
+    It changes what a model predicts, so it is for vectors that are compared, not for the embeddings inside of a model.
+
+    Args:
+        embeddings: from ``coupled_adam.audit.embedding_files.read_embeddings``, of word2vec, GloVe or .npy.
+        out: the copy, which must not exist, with the suffix of the original; written completely or not at all.
+
+    Returns:
+        What was written and removed.
+
+    Raises:
+        InputError: the embeddings are those of a model, or in a format that cannot be written; they are not finite; or
+            ``out`` exists.
+
+    Source: Mu & Viswanath 2018, "All-but-the-Top", algorithm 1.
+    """
+    origin, source = embeddings.origin, embeddings.origin.path
+    if not (is_word_format(origin.kind) or origin.kind == "numpy"):
+        raise InputError(
+            f"{embeddings.name}: All-but-the-Top is for word vectors and arrays; in a model it would change predictions"
+        )
+    if reason := reason_against(embeddings):
+        raise InputError(f"{embeddings.name}: not written: {reason}")
+    out = _place_of_copy(out, source)
+    matrix = embeddings.input
+    mean = _mean(matrix, embeddings.name)
+    top = principal_components(matrix, min(isotropy_components(matrix.shape[1]), matrix.shape[1]))
+    without = all_but_the_top(matrix, top)
+    before = after = 0.0
+
+    def made(rows: NDArray[Any]) -> NDArray[np.float64]:
+        nonlocal before, after
+        new: NDArray[np.float64] = without(rows.astype(np.float64))
+        before += float(((rows - mean.numpy()) ** 2).sum())
+        after += float((new**2).sum())
+        return new
+
+    if origin.kind == "numpy":
+        stored = np.load(source, allow_pickle=False, mmap_mode="r")
+        result = np.empty_like(stored)
+        for start in range(0, len(stored), ROWS):
+            result[start : start + ROWS] = made(stored[start : start + ROWS])
+        with written_whole(out) as aside:
+            write_array(aside, result)
+    else:
+        kind = cast(WordFormat, origin.kind)
+        _rewrite_words(word_vectors.read_vectors(source, kind)[0], kind, out, made)
+    return WithoutTop(out, mean.norm().item(), top.shape[1], 1 - after / before if before > 0 else 0.0)
+
+
+def _place_of_copy(out: Path, source: Path) -> Path:
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out}: already exists; choose another place for the copy")
+    if source.is_file() and out.suffix != source.suffix:
+        raise InputError(f"{out}: a copy of a {source.suffix} file needs the suffix {source.suffix}")
+    return output_path(out, source)
+
+
 #: Why a model of this kind is not written, and what to do.
 UNWRITABLE = {
+    "fastText": "the vectors of n-grams in a model of fastText cannot be changed with those of words; save the latter "
+    "as word2vec text with gensim (load_facebook_vectors(FILE).save_word2vec_format('words.vec')), and center that",
     "gguf": "a GGUF file cannot be written without loss; center the model it was made from, then convert that",
     "run": "a run must be exported first (coupled-adam export)",
     "pickle": "pickle files cannot be written; convert the model to safetensors",
@@ -114,6 +196,8 @@ def reason_against(embeddings: Embeddings) -> str | None:
     origin = embeddings.origin
     if origin.kind in UNWRITABLE:
         return UNWRITABLE[origin.kind]
+    if is_word_format(origin.kind):
+        return None
     if origin.kind == "numpy":
         return ".npz files cannot be written; save the output embedding as .npy" if is_zipfile(origin.path) else None
     if embeddings.tied:
@@ -160,6 +244,30 @@ def _center_array(source: Path, out: Path) -> Centered:
         write_array(aside, result)
     condition = "it must be the output embedding of an untied model that does not cap its logits"
     return Centered(out, "embedding", mean.norm().item(), rounding, condition)
+
+
+def _center_words(source: Path, kind: WordFormat, out: Path) -> Centered:
+    vectors, _ = word_vectors.read_vectors(source, kind)
+    mean, rounding = _mean(torch.from_numpy(vectors.vectors), source.name), 0.0
+
+    def made(rows: NDArray[Any]) -> NDArray[np.float64]:
+        nonlocal rounding
+        exact: NDArray[np.float64] = rows.astype(np.float64) - mean.numpy()
+        rounding = max(rounding, float(np.linalg.norm(exact.astype(np.float32) - exact, axis=1).max()))
+        return exact
+
+    _rewrite_words(vectors, kind, out, made)
+    return Centered(out, "vectors", mean.norm().item(), rounding, None)
+
+
+def _rewrite_words(
+    vectors: "KeyedVectors", kind: WordFormat, out: Path, made: Callable[[NDArray[Any]], NDArray[np.float64]]
+) -> None:
+    """Write words with other vectors, which replace the given ones some rows at a time."""
+    for start in range(0, len(vectors), ROWS):
+        vectors.vectors[start : start + ROWS] = made(vectors.vectors[start : start + ROWS])
+    with written_whole(out) as aside:
+        word_vectors.write_vectors(vectors, aside, kind)
 
 
 def _mean(weights: Tensor, name: str) -> Tensor:

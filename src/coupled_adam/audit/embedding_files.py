@@ -5,14 +5,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coupled_adam.audit import gguf, model_directories, tensor_files
+from coupled_adam.audit import gguf, model_directories, tensor_files, word_vectors
 from coupled_adam.audit.embedding_names import (
     find_input,
     find_output,
@@ -24,6 +24,7 @@ from coupled_adam.audit.embedding_names import (
 )
 from coupled_adam.audit.first_bytes import READ, Format, format_of
 from coupled_adam.audit.tensor_files import PackedError, Tensors
+from coupled_adam.audit.word_vectors import WordFormat, is_word_format
 from coupled_adam.errors import InputError, one_line, printable
 from coupled_adam.lm.checkpoint import load_tensors
 from coupled_adam.lm.corpus import Corpus
@@ -32,8 +33,9 @@ from coupled_adam.lm.words import Words
 
 __all__ = ["Embeddings", "Origin", "read_embeddings"]
 
-Kind = Literal["safetensors", "pickle", "gguf", "numpy", "run"]
-"""The format that embeddings were read from; ``"run"`` for a run of this package."""
+Kind = Literal["safetensors", "pickle", "gguf", "numpy", "run"] | WordFormat
+"""The format that embeddings were read from; ``"run"`` for a run of this package. Word vectors have one of the formats
+``"word2vec text"``, ``"word2vec binary"``, ``"GloVe"`` and ``"fastText"``."""
 
 #: What a file should be by its name, where its first bytes do not tell.
 SUFFIXES: dict[str, Format] = {
@@ -100,8 +102,9 @@ def read_embeddings(model: str, *, tensor: str | None = None, data: Path | None 
 
     Args:
         model: a Hugging Face model directory; the name of a model on the Hub; a .safetensors, .gguf, .npy or .npz file;
-            a file of torch.save; or the directory of a run of this package, of which the last checkpoint is read. The
-            format of a file is recognized by its first bytes, else by its name.
+            a file of torch.save; word vectors of word2vec, GloVe or fastText; or the directory of a run of this
+            package, of which the last checkpoint is read. The format of a file is recognized by its first bytes, else
+            by its name.
         tensor: the name of the tensor to read instead of the embeddings. It is returned as ``input``.
         data: the corpus, for a run of this package; None for where it was during training.
 
@@ -155,7 +158,24 @@ def _read_file(path: Path, tensor: str | None) -> Embeddings:
         lone = next(iter(tensors.files)) if len(tensors.files) == 1 else None
         matrix = _matrix(tensors, tensor or find_input(tensors) or only_matrix(tensors) or lone, path)
         return Embeddings(name, Origin("numpy", path, None, tensors.files), matrix)
+    if kind is not None and is_word_format(kind):
+        return _read_word_vectors(path, name, cast(WordFormat, kind), tensor)
     raise InputError(f"{path}: not a supported type of file; {READ}")
+
+
+def _read_word_vectors(path: Path, name: str, kind: WordFormat, tensor: str | None) -> Embeddings:
+    if tensor is not None:
+        raise InputError(f"{path}: has no tensors, only the vectors of its words; leave out --tensor {tensor}")
+    vectors, said = word_vectors.read_vectors(path, kind)
+    notes = []
+    if repeated := said - len(vectors):
+        notes.append(f"{repeated:,} of its {said:,} words occur a second time and were left out.")
+    if kind == "fastText":
+        notes.append("The vectors of the words in its vocabulary, each with those of its character n-grams.")
+    matrix = torch.from_numpy(vectors.vectors)
+    return Embeddings(
+        name, Origin(kind, path), matrix, words=word_vectors.words_of_vectors(vectors), notes=tuple(notes)
+    )
 
 
 def _embeddings(

@@ -6,10 +6,11 @@ import zipfile
 from pathlib import Path
 from typing import Literal
 
+from coupled_adam.audit.word_vectors import WordFormat, word_format_of
 from coupled_adam.errors import InputError, printable
 from coupled_adam.files import check_no_pointer
 
-Format = Literal["safetensors", "gguf", "numpy", "pickle"]
+Format = Literal["safetensors", "gguf", "numpy", "pickle"] | WordFormat
 
 #: Bytes that are looked at: the first line of a text file with thousands of figures.
 HEAD = 16384
@@ -31,14 +32,6 @@ PICKLE = re.compile(rb"\x80[\x01-\x05]|\([dl]p\d+\n|c[\w.]+\n[\w.]+\n")
 
 #: How a page of a web site begins.
 PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml")
-
-#: How to make an array of embeddings in the formats of word2vec, fastText and GloVe: ``pip install gensim``.
-CONVERT = 'python -c "import gensim, numpy; numpy.save({target!r}, gensim.models.{load}.vectors)"'
-WORD2VEC, FASTTEXT = "KeyedVectors.load_word2vec_format({path!r}{options})", "fasttext.load_facebook_vectors({path!r})"
-
-#: "rows columns" is the first line of word2vec's files; "word 0.1 -0.2 …" is any line of its text files and GloVe's.
-WORD2VEC_HEADER = re.compile(rb"(\d{1,12}) (\d{1,6}) ?\r?\n")
-WORD_AND_NUMBERS = re.compile(rb"\S+( -?\d+(\.\d+)?([eE][-+]?\d+)?){2,} ?(\r?\n|$)")
 
 
 def check_regular(path: Path) -> None:
@@ -91,7 +84,8 @@ def format_of(path: Path) -> Format | None:
     for beginning, what in FOREIGN.items():
         if head.startswith(beginning):
             raise InputError(f"{path}: {what}; {READ}")
-    _refuse_static_embeddings(path, head)
+    if (words := word_format_of(head)) is not None:
+        return words
     if head and len(head) < HEAD and (text := _text(head)) is not None:
         raise InputError(
             f"{path}: a text file, which is not supported; it begins with {printable(text[:60])!r}. Save an array of "
@@ -101,7 +95,10 @@ def format_of(path: Path) -> Format | None:
 
 
 #: What is read, for messages.
-READ = "supported are .safetensors, .gguf, .npy, .npz, and files written by torch.save"
+READ = (
+    "supported are .safetensors, .gguf, .npy, .npz, files written by torch.save, and word vectors of word2vec, GloVe "
+    "and fastText"
+)
 
 
 def _format_of_archive(path: Path) -> Format | None:
@@ -115,22 +112,6 @@ def _format_of_archive(path: Path) -> Format | None:
     if any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):
         return "pickle"
     raise InputError(f"{path}: a zip archive without arrays or tensors (it holds {printable(str(names[:3]))}); {READ}")
-
-
-def _refuse_static_embeddings(path: Path, head: bytes) -> None:
-    if head.startswith(b"\xba\x16\x4f\x2f"):
-        raise _static(path, "a fastText model", FASTTEXT)
-    if header := WORD2VEC_HEADER.match(head):
-        size = f"{int(header[1]):,} words × {int(header[2]):,}"
-        text = WORD_AND_NUMBERS.match(head, header.end()) is not None
-        raise _static(path, f"embeddings in word2vec format ({size})", WORD2VEC, "" if text else ", binary=True")
-    if WORD_AND_NUMBERS.match(head):
-        raise _static(path, "embeddings in GloVe format", WORD2VEC, ", no_header=True")
-
-
-def _static(path: Path, what: str, load: str, options: str = "") -> InputError:
-    command = CONVERT.format(target=f"{path.stem}.npy", load=load.format(path=str(path), options=options))
-    return InputError(f"{path}: {what}, which is not supported; convert it to an array with gensim: {command}")
 
 
 def _text(head: bytes) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coupled_adam import geometry
 from coupled_adam.audit.advice import Advice, advice
-from coupled_adam.audit.centering import Centered, center
+from coupled_adam.audit.centering import Centered, WithoutTop, center, remove_top
 from coupled_adam.audit.embedding_files import Embeddings, read_embeddings
 from coupled_adam.audit.verdict import Finding, findings, note_on_rows, summary
 from coupled_adam.errors import InputError
@@ -73,7 +73,8 @@ def audit_models(
     tensor: str | None = None,
     data: Path | None = None,
     center_to: Path | None = None,
-) -> tuple[list[Audited], Centered | None]:
+    without_top_to: Path | None = None,
+) -> tuple[list[Audited], Centered | WithoutTop | None]:
     """Audit the embeddings of models: one matrix per model if they are tied or only one exists, else input and output.
 
     Args:
@@ -83,18 +84,26 @@ def audit_models(
             has a tokenizer.
         tensor: the name of the tensor to measure instead of the embeddings.
         data: the corpus, for a run of this package; None for where it was during training.
-        center_to: where to write a copy with a centered output embedding; only with a single model.
+        center_to: where to write a copy with a centered output embedding, or centered word vectors; only with a single
+            model.
+        without_top_to: where to write a copy of word vectors, or of an array, without their mean and first principal
+            components; only with a single one, and not beside ``center_to``.
 
     Returns:
-        The audits, one per matrix, and what was written to ``center_to``, or None.
+        The audits, one per matrix, and what was written, or None.
 
     Raises:
-        InputError: as for ``read_embeddings`` and ``coupled_adam.audit.centering.center``; or a matrix is not finite.
+        InputError: as for ``read_embeddings``, ``coupled_adam.audit.centering.center`` and ``remove_top`` there; or a
+            matrix is not finite.
     """
     given = list(dict.fromkeys(models))
-    if center_to is not None and len(given) > 1:
-        raise InputError(f"--center {center_to}: takes one model at a time, not {len(given)}")
-    audited, centered = {}, None
+    for option, place in (("--center", center_to), ("--all-but-the-top", without_top_to)):
+        if place is not None and len(given) > 1:
+            raise InputError(f"{option} {place}: takes one model at a time, not {len(given)}")
+    if center_to is not None and without_top_to is not None:
+        raise InputError("--center and --all-but-the-top: choose one; the latter subtracts the mean too")
+    audited = dict[str, list[Audited]]()
+    written: Centered | WithoutTop | None = None
     for i, model in enumerate(given, start=1):
         if len(given) > 1:
             say(f"[{i}/{len(given)}] {model}")
@@ -103,14 +112,16 @@ def audit_models(
             _audited(found, kind, matrix, benchmarks, tensor is None) for kind, matrix in _matrices(found)
         ]
         if center_to is not None:
-            centered = center(found, center_to)
+            written = center(found, center_to)
+        elif without_top_to is not None:
+            written = remove_top(found, without_top_to)
     names = [matrices[0].model for matrices in audited.values()]
     told_apart = [
         replace(matrix, model=model) if names.count(matrix.model) > 1 else matrix
         for model, matrices in audited.items()
         for matrix in matrices
     ]
-    return told_apart, centered
+    return told_apart, written
 
 
 def _matrices(found: Embeddings) -> list[tuple[str, Tensor]]:
