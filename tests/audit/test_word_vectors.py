@@ -8,7 +8,7 @@ import gensim
 import numpy as np
 import pytest
 from gensim.models import FastText, KeyedVectors
-from gensim.models.fasttext import save_facebook_model
+from gensim.models.fasttext import load_facebook_vectors, save_facebook_model
 from in_process import command
 
 from coupled_adam.audit.centering import center, remove_top
@@ -52,11 +52,11 @@ def test_words_and_vectors_are_those_of_the_file(kind: str, tmp_path: Path) -> N
     assert [found.words.token_of(word) for word in (*WORDS, "absent", "w")] == [*range(20), None, None]
 
 
-@pytest.mark.parametrize("name", ["crime-and-punishment.bin", "crime-and-punishment.vec", "test_glove.txt"])
+@pytest.mark.parametrize("name", ["euclidean_vectors.bin", "crime-and-punishment.vec", "test_glove.txt"])
 def test_files_of_the_original_programs_are_read_as_gensim_does(name: str) -> None:
     found = read_embeddings(str(GENSIM / name))
     kind = {"binary": ".bin" in name, "no_header": "glove" in name}
-    theirs = KeyedVectors.load_word2vec_format(GENSIM / name, unicode_errors="replace", **kind)
+    theirs = KeyedVectors.load_word2vec_format(GENSIM / name, **kind)
     assert np.array_equal(found.input.numpy(), theirs.vectors)
 
 
@@ -66,6 +66,13 @@ def fasttext(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     path = tmp_path_factory.mktemp("fasttext") / "cc.bin"
     save_facebook_model(model, str(path))
     return path, model
+
+
+def test_a_model_of_the_original_fasttext_is_read_as_gensim_does() -> None:
+    path = GENSIM / "crime-and-punishment.bin"
+    found = read_embeddings(str(path))
+    assert found.origin.kind == "fastText"
+    assert np.array_equal(found.input.numpy(), load_facebook_vectors(str(path)).vectors)
 
 
 def test_a_model_of_fasttext_has_the_vectors_of_its_words(fasttext: tuple[Path, Any]) -> None:

@@ -138,6 +138,11 @@ def remove_top(embeddings: Embeddings, out: Path) -> WithoutTop:
             ``out`` exists.
 
     Source: Mu & Viswanath 2018, "All-but-the-Top", algorithm 1.
+
+    Examples:
+        ```python
+        print(remove_top(read_embeddings("glove.6B.300d.txt"), Path("glove-300d-post-processed.txt")).components)
+        ```
     """
     origin, source = embeddings.origin, embeddings.origin.path
     if not (is_word_format(origin.kind) or origin.kind == "numpy"):
