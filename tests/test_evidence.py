@@ -214,7 +214,8 @@ def whole_study() -> list:
     for rate in (1e-3, 1e-2):
         also(f"mini-rest-{rate:.0e}-{{arm}}-{{factor}}".replace("e-0", "e-"), plain, lr=rate)
     also("mini-large-1e-2-{arm}-{factor}", both, lr=1e-2)
-    also("mini-steps-1952-{arm}-{factor}", plain, steps=1952)
+    also("mini-steps-1952-{arm}-{factor}", plain | {"token": "factored-0.5"}, steps=1952)
+    also("mini-muon-split-{arm}-{factor}", plain | {"token": "sgd"})
     also("mini-rates-{arm}-{factor}", plain)
     also("mini-words-{arm}-{factor}", plain)
     also("mini-warm-{arm}-{factor}", plain)
