@@ -261,8 +261,9 @@ def muon(results: Results) -> str:
     rows, differences = [], []
     for found in [*results.tuned(WHAT, "untied"), *results.tuned(MUON)]:
         outcomes = {outcome.arm.name: outcome for outcome in found.outcomes()}
-        a, others = outcomes["adamw"], [outcomes[name] for name in ("coupled", "sgd") if name in outcomes]
-        for other in others:
+        a = outcomes.get("adamw")
+        for other in (outcomes[name] for name in ("coupled", "sgd") if a and name in outcomes):
+            assert a is not None
             differences.append(paired_difference(a.losses, other.losses))
             losses = [f"{o.mean('loss_report'):.3f} ({factor_text(o.choice)})" for o in (a, other)]
             row = [MATRICES[found.name], other.arm.label, *losses, difference_text(differences[-1])]
