@@ -17,6 +17,7 @@ from coupled_adam.errors import InputError
 from coupled_adam.evaluation.embedding_figures import as_json
 from coupled_adam.evaluation.token_sample import TokenSample, sample_tokens
 from coupled_adam.geometry.measurements import PARTS
+from coupled_adam.geometry.statistics import Statistics
 from coupled_adam.progress import progress_bar, say
 
 __all__ = ["Audited", "audit_models"]
@@ -152,8 +153,10 @@ def _audited(
             )
     try:
         with progress_bar(name, 0, PARTS, large, "part", passing=True) as show:
-            measured = geometry.measure(matrix, counts=counts, token_of=token_of, benchmarks=benchmarks, show=show)
-        sample = sample_tokens(matrix, text_of or (lambda token: f"row {token}"), counts)
+            statistics = Statistics(matrix)
+            measured = geometry.measure(statistics, counts=counts, token_of=token_of, benchmarks=benchmarks, show=show)
+        sample = sample_tokens(statistics, text_of or (lambda token: f"row {token}"), counts)
+        del statistics  # and the matrix in float64 with it
         if measured.zero_rows < len(matrix) and (
             note := note_on_rows(matrix.numpy(), measured, number if whole else None)
         ):

@@ -9,7 +9,8 @@ from numpy.typing import ArrayLike
 
 from coupled_adam import geometry
 from coupled_adam.figures import Figures
-from coupled_adam.geometry.arrays import Matrix, as_matrix
+from coupled_adam.geometry.arrays import Matrix
+from coupled_adam.geometry.statistics import Statistics
 
 
 def figures_while_training(
@@ -22,9 +23,9 @@ def figures_while_training(
 
     ``word_similarity_pairs`` is the number of pairs, over all benchmarks, that could be looked up.
     """
-    e = as_matrix(embedding)
-    correlation = geometry.norm_frequency_correlation(e, unigram_counts)
-    similarities = [geometry.word_similarity(e, token_of, benchmark) for benchmark in benchmarks]
+    statistics = Statistics(embedding)
+    correlation = geometry.norm_frequency_correlation(statistics, unigram_counts)
+    similarities = [geometry.word_similarity(statistics, token_of, benchmark) for benchmark in benchmarks]
     return defined(
         {
             "norm_frequency_pearson": correlation.pearson,

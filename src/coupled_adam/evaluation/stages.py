@@ -25,6 +25,7 @@ from coupled_adam.evaluation.validation import batches_used, held_out, validate
 from coupled_adam.figures import FIGURES, figures
 from coupled_adam.files import check_writable, output_path, remove_leftovers
 from coupled_adam.geometry.measurements import PARTS
+from coupled_adam.geometry.statistics import Statistics
 from coupled_adam.lm.export import check_target, export, transformers_config, write_model_card
 from coupled_adam.lm.loss import STATISTICS
 from coupled_adam.lm.model import LanguageModel
@@ -242,8 +243,9 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, directory: Path | Non
     words = run.corpus.words
     try:
         with progress_bar(run.experiment.run.name, 0, PARTS, unit="part", passing=True) as show:
+            statistics = Statistics(embedding)
             measured = geometry.measure(
-                embedding, counts=counts, token_of=functools.cache(words.token_of), benchmarks=benchmarks, show=show
+                statistics, counts=counts, token_of=functools.cache(words.token_of), benchmarks=benchmarks, show=show
             )
     except ValueError as error:
         raise InputError(f"{run.directory}: {error}") from None
@@ -251,9 +253,9 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, directory: Path | Non
     fit = None if moment is None else geometry.second_moment_frequency_fit(moment, counts)
     content["figures"]["second_moment_frequency_fit"] = None if fit is None or math.isnan(fit) else fit
     bare = functools.cache(words.bare_token_of)
-    found = geometry.mean_similarity([geometry.word_similarity(embedding, bare, each) for each in benchmarks])
+    found = geometry.mean_similarity([geometry.word_similarity(statistics, bare, each) for each in benchmarks])
     content["figures"] |= defined({"word_similarity_bare": found})
-    content["token_sample"] = sample_tokens(embedding, words.text_of, counts, moment).as_json()
+    content["token_sample"] = sample_tokens(statistics, words.text_of, counts, moment).as_json()
     return _written(run, "embeddings", inputs, content)
 
 

@@ -111,10 +111,12 @@ def row_norms(e: Float64) -> Float64:
     return np.asarray(np.sqrt(np.einsum("ij,ij->i", e, e)) * scale)
 
 
-def mean_row(e: Float64) -> Float64:
-    """Compute the mean μ of the rows, (H,)."""
-    e, scale = in_range(e)
-    return np.asarray(e.mean(0) * scale)
+def pearson(x: Float64, y: Float64) -> float:
+    """Compute the linear correlation of two vectors of one length, in [−1, 1]; NaN where one of them is constant."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    x, y = (z / np.linalg.norm(z) for z in (in_range(z - z.mean())[0] for z in (x, y)))
+    return float(np.clip(x @ y, -1, 1))
 
 
 def in_range(e: Float64) -> tuple[Float64, float]:
