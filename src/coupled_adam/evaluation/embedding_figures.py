@@ -3,14 +3,26 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import ArrayLike
 
 from coupled_adam import geometry
+from coupled_adam.errors import InputError
 from coupled_adam.figures import Figures
 from coupled_adam.geometry.arrays import Matrix
 from coupled_adam.geometry.statistics import Statistics
+
+
+def read_benchmarks(directory: Path | None) -> tuple[geometry.Benchmark, ...]:
+    """Read the word-similarity benchmarks in ``directory``, or those that come with packages. Raises InputError."""
+    if directory is None:
+        return geometry.published_benchmarks()
+    try:
+        return geometry.read_benchmarks(directory)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def figures_while_training(

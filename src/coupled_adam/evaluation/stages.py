@@ -18,7 +18,7 @@ from coupled_adam import __version__, geometry
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.by_frequency import by_frequency
 from coupled_adam.evaluation.downstream import PAPER_TASKS, downstream
-from coupled_adam.evaluation.embedding_figures import as_json, defined
+from coupled_adam.evaluation.embedding_figures import as_json, defined, read_benchmarks
 from coupled_adam.evaluation.results import SCHEMAS, read_results, write_results
 from coupled_adam.evaluation.token_sample import sample_tokens
 from coupled_adam.evaluation.validation import batches_used, held_out, validate
@@ -296,13 +296,3 @@ def _downstream(run: Run, weights: str, settings: Downstream) -> dict[str, Any]:
     except (InputError, ImportError) as error:  # what the other stages found is kept, and shown
         warn(f"downstream: {error}")
         return {"failed": {"downstream": str(error)}}
-
-
-def read_benchmarks(directory: Path | None) -> tuple[geometry.Benchmark, ...]:
-    """Read the word-similarity benchmarks in ``directory``, or those that come with packages. Raises InputError."""
-    if directory is None:
-        return geometry.published_benchmarks()
-    try:
-        return geometry.read_benchmarks(directory)
-    except ValueError as error:
-        raise InputError(str(error)) from None
