@@ -200,10 +200,13 @@ def principal_share(embedding: Embedding) -> float:
     return principal_share_of(statistics.principal[0], float(np.trace(statistics.squares)))
 
 
-def principal_share_of(values: Float64, squares: float) -> float:
-    """The same from the eigenvalues, ascending, and Σ_i ‖e_i‖², of which they may be what rounding left."""
+def principal_share_of(values: Float64, squares: float, rounding: float = 1e-12) -> float:
+    """The same from the eigenvalues, ascending, and Σ_i ‖e_i‖², of which they may be what rounding left.
+
+    ``rounding`` is how far the mean may be off, relatively.
+    """
     total = float(values.sum())
-    return float(values[-1]) / total if total > 1e-12 * squares else float("nan")
+    return float(values[-1]) / total if total > rounding**2 * squares else float("nan")
 
 
 def logit_bound_ratio(embedding: Embedding) -> float:

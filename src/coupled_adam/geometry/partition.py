@@ -48,7 +48,7 @@ def log_partition_around(
     error, wanted = rough_error(len(directions), longest), np.zeros(len(found), bool)
     for group in groups or (slice(None),):
         if len(part := found[group]):
-            wanted[group] |= (part <= part.min() + 2 * error) | (part >= part.max() - 2 * error)
+            wanted[group] |= ~((part > part.min() + 2 * error) & (part < part.max() - 2 * error))
     checked = exact(np.ascontiguousarray(directions[:, wanted]))
     if not (np.abs(checked - found[wanted]) <= error).all():
         return exact(directions)  # torch was told to multiply in less than float32

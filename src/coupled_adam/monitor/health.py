@@ -99,7 +99,8 @@ def _figures(embedding: Tensor, isotropy: bool) -> dict[str, float]:
     scatter, spectrum, squares = _spectra(e, mean, torch.float32 if quick else precision(e))
     if quick and spectrum[0] < SMALLEST_SHARE * scatter.sum():
         scatter, spectrum, squares = _spectra(e, mean, precision(e))
-    figures["principal_share"] = principal_share_of(scatter.cpu().numpy(), squares.trace().item())
+    rounding = 1e4 * torch.finfo(precision(e)).eps
+    figures["principal_share"] = principal_share_of(scatter.cpu().numpy(), squares.trace().item(), rounding)
     figures["inverse_condition"] = 100 * _ratio(spectrum[0].sqrt().item(), spectrum[-1].sqrt().item())
     if isotropy:
         figures["isotropy"] = _isotropy(e, mean, torch.linalg.eigh(squares)[1])
