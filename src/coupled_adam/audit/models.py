@@ -17,7 +17,6 @@ from coupled_adam.errors import InputError
 from coupled_adam.evaluation.embedding_figures import as_json
 from coupled_adam.evaluation.token_sample import TokenSample, sample_tokens
 from coupled_adam.geometry.measurements import PARTS
-from coupled_adam.geometry.statistics import Statistics
 from coupled_adam.progress import progress_bar, say
 
 __all__ = ["Audited", "audit_models"]
@@ -153,7 +152,7 @@ def _audited(
             )
     try:
         with progress_bar(name, 0, PARTS, large, "part", passing=True) as show:
-            statistics = Statistics(matrix)
+            statistics = geometry.Statistics(matrix)
             measured = geometry.measure(statistics, counts=counts, token_of=token_of, benchmarks=benchmarks, show=show)
         sample = sample_tokens(statistics, text_of or (lambda token: f"row {token}"), counts)
         del statistics  # and the matrix in float64 with it

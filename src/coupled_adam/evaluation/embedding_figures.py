@@ -12,7 +12,6 @@ from coupled_adam import geometry
 from coupled_adam.errors import InputError
 from coupled_adam.figures import Figures
 from coupled_adam.geometry.arrays import Matrix
-from coupled_adam.geometry.statistics import Statistics
 
 
 def read_benchmarks(directory: Path | None) -> tuple[geometry.Benchmark, ...]:
@@ -35,7 +34,7 @@ def figures_while_training(
 
     ``word_similarity_pairs`` is the number of pairs, over all benchmarks, that could be looked up.
     """
-    statistics = Statistics(embedding)
+    statistics = geometry.Statistics(embedding)
     correlation = geometry.norm_frequency_correlation(statistics, unigram_counts)
     similarities = [geometry.word_similarity(statistics, token_of, benchmark) for benchmark in benchmarks]
     return defined(

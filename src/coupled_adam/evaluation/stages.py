@@ -25,7 +25,6 @@ from coupled_adam.evaluation.validation import batches_used, held_out, validate
 from coupled_adam.figures import FIGURES, figures
 from coupled_adam.files import check_writable, output_path, remove_leftovers
 from coupled_adam.geometry.measurements import PARTS
-from coupled_adam.geometry.statistics import Statistics
 from coupled_adam.lm.export import check_target, export, transformers_config, write_model_card
 from coupled_adam.lm.loss import STATISTICS
 from coupled_adam.lm.model import LanguageModel
@@ -243,7 +242,7 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, directory: Path | Non
     words = run.corpus.words
     try:
         with progress_bar(run.experiment.run.name, 0, PARTS, unit="part", passing=True) as show:
-            statistics = Statistics(embedding)
+            statistics = geometry.Statistics(embedding)
             measured = geometry.measure(
                 statistics, counts=counts, token_of=functools.cache(words.token_of), benchmarks=benchmarks, show=show
             )

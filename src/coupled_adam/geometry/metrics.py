@@ -1,6 +1,7 @@
 """Isotropy, mean shift and spectrum of an embedding matrix E of shape (V, H) with rows e_i; μ is their mean.
 
-Every function takes a numpy array, a tensor of any dtype or device, or nested lists, and works in float64.
+Every function takes a numpy array, a tensor of any dtype or device, nested lists, or ``Statistics`` of one of them, and
+works in float64.
 """
 
 import numpy as np
@@ -12,6 +13,9 @@ from coupled_adam.geometry.statistics import Embedding, Statistics, statistics_o
 
 def isotropy(embedding: Embedding, row_map: RowMap | None = None) -> float:
     """Compute the isotropy min_c Z(c) / max_c Z(c) with Z(c) = Σ_i exp(e_i·c), over the unit eigenvectors c of EᵀE.
+
+    Of a large matrix, exponents are first computed in float32. They say which directions may have the least or the
+    greatest Z, and those are computed in float64: so the result has the digits of float64.
 
     It depends on the scale of E: when you compare models whose embeddings differ in norm, say so. The sign of an
     eigenvector is arbitrary; here its component of largest magnitude is positive, which makes the result reproducible.
@@ -141,7 +145,8 @@ def singular_values(embedding: Embedding) -> Float64:
         embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
 
     Returns:
-        The min(V, H) singular values, float64, largest first, in units of the embedding.
+        The min(V, H) singular values, float64, largest first, in units of the embedding; relative errors are below
+        1e-6.
 
     Raises:
         ValueError: E is not a finite matrix with two rows or more.

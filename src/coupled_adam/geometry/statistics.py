@@ -1,4 +1,4 @@
-"""What the metrics of one embedding matrix share, each computed once."""
+"""What the metrics of one embedding matrix share, computed once."""
 
 import functools
 from collections.abc import Iterator
@@ -9,6 +9,8 @@ import numpy as np
 from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix, blocks, in_range
 from coupled_adam.geometry.partition import log_partition_around, with_positive_largest
 
+__all__ = ["Embedding", "Statistics"]
+
 #: (S_min/S_max)² above which the singular values are taken from EᵀE: they are then exact to 1e-6, relatively.
 SQUARED_CONDITION = 1e-9
 
@@ -17,10 +19,10 @@ LARGEST_SCALE = 2.0**990
 
 
 class Statistics:
-    """Sums over the rows e_i of a matrix E, (V, H), and what follows from them; each is computed when first asked for.
+    """Sums over the rows of a matrix, and its spectrum: several metrics of one matrix share them.
 
-    All are those of E/``scale``. The mean μ is taken from the rows before they are multiplied: so no digits are lost
-    where it is much longer than the rows' distance from it.
+    Give it to functions in place of the matrix. What they need is computed once, when the first of them asks for it.
+    The mean is taken from the rows before they are multiplied, so that a large one costs no digits.
 
     Args:
         embedding: E: an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
@@ -28,7 +30,15 @@ class Statistics:
 
     Raises:
         ValueError: E is not a finite matrix with two rows or more.
+
+    Examples:
+        >>> from coupled_adam import geometry
+        >>> shared = Statistics([[1.0, 0.0], [0.0, 4.0], [0.0, 4.0]])
+        >>> round(geometry.principal_share(shared), 6), round(geometry.inverse_condition(shared), 2)
+        (1.0, 17.68)
     """
+
+    # Of the rows e_i of E/scale, (V, H), and their mean μ.
 
     def __init__(self, embedding: Matrix, row_map: RowMap | None = None) -> None:
         self.matrix = as_matrix(embedding)
@@ -149,7 +159,7 @@ class Statistics:
 
 
 Embedding: TypeAlias = Matrix | Statistics
-"""A matrix, or its statistics where several functions should share them."""
+"""A matrix, or its statistics, which several functions can share."""
 
 
 def statistics_of(embedding: Embedding) -> Statistics:
