@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix, blocks, in_range
+from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix, blocks, scale_of
 from coupled_adam.geometry.partition import log_partition_around, with_positive_largest
 
 __all__ = ["Embedding", "Statistics"]
@@ -38,12 +38,12 @@ class Statistics:
         (1.0, 17.68)
     """
 
-    # Of the rows e_i of E/scale, (V, H), and their mean μ.
+    # All but the matrix itself is that of E/scale, with rows e_i and their mean μ.
 
     def __init__(self, embedding: Matrix, row_map: RowMap | None = None) -> None:
         self.matrix = as_matrix(embedding)
-        """E as it was given, (V, H)."""
-        self.scale = in_range(self.matrix)[1]
+        """E in float64, (V, H)."""
+        self.scale = scale_of(self.matrix)
         """A power of two, nearly always 1, such that no square of E/scale overflows or vanishes."""
         self.shape = self.matrix.shape
         """V and H."""

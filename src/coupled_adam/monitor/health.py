@@ -151,7 +151,7 @@ def _isotropy(e: Tensor, mean: Tensor, directions: Tensor) -> float:
     directions = directions * largest.sign()  # a sign of its own has no eigenvector; so the figure is reproducible
 
     def centered() -> Iterator[Tensor]:
-        return (rows.sub_(mean) for rows in _rows(e, precision(e)))
+        return (rows.sub_(mean) for rows in _rows(e, precision(e), times=16))
 
     if e.device.type == "cpu" and not is_dtensor(e):
         longest = max(torch.linalg.vector_norm(rows, dim=1).max().item() for rows in centered())
