@@ -8,6 +8,9 @@ process, in both orders; what is printed are medians, and that both find the sam
 takes turns between drift, health and the steps of fused AdamW and of Coupled Adam, in processor time of one thread.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import harness
@@ -99,7 +102,10 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=50_304)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--live", action="store_true")
+    one_thread = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # libraries read it when they are loaded
     arguments = parser.parse_args()
+    if arguments.live and not one_thread.items() <= os.environ.items():
+        raise SystemExit(subprocess.run([sys.executable, *sys.argv], env=os.environ | one_thread).returncode)
     with harness.results(arguments) as results:
         measure = live if arguments.live else metrics
         for name, seconds in measure(arguments.vocabulary, arguments.width, arguments.rounds).items():

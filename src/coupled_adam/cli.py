@@ -521,14 +521,14 @@ def audit_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print all metrics as JSON.")] = False,
 ) -> None:
     """Audit the embeddings of any model. Metrics, a verdict in words, several models side by side."""
-    from coupled_adam.audit.audit_page import write_audit_page
     from coupled_adam.audit.audit_text import print_audit
     from coupled_adam.audit.centering import Centered
     from coupled_adam.audit.models import audit_models
-    from coupled_adam.evaluation.stages import read_benchmarks
-    from coupled_adam.report.page import check_page
+    from coupled_adam.evaluation.embedding_figures import read_benchmarks
 
     if html:
+        from coupled_adam.report.page import check_page
+
         check_page(html)  # before it is measured
     audited, written = audit_models(
         models,
@@ -539,6 +539,8 @@ def audit_command(
         without_top_to=without_top_to,
     )
     if html:
+        from coupled_adam.audit.audit_page import write_audit_page
+
         write_audit_page(html, audited)
     if as_json:
         print_json([matrix.as_json() for matrix in audited])

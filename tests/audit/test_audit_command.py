@@ -1,6 +1,8 @@
 """The audit through the command line: files, models and runs, in words, as JSON and as a page in a real browser."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +177,16 @@ def test_words_are_looked_up_in_a_model_that_was_exported(tiny: Experiment, tmp_
     of_the_run, of_the_export = audit(tmp_path / "run", tmp_path / "run" / "model", "--benchmarks", benchmarks)
     assert of_the_run["figures"]["word_similarity_pairs"] == 11
     assert of_the_export["word_similarity"] == of_the_run["word_similarity"]
+
+
+def test_what_a_file_of_numbers_does_not_need_is_not_loaded(arrays: list[Path]) -> None:
+    """Each of these takes as long to import as a matrix takes to measure."""
+    slow = {"gensim", "hyperhyper", "plotly", "scipy.stats", "torch.distributed.tensor", "transformers"}
+    code = (
+        "import sys\nfrom coupled_adam.__main__ import main\n"
+        f"sys.argv = ['coupled-adam', 'audit', {str(arrays[0])!r}]\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        f"print('loaded:', *{slow} & sys.modules.keys())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    assert "mean shift ratio" in result.stdout and result.stdout.splitlines()[-1] == "loaded:"

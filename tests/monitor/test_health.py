@@ -1,5 +1,6 @@
 """Health of an embedding where it lies: the figures of the metrics, whatever holds the matrix."""
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from coupled_adam import geometry, monitor
 from coupled_adam.monitor import shards
+
+HEALTH = importlib.import_module("coupled_adam.monitor.health")  # the package has a function of that name
 
 
 def made_up(rows: int = 700, width: int = 24) -> np.ndarray:
@@ -87,3 +90,89 @@ def test_three_processes_find_what_one_does(layout: str, rows: int, processes: A
         assert figures == pytest.approx(alone, rel=1e-9)
         # The matrix stays where it is; one cut by columns is sent once, for which gloo has nothing but a gather.
         assert gathers == (layout == "columns")
+
+
+def spread(ratio: float, rows: int = 900, width: int = 40) -> torch.Tensor:
+    """Rows whose spread falls to this share from the first to the last direction, which are no axes."""
+    g = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(width, width, generator=g, dtype=torch.float64))[0]
+    scales = torch.logspace(0, np.log10(ratio), width, dtype=torch.float64)
+    return torch.randn(rows, width, generator=g, dtype=torch.float64) * scales @ directions
+
+
+def by_svd(e: torch.Tensor) -> dict[str, float]:
+    x = e.double().numpy()
+    mean = x.mean(0)
+    around, whole = (np.linalg.svd(m, compute_uv=False) for m in (x - mean, x))
+    return {
+        "mean_shift_ratio": np.linalg.norm(mean) / np.linalg.norm(x, axis=1).mean(),
+        "norm_of_mean": np.linalg.norm(mean),
+        "principal_share": around[0] ** 2 / (around**2).sum(),
+        "inverse_condition": 100 * whole[-1] / whole[0],
+    }
+
+
+@pytest.fixture
+def precisions(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Have small matrices treated as large ones; holds in which precision products were computed, one by one."""
+    used: list[torch.dtype] = []
+    products = HEALTH._spectra
+
+    def recorded(e: torch.Tensor, mean: torch.Tensor, dtype: torch.dtype) -> Any:
+        used.append(dtype)
+        return products(e, mean, dtype)
+
+    monkeypatch.setattr(HEALTH, "LARGE", 0)
+    monkeypatch.setattr(HEALTH, "_spectra", recorded)
+    return used
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shift", [0, 1, 100, 1e4])
+@pytest.mark.parametrize("ratio", [1, 0.1, 1e-2, 1e-3])
+def test_figures_from_products_in_float32_are_those_of_float64(
+    dtype: torch.dtype, shift: float, ratio: float, precisions: list[torch.dtype]
+) -> None:
+    e = (spread(ratio) + shift * torch.linspace(-1, 1, 40, dtype=torch.float64)).to(dtype)
+    found, wanted = monitor.health(e), by_svd(e)
+    assert precisions[0] == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # What a shift leaves of the smallest singular value in EᵀE is what float64 resolves beside the largest.
+    tolerance = 1e-4 if wanted["inverse_condition"] > 0.003 else 0.05
+    assert found.pop("inverse_condition") == pytest.approx(wanted.pop("inverse_condition"), rel=tolerance)
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-3, 1e3, 1e12, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiny_and_huge_values(scale: float, dtype: torch.dtype, precisions: list[torch.dtype]) -> None:
+    e = ((spread(0.1) + 0.2) * scale).to(dtype)
+    found, wanted = monitor.health(e, isotropy=True), by_svd(e)
+    assert 0 <= found.pop("isotropy") <= 1
+    assert found == pytest.approx(wanted, rel=1e-6)
+    assert monitor.health(e) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_an_ill_conditioned_matrix_is_measured_again_in_float64(precisions: list[torch.dtype]) -> None:
+    monitor.health(spread(0.1).float())
+    assert precisions == [torch.float32]
+    for e in (spread(1e-3), spread(0.1) * (torch.arange(40) < 39), spread(1, rows=30)):
+        precisions.clear()
+        e = e.float()
+        found, wanted = monitor.health(e), by_svd(e)
+        assert precisions == ([torch.float32] if len(e) == 30 else [torch.float32, torch.float64])
+        wanted = {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in wanted.items()}
+        assert found == wanted
+    precisions.clear()
+    monitor.health(spread(0.1).float(), isotropy=True)  # whose directions need more digits than the other figures
+    assert precisions == [torch.float64]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_matrix_that_is_not_finite_has_no_figures(value: float, dtype: torch.dtype) -> None:
+    e = spread(1).to(dtype)
+    e[7, 3] = value
+    for isotropy in (False, True):
+        found = monitor.health(e, isotropy=isotropy)
+        assert list(found) == list(monitor.health(spread(1), isotropy=isotropy))
+        assert all(np.isnan(figure) for figure in found.values())

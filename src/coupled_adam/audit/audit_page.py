@@ -8,8 +8,6 @@ from coupled_adam.audit.models import Audited
 from coupled_adam.audit.verdict import ranges
 from coupled_adam.evaluation.embedding_figures import figures_of
 from coupled_adam.figures import figures
-from coupled_adam.report import charts
-from coupled_adam.report.page import write_page
 from coupled_adam.report.table import Row, rows
 
 #: What the audit shows, in its order.
@@ -49,6 +47,9 @@ def grouped_advice(audited: Sequence[Audited]) -> list[tuple[list[str], Advice]]
 
 def write_audit_page(path: Path, audited: Sequence[Audited]) -> None:
     """Write the page: metrics, verdicts and charts of all matrices; it opens offline."""
+    from coupled_adam.report import charts  # with plotly, which the audit on the terminal does not need
+    from coupled_adam.report.page import write_page
+
     samples = {matrix.name: matrix.sample for matrix in audited}
     counted = {name: sample for name, sample in samples.items() if sample.count}
     drawn = charts.token_maps(samples)

@@ -26,9 +26,7 @@ from coupled_adam.audit.first_bytes import READ, Format, format_of
 from coupled_adam.audit.tensor_files import PackedError, Tensors
 from coupled_adam.audit.word_vectors import WordFormat, is_word_format
 from coupled_adam.errors import InputError, one_line, printable
-from coupled_adam.lm.checkpoint import load_tensors
 from coupled_adam.lm.corpus import Corpus
-from coupled_adam.lm.run import open_checkpoint, open_run
 from coupled_adam.lm.words import Words
 
 __all__ = ["Embeddings", "Origin", "read_embeddings"]
@@ -308,6 +306,10 @@ def _read_gguf(path: Path, name: str, tensor: str | None) -> Embeddings:
 
 
 def _read_run(directory: Path, tensor: str | None, data: Path | None) -> Embeddings:
+    # Other models need nothing of torch.distributed, which takes as long to import as torch.
+    from coupled_adam.lm.checkpoint import load_tensors
+    from coupled_adam.lm.run import open_checkpoint, open_run
+
     corpus: Corpus | None
     notes: tuple[str, ...] = ()
     try:

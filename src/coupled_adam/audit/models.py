@@ -152,8 +152,10 @@ def _audited(
             )
     try:
         with progress_bar(name, 0, PARTS, large, "part", passing=True) as show:
-            measured = geometry.measure(matrix, counts=counts, token_of=token_of, benchmarks=benchmarks, show=show)
-        sample = sample_tokens(matrix, text_of or (lambda token: f"row {token}"), counts)
+            statistics = geometry.Statistics(matrix)
+            measured = geometry.measure(statistics, counts=counts, token_of=token_of, benchmarks=benchmarks, show=show)
+        sample = sample_tokens(statistics, text_of or (lambda token: f"row {token}"), counts)
+        del statistics  # and the matrix in float64 with it
         if measured.zero_rows < len(matrix) and (
             note := note_on_rows(matrix.numpy(), measured, number if whole else None)
         ):

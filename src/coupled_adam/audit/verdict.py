@@ -12,7 +12,6 @@ from coupled_adam import experiments, geometry
 from coupled_adam.audit.rows import kinds_of_rows
 from coupled_adam.figures import FIGURES
 from coupled_adam.geometry import Measurements
-from coupled_adam.geometry.arrays import as_matrix
 from coupled_adam.lm.config import OPTIMIZER_LABELS
 
 __all__ = ["Finding", "Level"]
@@ -241,7 +240,7 @@ def note_on_rows(matrix: NDArray[np.floating[Any]], measured: Measurements, toke
     said = f"{rows.unused:,} of {len(matrix):,} rows are unused or repeated: {counted}."
     if rows.used.sum() < 2:
         return f"{said} Without them, too few are left to measure."
-    rest = as_matrix(matrix[rows.used])
+    rest = geometry.Statistics(matrix[rows.used])
     shift, isotropy = geometry.mean_shift_ratio(rest), geometry.isotropy(rest)
     condition = geometry.inverse_condition(rest)
     before = (measured.mean_shift_ratio, measured.isotropy, measured.inverse_condition)

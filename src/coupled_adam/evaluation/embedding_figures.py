@@ -3,13 +3,25 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import ArrayLike
 
 from coupled_adam import geometry
+from coupled_adam.errors import InputError
 from coupled_adam.figures import Figures
-from coupled_adam.geometry.arrays import Matrix, as_matrix
+from coupled_adam.geometry.arrays import Matrix
+
+
+def read_benchmarks(directory: Path | None) -> tuple[geometry.Benchmark, ...]:
+    """Read the word-similarity benchmarks in ``directory``, or those that come with packages. Raises InputError."""
+    if directory is None:
+        return geometry.published_benchmarks()
+    try:
+        return geometry.read_benchmarks(directory)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def figures_while_training(
@@ -22,9 +34,9 @@ def figures_while_training(
 
     ``word_similarity_pairs`` is the number of pairs, over all benchmarks, that could be looked up.
     """
-    e = as_matrix(embedding)
-    correlation = geometry.norm_frequency_correlation(e, unigram_counts)
-    similarities = [geometry.word_similarity(e, token_of, benchmark) for benchmark in benchmarks]
+    statistics = geometry.Statistics(embedding)
+    correlation = geometry.norm_frequency_correlation(statistics, unigram_counts)
+    similarities = [geometry.word_similarity(statistics, token_of, benchmark) for benchmark in benchmarks]
     return defined(
         {
             "norm_frequency_pearson": correlation.pearson,

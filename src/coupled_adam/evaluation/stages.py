@@ -18,7 +18,7 @@ from coupled_adam import __version__, geometry
 from coupled_adam.errors import InputError
 from coupled_adam.evaluation.by_frequency import by_frequency
 from coupled_adam.evaluation.downstream import PAPER_TASKS, downstream
-from coupled_adam.evaluation.embedding_figures import as_json, defined
+from coupled_adam.evaluation.embedding_figures import as_json, defined, read_benchmarks
 from coupled_adam.evaluation.results import SCHEMAS, read_results, write_results
 from coupled_adam.evaluation.token_sample import sample_tokens
 from coupled_adam.evaluation.validation import batches_used, held_out, validate
@@ -242,8 +242,9 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, directory: Path | Non
     words = run.corpus.words
     try:
         with progress_bar(run.experiment.run.name, 0, PARTS, unit="part", passing=True) as show:
+            statistics = geometry.Statistics(embedding)
             measured = geometry.measure(
-                embedding, counts=counts, token_of=functools.cache(words.token_of), benchmarks=benchmarks, show=show
+                statistics, counts=counts, token_of=functools.cache(words.token_of), benchmarks=benchmarks, show=show
             )
     except ValueError as error:
         raise InputError(f"{run.directory}: {error}") from None
@@ -251,9 +252,9 @@ def _embeddings(run: Run, embedding: Tensor, weights: str, directory: Path | Non
     fit = None if moment is None else geometry.second_moment_frequency_fit(moment, counts)
     content["figures"]["second_moment_frequency_fit"] = None if fit is None or math.isnan(fit) else fit
     bare = functools.cache(words.bare_token_of)
-    found = geometry.mean_similarity([geometry.word_similarity(embedding, bare, each) for each in benchmarks])
+    found = geometry.mean_similarity([geometry.word_similarity(statistics, bare, each) for each in benchmarks])
     content["figures"] |= defined({"word_similarity_bare": found})
-    content["token_sample"] = sample_tokens(embedding, words.text_of, counts, moment).as_json()
+    content["token_sample"] = sample_tokens(statistics, words.text_of, counts, moment).as_json()
     return _written(run, "embeddings", inputs, content)
 
 
@@ -294,13 +295,3 @@ def _downstream(run: Run, weights: str, settings: Downstream) -> dict[str, Any]:
     except (InputError, ImportError) as error:  # what the other stages found is kept, and shown
         warn(f"downstream: {error}")
         return {"failed": {"downstream": str(error)}}
-
-
-def read_benchmarks(directory: Path | None) -> tuple[geometry.Benchmark, ...]:
-    """Read the word-similarity benchmarks in ``directory``, or those that come with packages. Raises InputError."""
-    if directory is None:
-        return geometry.published_benchmarks()
-    try:
-        return geometry.read_benchmarks(directory)
-    except ValueError as error:
-        raise InputError(str(error)) from None

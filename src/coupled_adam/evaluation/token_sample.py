@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coupled_adam.geometry import plane
-from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix, in_range, row_norms
+from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix
+from coupled_adam.geometry.statistics import Embedding, statistics_of
 
 #: Significant digits of what is written to a file and drawn.
 DIGITS = 5
@@ -39,26 +40,25 @@ class TokenSample:
 
 
 def sample_tokens(
-    embedding: Matrix,
+    embedding: Embedding,
     text_of: Callable[[int], str],
     counts: Sequence[int] | NDArray[np.int64] | None = None,
     second_moment: Matrix | None = None,
     limit: int = 2000,
 ) -> TokenSample:
     """Sample at most ``limit`` tokens of a (V, H) matrix, evenly spread over the ranks of frequency."""
-    e = as_matrix(embedding)
-    scaled, scale = in_range(e)
-    mean = scaled.mean(0)
+    statistics = statistics_of(embedding)
+    e, scale = statistics.matrix, statistics.scale
     ranked = np.arange(len(e)) if counts is None else np.argsort(-np.asarray(counts), kind="stable")
     kept = ranked[np.linspace(0, len(e) - 1, min(limit, len(e))).round().astype(int)]
-    along, across = plane(e)
+    along, across = plane(statistics)
     moment = None if second_moment is None else as_matrix(second_moment).mean(1)
     with np.errstate(over="ignore"):  # of products that float64 does not hold
-        projection = (scaled[kept] @ mean) * scale * scale
+        projection = statistics.projections[kept] * scale * scale
     return TokenSample(
         text=[text_of(int(i)) for i in kept],
         count=None if counts is None else [int(counts[i]) for i in kept],
-        norm=_rounded(row_norms(e[kept])),
+        norm=_rounded(statistics.norms[kept] * scale),
         projection=_rounded(projection),
         along=_rounded(e[kept] @ along),
         across=_rounded(e[kept] @ across),

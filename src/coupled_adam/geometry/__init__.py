@@ -28,6 +28,7 @@ from coupled_adam.geometry.metrics import (
     singular_values,
 )
 from coupled_adam.geometry.plane import plane
+from coupled_adam.geometry.statistics import Statistics
 from coupled_adam.geometry.word_similarity import (
     Benchmark,
     WordSimilarity,
@@ -41,6 +42,7 @@ __all__ = [
     "Benchmark",
     "Correlation",
     "Measurements",
+    "Statistics",
     "WordSimilarity",
     "inverse_condition",
     "isotropy",

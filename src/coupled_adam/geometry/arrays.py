@@ -111,16 +111,24 @@ def row_norms(e: Float64) -> Float64:
     return np.asarray(np.sqrt(np.einsum("ij,ij->i", e, e)) * scale)
 
 
-def mean_row(e: Float64) -> Float64:
-    """Compute the mean μ of the rows, (H,)."""
-    e, scale = in_range(e)
-    return np.asarray(e.mean(0) * scale)
+def pearson(x: Float64, y: Float64) -> float:
+    """Compute the linear correlation of two vectors of one length, in [−1, 1]; NaN where one of them is constant."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    x, y = x - x.mean(), y - y.mean()
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # so that no square overflows or vanishes
+    return float(np.clip(x @ y / math.sqrt((x @ x) * (y @ y)), -1, 1))
 
 
 def in_range(e: Float64) -> tuple[Float64, float]:
     """Return e/s and s, a power of two, so that no square overflows or vanishes: nearly always ``e`` itself and 1."""
+    scale = scale_of(e)
+    return (e if scale == 1 else e / scale), scale
+
+
+def scale_of(e: Float64) -> float:
+    """Return s, as above."""
     largest = float(max(e.max(), -e.min()))
     if largest == 0 or SQUARES[0] < largest < SQUARES[1]:
-        return e, 1.0
-    exponent = math.frexp(largest)[1] - 1
-    return np.ldexp(e, -exponent), math.ldexp(1.0, exponent)
+        return 1.0
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1)

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from coupled_adam.geometry import frequency, metrics, post_processing
-from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix
+from coupled_adam.geometry.arrays import Float64, RowMap
+from coupled_adam.geometry.partition import ratio_of_extremes
+from coupled_adam.geometry.statistics import Embedding, Statistics, statistics_of
 from coupled_adam.geometry.word_similarity import Benchmark, WordSimilarity, mean_similarity, word_similarity
 
 T = TypeVar("T")
@@ -69,7 +71,7 @@ class Measurements:
 
 
 def measure(
-    embedding: Matrix,
+    embedding: Embedding,
     *,
     counts: ArrayLike | None = None,
     token_of: Callable[[str], int | None] | None = None,
@@ -97,44 +99,44 @@ def measure(
         >>> round(measure(shifted).mean_shift_ratio, 1)
         0.9
     """
-    e, done = as_matrix(embedding), itertools.count(1)
+    statistics, done = statistics_of(embedding), itertools.count(1)
+    height, width = statistics.shape
 
     def finished(part: T) -> T:
         if show is not None:
             show(next(done))
         return part
 
-    values = finished(metrics.singular_values(e))
-    for_isotropy, for_words = (
-        post_processing.isotropy_components(e.shape[1]),
-        post_processing.WORD_SIMILARITY_COMPONENTS,
-    )
-    top = finished(post_processing.principal_components(e, max(for_isotropy, for_words)))
-    variants = post_processing.variants(e, top[:, :for_words])
+    finished(statistics.scatter)
+    values = finished(metrics.singular_values(statistics))
+    top = finished(statistics.components(post_processing.WORD_SIMILARITY_COMPONENTS))
+    isotropy = finished(metrics.isotropy(statistics))
+    # Without its first principal components, E − μ has the same eigenvectors. Along those, all its rows are zero.
+    removed = post_processing.isotropy_components(width)
+    log_z = finished(statistics.log_partition(statistics.principal[1], slice(None), slice(-removed), centered=True))
     similarity = {}
     if token_of is not None and benchmarks:
-        similarity = _word_similarity(e, variants, token_of, benchmarks)
+        variants = post_processing.variants(statistics, top)
+        similarity = _word_similarity(statistics.matrix, variants, token_of, benchmarks)
     return Measurements(
-        tokens=len(e),
-        hidden_size=e.shape[1],
-        isotropy=finished(metrics.isotropy(e)),
-        isotropy_centered=finished(metrics.isotropy(e, variants["centered"])),
-        isotropy_post_processed=finished(
-            metrics.isotropy(e, post_processing.all_but_the_top(e, top[:, :for_isotropy]))
-        ),
-        mean_of_norms=metrics.mean_of_norms(e),
-        norm_of_mean=metrics.norm_of_mean(e),
-        mean_shift_ratio=metrics.mean_shift_ratio(e),
-        mean_cosine=metrics.mean_cosine(e),
+        tokens=height,
+        hidden_size=width,
+        isotropy=isotropy,
+        isotropy_centered=ratio_of_extremes(log_z),
+        isotropy_post_processed=ratio_of_extremes(np.append(log_z[:-removed], np.log(height))),
+        mean_of_norms=metrics.mean_of_norms(statistics),
+        norm_of_mean=metrics.norm_of_mean(statistics),
+        mean_shift_ratio=metrics.mean_shift_ratio(statistics),
+        mean_cosine=metrics.mean_cosine(statistics),
         smallest_singular_value=float(values[-1]),
         largest_singular_value=float(values[0]),
         inverse_condition=metrics.inverse_condition_of(values),
-        logit_bound_ratio=metrics.logit_bound_ratio(e),
-        norm_frequency=None if counts is None else frequency.norm_frequency_correlation(e, counts),
-        projection_frequency=None if counts is None else frequency.projection_frequency_correlation(e, counts),
+        logit_bound_ratio=metrics.logit_bound_ratio(statistics),
+        norm_frequency=None if counts is None else frequency.norm_frequency_correlation(statistics, counts),
+        projection_frequency=None if counts is None else frequency.projection_frequency_correlation(statistics, counts),
         word_similarity=similarity,
         singular_values=values,
-        zero_rows=int((~np.any(e, axis=1)).sum()),
+        zero_rows=statistics.zero_rows,
     )
 
 
@@ -152,6 +154,6 @@ def _word_similarity(
     rows = e[used]
     similarity = {}
     for name, row_map in variants.items():
-        made = row_map(rows)
+        made = Statistics(row_map(rows))
         similarity[name] = [word_similarity(made, place.get, benchmark) for benchmark in benchmarks]
     return similarity

@@ -1,23 +1,21 @@
 """Isotropy, mean shift and spectrum of an embedding matrix E of shape (V, H) with rows e_i; μ is their mean.
 
-Every function takes a numpy array, a tensor of any dtype or device, or nested lists, and works in float64.
+Every function takes a numpy array, a tensor of any dtype or device, nested lists, or ``Statistics`` of one of them, and
+works in float64.
 """
-
-from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix, blocks, in_range, row_norms
-
-#: (S_min/S_max)² above which the singular values are taken from EᵀE: they are then exact to 1e-6, relatively.
-SQUARED_CONDITION = 1e-9
-
-#: The largest scale at which e·c is computed: sums of products stay below the largest number of float64, 2^1024.
-LARGEST_SCALE = 2.0**990
+from coupled_adam.geometry.arrays import Float64, RowMap
+from coupled_adam.geometry.partition import ratio_of_extremes
+from coupled_adam.geometry.statistics import Embedding, Statistics, statistics_of
 
 
-def isotropy(embedding: Matrix, row_map: RowMap | None = None) -> float:
+def isotropy(embedding: Embedding, row_map: RowMap | None = None) -> float:
     """Compute the isotropy min_c Z(c) / max_c Z(c) with Z(c) = Σ_i exp(e_i·c), over the unit eigenvectors c of EᵀE.
+
+    Of a large matrix, exponents are first computed in float32. They say which directions may have the least or the
+    greatest Z, and those are computed in float64: so the result has the digits of float64.
 
     It depends on the scale of E: when you compare models whose embeddings differ in norm, say so. The sign of an
     eigenvector is arbitrary; here its component of largest magnitude is positive, which makes the result reproducible.
@@ -39,34 +37,13 @@ def isotropy(embedding: Matrix, row_map: RowMap | None = None) -> float:
         >>> round(isotropy([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]), 6)
         1.0
     """
-    e = as_matrix(embedding)
-    scale = in_range(e)[1]
-    squares = sum(rows.T @ rows for rows in _scaled(blocks(e, row_map), scale))  # EᵀE
-    _, directions = np.linalg.eigh(squares)  # (H, H), one eigenvector a column
-    largest = np.take_along_axis(directions, np.abs(directions).argmax(0, keepdims=True), axis=0)
-    directions *= np.sign(largest)
-    # Beyond the limit e·c itself would overflow, and Iso is 0 long before.
-    log_z = _log_partition(_scaled(blocks(e, row_map), scale), directions * min(scale, LARGEST_SCALE))
-    return float(np.exp(log_z.min() - log_z.max()))
+    statistics = statistics_of(embedding)
+    if row_map is not None:
+        statistics = Statistics(statistics.matrix, row_map)
+    return ratio_of_extremes(statistics.log_partition(statistics.spectrum[1]))
 
 
-def _scaled(parts: Iterable[Float64], scale: float) -> Iterator[Float64]:
-    return (rows if scale == 1 else rows / scale for rows in parts)
-
-
-def _log_partition(parts: Iterable[Float64], directions: Float64) -> Float64:
-    """Compute log Z(c) of every column c, (H,), with the largest exponent taken out: exp overflows above 709."""
-    largest = np.full(directions.shape[1], -np.inf)
-    total = np.zeros(directions.shape[1])
-    for rows in parts:
-        exponents = rows @ directions
-        before, largest = largest, np.maximum(largest, exponents.max(0))
-        exponents -= largest
-        total = total * np.exp(before - largest) + np.exp(exponents, out=exponents).sum(0)
-    return np.asarray(largest + np.log(total))
-
-
-def norm_of_mean(embedding: Matrix) -> float:
+def norm_of_mean(embedding: Embedding) -> float:
     """Compute ‖μ‖, the norm of the mean embedding.
 
     Args:
@@ -84,11 +61,11 @@ def norm_of_mean(embedding: Matrix) -> float:
         >>> norm_of_mean([[3.0, 0.0], [3.0, 8.0]])
         5.0
     """
-    e, scale = in_range(as_matrix(embedding))
-    return float(np.linalg.norm(e.mean(0))) * scale
+    statistics = statistics_of(embedding)
+    return float(np.linalg.norm(statistics.mean)) * statistics.scale
 
 
-def mean_of_norms(embedding: Matrix) -> float:
+def mean_of_norms(embedding: Embedding) -> float:
     """Compute mean_i ‖e_i‖, the mean of the embeddings' norms.
 
     Args:
@@ -104,11 +81,11 @@ def mean_of_norms(embedding: Matrix) -> float:
         >>> mean_of_norms([[3.0, 4.0], [0.0, 1.0]])
         3.0
     """
-    e, scale = in_range(as_matrix(embedding))
-    return float(row_norms(e).mean()) * scale
+    statistics = statistics_of(embedding)
+    return float(statistics.norms.mean()) * statistics.scale
 
 
-def mean_shift_ratio(embedding: Matrix) -> float:
+def mean_shift_ratio(embedding: Embedding) -> float:
     """Compute the mean shift ratio ‖μ‖ / mean_i ‖e_i‖: how much of an average embedding is shared by all of them.
 
     Args:
@@ -126,12 +103,12 @@ def mean_shift_ratio(embedding: Matrix) -> float:
         >>> mean_shift_ratio([[1.0, 1.0], [1.0, -1.0]])  # the mean is (1, 0), the norms are √2
         0.7071067811865475
     """
-    e, _ = in_range(as_matrix(embedding))
-    length = mean_of_norms(e)
-    return norm_of_mean(e) / length if length > 0 else float("nan")
+    statistics = statistics_of(embedding)
+    length = float(statistics.norms.mean())
+    return float(np.linalg.norm(statistics.mean)) / length if length > 0 else float("nan")
 
 
-def mean_cosine(embedding: Matrix) -> float:
+def mean_cosine(embedding: Embedding) -> float:
     """Compute the mean cosine similarity of two different rows, over all pairs.
 
     Rows of zeros have no direction and are left out.
@@ -153,26 +130,23 @@ def mean_cosine(embedding: Matrix) -> float:
         >>> mean_cosine([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])  # the cosines are 0, 1 and 0
         0.3333333333333333
     """
-    e, _ = in_range(as_matrix(embedding))
-    total, count = np.zeros(e.shape[1]), 0
-    for rows in blocks(e):
-        norms = row_norms(rows)
-        total += (rows[norms > 0] / norms[norms > 0, None]).sum(0)
-        count += int((norms > 0).sum())
+    statistics = statistics_of(embedding)
+    total, count = statistics.sum_of_directions, int((statistics.norms > 0).sum())
     if count < 2:
         return float("nan")
     # ‖Σ_i u_i‖² is the sum over all pairs, with the n pairs of a row and itself.
     return float(np.clip((total @ total - count) / (count * (count - 1)), -1, 1))
 
 
-def singular_values(embedding: Matrix) -> Float64:
+def singular_values(embedding: Embedding) -> Float64:
     """Compute the singular values of E.
 
     Args:
         embedding: E, (V, H): an array or tensor of any dtype on any device, or nested lists; V ≥ 2.
 
     Returns:
-        The min(V, H) singular values, float64, largest first, in units of the embedding.
+        The min(V, H) singular values, float64, largest first, in units of the embedding; relative errors are below
+        1e-6.
 
     Raises:
         ValueError: E is not a finite matrix with two rows or more.
@@ -181,15 +155,11 @@ def singular_values(embedding: Matrix) -> Float64:
         >>> singular_values([[2.0, 0.0], [0.0, 3.0], [0.0, 0.0]]).tolist()
         [3.0, 2.0]
     """
-    e, scale = in_range(as_matrix(embedding))
-    squares = np.linalg.eigvalsh(e.T @ e if len(e) > e.shape[1] else e @ e.T)[::-1]
-    # Squaring costs digits of the small ones: below this, the exact way, which takes ten times as long.
-    if squares[-1] < SQUARED_CONDITION * squares[0]:
-        return np.asarray(np.linalg.svd(e, compute_uv=False) * scale)
-    return np.asarray(np.sqrt(squares) * scale)
+    statistics = statistics_of(embedding)
+    return np.asarray(statistics.singular_values * statistics.scale)
 
 
-def inverse_condition(embedding: Matrix) -> float:
+def inverse_condition(embedding: Embedding) -> float:
     """Compute 100·S_min/S_max of the singular values: the inverse of the condition number, so higher is better.
 
     Args:
@@ -215,7 +185,7 @@ def inverse_condition_of(values: Float64) -> float:
     return float(100 * (values[-1] / values[0])) if values[0] > 0 else float("nan")
 
 
-def principal_share(embedding: Matrix) -> float:
+def principal_share(embedding: Embedding) -> float:
     """Compute the share of the first principal component in the variance around the mean, λ_1/Σλ of (E − μ)ᵀ(E − μ).
 
     Args:
@@ -231,19 +201,20 @@ def principal_share(embedding: Matrix) -> float:
         >>> principal_share([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
         0.8
     """
-    e, _ = in_range(as_matrix(embedding))
-    mean = e.mean(0)
-    squares = e.T @ e
-    return principal_share_of(np.linalg.eigvalsh(squares - len(e) * np.outer(mean, mean)), float(np.trace(squares)))
+    statistics = statistics_of(embedding)
+    return principal_share_of(statistics.principal[0], float(np.trace(statistics.squares)))
 
 
-def principal_share_of(values: Float64, squares: float) -> float:
-    """The same from the eigenvalues, ascending, and Σ_i ‖e_i‖², of which they may be what rounding left."""
+def principal_share_of(values: Float64, squares: float, rounding: float = 1e-12) -> float:
+    """The same from the eigenvalues, ascending, and Σ_i ‖e_i‖², of which they may be what rounding left.
+
+    ``rounding`` is how far the mean may be off, relatively.
+    """
     total = float(values.sum())
-    return float(values[-1]) / total if total > 1e-12 * squares else float("nan")
+    return float(values[-1]) / total if total > rounding**2 * squares else float("nan")
 
 
-def logit_bound_ratio(embedding: Matrix) -> float:
+def logit_bound_ratio(embedding: Embedding) -> float:
     """Compute by which factor centering the output embedding tightens the bound on the logits along μ.
 
     It is max(B₋, B₊) / max(B₋ − ‖μ‖², B₊ + ‖μ‖²) with B₊ = max_i e_i·μ − ‖μ‖² and B₋ = ‖μ‖² − min_i e_i·μ: the largest
@@ -264,9 +235,8 @@ def logit_bound_ratio(embedding: Matrix) -> float:
         >>> logit_bound_ratio([[3.0, 0.0], [1.0, 0.0]])  # e_i·μ is 6 and 2, centered 2 and -2
         0.3333333333333333
     """
-    e, _ = in_range(as_matrix(embedding))
-    mean = e.mean(0)
-    projections, square = e @ mean, mean @ mean
+    statistics = statistics_of(embedding)
+    projections, square = statistics.projections, statistics.mean @ statistics.mean
     above, below = projections.max() - square, square - projections.min()
     before = max(below - square, above + square)
     return float(max(below, above) / before) if before > 0 else float("nan")

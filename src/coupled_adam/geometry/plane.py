@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from coupled_adam.geometry.arrays import Float64, Matrix, as_matrix, in_range
+from coupled_adam.geometry.arrays import Float64
+from coupled_adam.geometry.statistics import Embedding, statistics_of
 
 
-def plane(embedding: Matrix) -> tuple[Float64, Float64]:
+def plane(embedding: Embedding) -> tuple[Float64, Float64]:
     """Find the plane in which to draw embeddings: through the origin, the mean embedding and the widest direction.
 
     As it passes through the origin, it shows how far the embeddings are shifted off it.
@@ -25,12 +26,11 @@ def plane(embedding: Matrix) -> tuple[Float64, Float64]:
         >>> along.tolist(), across.round(6).tolist()
         ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])
     """
-    e, _ = in_range(as_matrix(embedding))
-    mean = e.mean(0)
+    statistics = statistics_of(embedding)
+    mean = statistics.mean
     length = np.linalg.norm(mean)
     along = mean / length if length > 0 else np.eye(len(mean))[0]
-    scatter = e.T @ e - len(e) * np.outer(mean, mean)
     aside = np.eye(len(mean)) - np.outer(along, along)
-    _, directions = np.linalg.eigh(aside @ scatter @ aside)
+    _, directions = np.linalg.eigh(aside @ statistics.scatter @ aside)
     across = directions[:, -1]
     return along, across * np.sign(across[np.abs(across).argmax()])

@@ -10,7 +10,8 @@ import math
 
 import numpy as np
 
-from coupled_adam.geometry.arrays import Float64, Matrix, RowMap, as_matrix, blocks, in_range, mean_row, row_norms
+from coupled_adam.geometry.arrays import Float64, RowMap, row_norms
+from coupled_adam.geometry.statistics import Embedding, Statistics, statistics_of
 
 __all__ = ["all_but_the_top", "centering", "scaled_centering"]
 
@@ -18,7 +19,7 @@ __all__ = ["all_but_the_top", "centering", "scaled_centering"]
 WORD_SIMILARITY_COMPONENTS = 2
 
 
-def centering(embedding: Matrix) -> RowMap:
+def centering(embedding: Embedding) -> RowMap:
     """Subtract the mean: e_i − μ.
 
     Args:
@@ -35,11 +36,11 @@ def centering(embedding: Matrix) -> RowMap:
         >>> centering(matrix)(matrix).tolist()
         [[-1.0, -1.0], [1.0, 1.0]]
     """
-    mean = mean_row(as_matrix(embedding))
+    mean = _mean(statistics_of(embedding))
     return lambda rows: np.asarray(rows - mean)
 
 
-def scaled_centering(embedding: Matrix) -> RowMap:
+def scaled_centering(embedding: Embedding) -> RowMap:
     """Subtract the mean direction d = mean_i e_i/‖e_i‖ in proportion to each row's norm: e_i − ‖e_i‖·d.
 
     Args:
@@ -58,29 +59,28 @@ def scaled_centering(embedding: Matrix) -> RowMap:
         >>> scaled_centering(matrix)(matrix).tolist()
         [[1.0, -1.0], [-2.0, 2.0]]
     """
-    e = as_matrix(embedding)
-    direction = sum(_directions(rows).sum(0) for rows in blocks(e)) / len(e)
+    statistics = statistics_of(embedding)
+    direction = statistics.sum_of_directions / len(statistics.matrix)
     return lambda rows: np.asarray(rows - np.outer(row_norms(rows), direction))
 
 
-def _directions(rows: Float64) -> Float64:
-    norms = row_norms(rows)[:, None]
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+def _mean(statistics: Statistics) -> Float64:
+    return statistics.mean * statistics.scale
 
 
-def all_but_the_top_as_computed(embedding: Matrix, top: Float64 | None = None) -> RowMap:
+def all_but_the_top_as_computed(embedding: Embedding, top: Float64 | None = None) -> RowMap:
     """All-but-the-Top as it is commonly computed: what the first two principal components of E − μ see of e_i is taken
     from e_i − μ, so that the part of μ along them is taken away twice.
 
     ``top`` are the components, if they are known: (H, D), of which the result is then without all D.
     """
-    e = as_matrix(embedding)
-    mean = mean_row(e)
-    top = principal_components(e, WORD_SIMILARITY_COMPONENTS) if top is None else top
+    statistics = statistics_of(embedding)
+    mean = _mean(statistics)
+    top = statistics.components(WORD_SIMILARITY_COMPONENTS) if top is None else top
     return lambda rows: np.asarray((rows - mean) - (rows @ top) @ top.T)
 
 
-def all_but_the_top(embedding: Matrix, top: Float64 | None = None) -> RowMap:
+def all_but_the_top(embedding: Embedding, top: Float64 | None = None) -> RowMap:
     """All-but-the-Top: remove the mean and the first principal components.
 
     Args:
@@ -100,9 +100,9 @@ def all_but_the_top(embedding: Matrix, top: Float64 | None = None) -> RowMap:
         >>> bool(np.allclose(all_but_the_top(matrix)(matrix), 0))  # two components are all that varies
         True
     """
-    e = as_matrix(embedding)
-    mean = mean_row(e)
-    top = principal_components(e, WORD_SIMILARITY_COMPONENTS) if top is None else top
+    statistics = statistics_of(embedding)
+    mean = _mean(statistics)
+    top = statistics.components(WORD_SIMILARITY_COMPONENTS) if top is None else top
 
     def without(rows: Float64) -> Float64:
         rest = rows - mean
@@ -111,13 +111,9 @@ def all_but_the_top(embedding: Matrix, top: Float64 | None = None) -> RowMap:
     return without
 
 
-def principal_components(embedding: Matrix, count: int) -> Float64:
+def principal_components(embedding: Embedding, count: int) -> Float64:
     """Compute the first ``count`` principal components of E, orthonormal columns (H, count)."""
-    e, _ = in_range(as_matrix(embedding))
-    mean = e.mean(0)
-    scatter = e.T @ e - len(e) * np.outer(mean, mean)  # (E − μ)ᵀ(E − μ) without a second (V, H) matrix
-    _, directions = np.linalg.eigh(scatter)
-    return np.ascontiguousarray(directions[:, ::-1][:, :count])
+    return statistics_of(embedding).components(count)
 
 
 def isotropy_components(width: int) -> int:
@@ -125,14 +121,13 @@ def isotropy_components(width: int) -> int:
     return math.ceil(width / 100)
 
 
-def variants(embedding: Matrix, top: Float64 | None = None) -> dict[str, RowMap]:
+def variants(embedding: Embedding, top: Float64 | None = None) -> dict[str, RowMap]:
     """Between which word similarity is compared, by the names of the literature's programs; ``top`` as above."""
-    e = as_matrix(embedding)
-    top = principal_components(e, WORD_SIMILARITY_COMPONENTS) if top is None else top
+    statistics = statistics_of(embedding)
     return {
         "original": np.asarray,
-        "centered": centering(e),
-        "centered_scaled": scaled_centering(e),
-        "post_process": all_but_the_top_as_computed(e, top),
-        "post_process_fix": all_but_the_top(e, top),
+        "centered": centering(statistics),
+        "centered_scaled": scaled_centering(statistics),
+        "post_process": all_but_the_top_as_computed(statistics, top),
+        "post_process_fix": all_but_the_top(statistics, top),
     }

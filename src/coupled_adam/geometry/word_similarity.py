@@ -1,18 +1,18 @@
 """Do similar words have similar embeddings? Pearson correlation with human ratings."""
 
 import functools
+import importlib.util
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from coupled_adam.errors import require
-from coupled_adam.geometry.arrays import Matrix, as_matrix, in_range
+from coupled_adam.geometry.arrays import Float64, pearson
+from coupled_adam.geometry.statistics import Embedding, statistics_of
 
 #: A benchmark of which fewer pairs than this can be looked up gives no figure.
 MINIMUM_PAIRS = 10
@@ -76,9 +76,16 @@ def published_benchmarks() -> tuple[Benchmark, ...]:
     """
     require("geometry", *sorted({package for package, _ in PUBLISHED.values()}))
     return tuple(
-        parse_benchmark(name, files(package).joinpath(path).read_text(encoding="utf-8"))
+        parse_benchmark(name, _directory(package).joinpath(path).read_text(encoding="utf-8"))
         for name, (package, path) in PUBLISHED.items()
     )
+
+
+def _directory(package: str) -> Path:
+    """Find an installed package without importing it: that would take seconds."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
 
 
 #: Words in the name of a file, and the benchmark that it then is; the first that fits.
@@ -169,7 +176,9 @@ def _rating(fields: list[str], column: int) -> float | None:
         return None
 
 
-def word_similarity(embedding: Matrix, token_of: Callable[[str], int | None], benchmark: Benchmark) -> WordSimilarity:
+def word_similarity(
+    embedding: Embedding, token_of: Callable[[str], int | None], benchmark: Benchmark
+) -> WordSimilarity:
     """Correlate the similarity of embeddings with human ratings, over the pairs of which both words are one token.
 
     Args:
@@ -195,7 +204,7 @@ def word_similarity(embedding: Matrix, token_of: Callable[[str], int | None], be
         >>> round(found.cosine, 6), found.covered, found.pairs
         (100.0, 12, 12)
     """
-    e, _ = in_range(as_matrix(embedding))
+    statistics = statistics_of(embedding)
     covered = [
         (i, j, rating)
         for first, second, rating in benchmark.pairs
@@ -205,12 +214,12 @@ def word_similarity(embedding: Matrix, token_of: Callable[[str], int | None], be
     if len(covered) < MINIMUM_PAIRS:
         return WordSimilarity(benchmark.name, None, None, len(covered), total)
     first_rows, second_rows, ratings = (np.array(column) for column in zip(*covered, strict=True))
-    x, y = e[first_rows.astype(int)], e[second_rows.astype(int)]
+    x, y = (statistics.matrix[rows.astype(int)] / statistics.scale for rows in (first_rows, second_rows))
     dot = (x * y).sum(1)
     # A row of zeros has no direction; its similarity to anything is taken as 0.
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     cosine = np.divide(dot, norms, out=np.zeros_like(dot), where=norms > 0)
-    return WordSimilarity(benchmark.name, _pearson(cosine, ratings), _pearson(dot, ratings), len(covered), total)
+    return WordSimilarity(benchmark.name, _percent(cosine, ratings), _percent(dot, ratings), len(covered), total)
 
 
 def mean_similarity(results: Iterable[WordSimilarity]) -> float | None:
@@ -232,8 +241,6 @@ def mean_similarity(results: Iterable[WordSimilarity]) -> float | None:
     return sum(figures) / len(figures) if figures else None
 
 
-def _pearson(similarity: Sequence[float] | np.ndarray, ratings: np.ndarray) -> float | None:
-    if np.ptp(similarity) == 0 or np.ptp(ratings) == 0:
-        return None
-    r = float(stats.pearsonr(similarity, ratings)[0])
+def _percent(similarity: Float64, ratings: Float64) -> float | None:
+    r = pearson(similarity, ratings)
     return None if math.isnan(r) else 100 * r

@@ -26,10 +26,13 @@ def precision(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def blocks(*matrices: Tensor) -> Iterator[list[Tensor]]:
-    """Yield the same rows of each of the matrices, (R, H) on this process, a part at a time; at least one, if empty."""
+def blocks(*matrices: Tensor, times: int = 1) -> Iterator[list[Tensor]]:
+    """Yield the same rows of each of the matrices, (R, H) on this process, a part at a time; at least one, if empty.
+
+    ``times`` as many elements as stay in the cache of a CPU suit products of matrices better.
+    """
     first = matrices[0]
-    elements = ELEMENTS_ON_CPU if first.device.type == "cpu" else ELEMENTS
+    elements = times * ELEMENTS_ON_CPU if first.device.type == "cpu" else ELEMENTS
     rows = max(elements // max(first.shape[1], 1), 1)
     for start in range(0, max(len(first), 1), rows):
         yield [x[start : start + rows] for x in matrices]
