@@ -30,14 +30,9 @@ def test_offloaded_shards_step_as_those_of_a_mesh_of_cpus(processes, optimizer, 
 
 
 def test_process_groups_that_cannot_send_from_the_cpu_are_named(processes) -> None:
-    (told, same) = processes(2).run(offload_jobs.without_gloo)
-    assert (
-        told
-        == same
-        == (
-            "The process group (hpu:gloo) cannot communicate from the cpu, where CPUOffloadPolicy keeps the parameters; "
-        'create it with init_process_group("cpu:gloo,hpu:gloo")'
-    )
+    told, same = processes(2).run(offload_jobs.without_gloo)
+    assert told == same and told.startswith("The process group (hpu:gloo) cannot communicate from the cpu, ")
+    assert told.endswith('create it with init_process_group("cpu:gloo,hpu:gloo")')
 
 
 def example(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
