@@ -165,8 +165,29 @@ def names(directory: Path) -> list[str]:
     return sorted({path.name.split(".")[0] for path in (directory / DIRECTORY).glob("*.json")})
 
 
+#: The row that the README quotes.
+WHOLE_STEP = "GPT-2 124M: clip + step ÷ clip + fused AdamW"
+
+
+@block("clipped-step")
+def clipped_step(results: Results) -> str:
+    """Say how long clipping and a step take, against AdamW: one ratio, or the range of the machines."""
+    found = [
+        run["figures"][WHOLE_STEP]["ratio"] for run in runs(results, "optimizer_step") if WHOLE_STEP in run["figures"]
+    ]
+    if not found:
+        raise NotYet(f"no run of optimizer_step has {WHOLE_STEP}")
+    low, high = _number(min(found)), _number(max(found))
+    return low if low == high else f"{low} to {high}"
+
+
+def tables(results: Results, name: str) -> str:
+    """Format the files of a run."""
+    return "\n\n".join(map(table, runs(results, name)))
+
+
 def _register(name: str) -> None:
-    block(f"benchmark-{name}")(lambda results: "\n\n".join(map(table, runs(results, name))))
+    block(f"benchmark-{name}")(lambda results: tables(results, name))
 
 
 for _name in names(Path(__file__).parents[1] / "docs" / "results"):

@@ -10,6 +10,7 @@ import jobs
 import offload_jobs
 import pytest
 import torch
+from in_process import program
 from old_torch import averages_gradients
 
 pytestmark = pytest.mark.long
@@ -58,5 +59,5 @@ def test_the_example_offloads_and_resumes_without(tmp_path) -> None:
 
 
 def test_the_example_offloads_only_what_fsdp2_shards() -> None:
-    refused = example("--cpu-offload")
+    refused = program(EXAMPLE, "--cpu-offload")
     assert refused.returncode == 2 and "torchrun" in refused.stderr.splitlines()[-1]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DeviceMesh, DTensor, Placement
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
     from typing_extensions import TypeIs
 
 T = TypeVar("T")
@@ -171,7 +172,7 @@ def as_dtensor(
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     spec = DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(shape, stride, part.dtype))
-    return DTensor(part, spec, requires_grad=False)
+    return DTensor(part, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def reduced_like(param: Tensor, part: Tensor, dim: int) -> Tensor:
