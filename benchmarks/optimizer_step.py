@@ -9,6 +9,7 @@ around the same rounds.
 Needs the extra `fast`; `adams-torch` for the comparison of Adams; `deepspeed`, which compiles itself, for CPUAdam.
 """
 
+import ctypes
 import gc
 import os
 import warnings
@@ -256,13 +257,15 @@ def memory() -> Iterator[tuple[str, int, int, float | None]]:
         parameter = embedding(shape)
         optimizer = coupled(parameter, **settings)
         optimizer.step()
-        extra, whole = peak_extra_bytes(optimizer.step), parameter.numel() * parameter.element_size()
+        extra = max(peak_extra_bytes(optimizer.step) for _ in range(3))
+        whole = parameter.numel() * parameter.element_size()
         yield f"peak extra memory of a {label} ÷ the matrix", extra, whole, bound
 
 
 def peak_extra_bytes(step: Step) -> int:
     """How far the resident memory of this process rises above its level before the step (Linux)."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed, and not given back, would be taken again unnoticed
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest level so far
     before = resident("VmRSS")
     step()
