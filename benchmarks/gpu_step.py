@@ -161,7 +161,7 @@ def rows(rounds: int, results: harness.Results) -> Iterator[str]:
                     pairs = harness.Pairs(list(zip(*times, strict=True)))
                     ratio = pairs.ratio
                     peaks = {name: measured.peak for name, measured in found.items()}
-                    results.add(f"{case}: {peer}", pairs.figures() | {"peak_bytes": peaks, "roof": roof})
+                    results.add(f"{case}: {peer}", pairs.figures("ms") | {"peak_bytes": peaks, "roof": roof})
                     for name, measured in found.items():
                         time, peak = statistics.median(measured.milliseconds), measured.peak / 2**20
                         line = f"{roof:.3f} ms" if name == "ours" else ""

@@ -1,11 +1,17 @@
-"""What the benchmarks share: sides that take turns, medians of paired figures, and ``--json FILE``."""
+"""What the benchmarks share: sides that take turns, medians of paired figures, and ``--json FILE``.
+
+tools/evidence_benchmarks.py makes the tables of the docs from these files. By what was measured they have either a list
+of seconds, or what ``Pairs.figures`` returns, or ``{"absent": REASON}``.
+"""
 
 import argparse
 import gc
 import json
 import os
 import platform
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +19,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 Step = Callable[[], object]
 Clock = Callable[[Step], float]
@@ -67,10 +75,16 @@ class Pairs:
         quarter = len(ratios) // 4
         return ratios[quarter], ratios[-quarter - 1]
 
-    def figures(self) -> dict[str, Any]:
-        """Return what ``--json`` gets."""
+    def figures(self, unit: str = "s", *, target: float | None = None, at_least: bool = False) -> dict[str, Any]:
+        """Return what ``--json`` gets.
+
+        Args:
+            unit: of the figures: s, ms, bytes or tokens/s.
+            target: what the ratio should be at most, or at least if ``at_least``.
+        """
         summary = {"ours": self.ours, "theirs": self.theirs, "ratio": self.ratio, "middle_half": self.middle_half}
-        return {**summary, "pairs": self.pairs}
+        wanted = {} if target is None else {"at_least" if at_least else "target": target}
+        return {"unit": unit, **summary, **wanted, "pairs": self.pairs}
 
 
 def in_pairs(ours: Step, theirs: Step, rounds: int, clock: Clock = seconds) -> Pairs:
@@ -101,8 +115,38 @@ def medians(found: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(figures) for name, figures in found.items()}
 
 
+#: Bytes of the tensors of ``bandwidth``: more than a cache holds.
+STREAMED = 2**28
+
+
+class Bandwidth:
+    """Bytes a second that torch moves between memory and processor, measured around what they are compared with.
+
+    A copy also reads the lines that it writes into, on most processors, and this is not counted. ``in_place``, a
+    product, writes the lines that it has read, as optimizers do.
+    """
+
+    def __init__(self) -> None:
+        source, target = (torch.ones(STREAMED // 4) for _ in range(2))
+        self._streams: dict[str, tuple[float, Step]] = {
+            "copy": (2.0, lambda: target.copy_(source)),
+            "in_place": (2.0, lambda: target.mul_(1.0)),
+            "read": (1.0, source.sum),
+        }
+        self._found: dict[str, list[float]] = {name: [] for name in self._streams}
+
+    def measure(self) -> None:
+        """Measure with the threads that torch has now."""
+        for name, times in in_turn({name: step for name, (_, step) in self._streams.items()}, 5).items():
+            passes, _ = self._streams[name]
+            self._found[name] += [passes * STREAMED / each for each in times]
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        return {"bandwidth": medians(self._found)}
+
+
 def machine(*packages: str) -> dict[str, Any]:
-    """Say what it was measured with."""
+    """Say what it was measured with; a package that is not there has no version."""
     found: dict[str, Any] = {"processor": processor(), "cpus": os.cpu_count(), "python": platform.python_version()}
     for name in ("torch", "numpy", "numba", "triton", *packages):
         try:
@@ -132,10 +176,33 @@ class Results:
 def results(arguments: argparse.Namespace) -> Iterator[Results]:
     """Collect figures, and write them where ``--json`` says, with machine and arguments; also if interrupted."""
     found = Results()
+    complete = False
     try:
         yield found
+        complete = True
     finally:
         if arguments.json is not None:
-            given = {key: str(x) if isinstance(x, Path) else x for key, x in vars(arguments).items()}
-            whole = {"machine": machine(), "arguments": given, "figures": found.figures}
-            arguments.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+            given = {key: str(x) if isinstance(x, Path) else x for key, x in vars(arguments).items() if key != "json"}
+            installed = {key: x for key, x in machine(*PEERS).items() if x is not None}
+            whole = {"program": Path(sys.argv[0]).stem, "complete": complete, "machine": installed, "arguments": given}
+            arguments.json.write_text(written({**whole, "figures": found.figures}), encoding="utf-8")
+
+
+#: What is measured beside us and has a version worth knowing.
+PEERS = ("transformers", "adams-torch", "deepspeed", "tokenizers")
+
+
+def written(whole: Mapping[str, Any]) -> str:
+    """Format as JSON: numbers with five digits, and a list on one line."""
+
+    def rounded(x: Any) -> Any:
+        if isinstance(x, float):
+            return float(f"{x:.5g}")
+        if isinstance(x, Mapping):
+            return {key: rounded(value) for key, value in x.items()}
+        return [rounded(value) for value in x] if isinstance(x, list | tuple) else x
+
+    text = json.dumps(rounded(whole), indent=1, ensure_ascii=False)
+    for a_list in (r"\[[^][{}]*\]", r"\[(?:[^][{}]|\[[^][{}]*\])*\]"):  # of numbers, then of such lists
+        text = re.sub(a_list, lambda found: re.sub(r"(?<=\[)\n *|\n *(?=\])", "", found[0]).replace("\n", ""), text)
+    return re.sub(r", {2,}", ", ", text) + "\n"

@@ -3,14 +3,20 @@
     python benchmarks/optimizer_step.py [--rounds 15] [--threads 2] [--only TEXT] [--json FILE]
 
 Every round runs ours, theirs, theirs, ours; the figures are medians of the paired ratios, so a slow spell of the
-machine hits both sides. Needs the extra `fast`; `adams-torch` for the comparison of Adams.
+machine hits both sides. "moves" are the bytes that a step reads and writes at least, in passes over tensors that no
+cache holds; "of the bandwidth" is the share that this is of what a product in place moves in the same time, measured
+around the same rounds.
+Needs the extra `fast`; `adams-torch` for the comparison of Adams; `deepspeed`, which compiles itself, for CPUAdam.
 """
 
+import ctypes
 import gc
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import harness
 import torch
@@ -28,6 +34,7 @@ EMBEDDINGS = ((50_304, 768), (49_152, 576), (128_256, 1_024))
 #: The settings of the paper; the learning rate is so small that the parameters hardly move over the rounds.
 SETTINGS = {"lr": 1e-6, "betas": (0.9, 0.95), "eps": 1e-8}
 MAX_NORM = 1.0
+GPT2 = Model(n_layers=12, n_heads=12, hidden_size=768)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,21 @@ class Comparison:
     make: Callable[[], tuple[Step, Step]]
     """Builds both sides anew and returns a step of ours and one of theirs."""
     target: float | None = None
+    moves: tuple[float, float] | None = None
+    """Bytes that a step of ours and one of theirs have to read and write."""
+
+
+class Absent(Exception):
+    """A peer that cannot be measured here, and why."""
+
+
+#: Bytes that a step in float32 moves per element, by pass: docs/benchmarks.md has the table.
+COUPLED, ADAMW, CLIP, NORM = 24, 28, 12, 4
+BF16_MOMENT, EIGHT_BIT_MOMENT = 20, 18
+
+
+def size(shape: tuple[int, int]) -> int:
+    return shape[0] * shape[1]
 
 
 def with_gradients(parameters: list[nn.Parameter], seed: int = 0) -> list[nn.Parameter]:
@@ -84,7 +106,7 @@ def clipped(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) ->
 
 def gpt2() -> LanguageModel:
     """The 124M parameters of the paper's smallest model: no biases, 50,304 tokens, tied embeddings."""
-    model = LanguageModel(Model(n_layers=12, n_heads=12, hidden_size=768), 50_304, 1_024)
+    model = LanguageModel(GPT2, 50_304, 1_024)
     with_gradients(list(model.parameters()))
     return model
 
@@ -96,8 +118,33 @@ def whole_gpt2(clip: bool, **flags: object) -> tuple[Step, Step]:
     return optimizer.step, clipped(list(theirs.parameters()), peer) if clip else peer.step
 
 
+def gpt2_moves(clip: bool) -> tuple[float, float]:
+    matrix = size(EMBEDDINGS[0])
+    with torch.device("meta"):
+        every = sum(p.numel() for p in LanguageModel(GPT2, 50_304, 1_024).parameters())
+    ours = COUPLED * matrix + (ADAMW + (NORM if clip else 0)) * (every - matrix)
+    return ours, (ADAMW + (CLIP if clip else 0)) * every
+
+
+def cpu_adam() -> tuple[Step, Step]:
+    """DeepSpeed's AdamW for offloaded optimizers."""
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        theirs = embedding(EMBEDDINGS[0])
+        peer = DeepSpeedCPUAdam([theirs], weight_decay=0.0, adamw_mode=True, **SETTINGS)
+    except ImportError as reason:
+        raise Absent(f"not installed ({reason})") from None
+    except Exception as reason:  # whatever the compiler says
+        raise Absent(f"cannot be compiled here ({str(reason).splitlines()[0]})") from None
+    return coupled(embedding(EMBEDDINGS[0])).step, peer.step
+
+
 def adams_gpt2() -> tuple[Step, Step]:
-    from adams import Adams_ZeRO
+    try:
+        from adams import Adams_ZeRO
+    except ImportError as reason:
+        raise Absent(f"not installed ({reason})") from None
 
     ours, theirs = gpt2(), gpt2()
     for model in (ours, theirs):
@@ -110,42 +157,82 @@ def comparisons() -> Iterator[Comparison]:
     for i, (rows, width) in enumerate(EMBEDDINGS):
         shape, label = (rows, width), f"{rows:,} × {width:,}"
         first = i == 0
+        plain = (COUPLED * size(shape), ADAMW * size(shape))
+        clipped = (COUPLED * size(shape), (ADAMW + CLIP) * size(shape))
+        same = (COUPLED * size(shape), COUPLED * size(shape))
         yield Comparison(
-            f"coupled ÷ fused AdamW, {label}", lambda s=shape: one_matrix(s, **fused), 0.95 if first else None
+            f"coupled ÷ fused AdamW, {label}", lambda s=shape: one_matrix(s, **fused), 0.95 if first else None, plain
         )
-        yield Comparison(f"coupled ÷ foreach AdamW, {label}", lambda s=shape: one_matrix(s, **foreach))
+        yield Comparison(f"coupled ÷ foreach AdamW, {label}", lambda s=shape: one_matrix(s, **foreach), None, plain)
         yield Comparison(
             f"clip + coupled ÷ clip + fused AdamW, {label}",
             lambda s=shape: one_matrix(s, clip=True, **fused),
             0.70 if first else None,
+            clipped,
         )
-        yield Comparison(f"coupled, centered ÷ coupled, {label}", lambda s=shape: centered(s, False))
+        yield Comparison(
+            f"coupled, centered ÷ coupled, {label}", lambda s=shape: centered(s, False), 1.10 if first else None, same
+        )
         yield Comparison(
             f"clip + coupled, centered ÷ clip + coupled, {label}",
             lambda s=shape: centered(s, True),
-            1.10 if first else None,
+            1.05 if first else None,
+            same,
         )
-    for label, dtype in (("bf16", torch.bfloat16), ("8-bit", "8bit")):
-        name = f"clip + coupled, {label} first moment ÷ float32, {EMBEDDINGS[0][0]:,} × {EMBEDDINGS[0][1]:,}"
-        yield Comparison(name, lambda d=dtype: narrow(EMBEDDINGS[0], d))
-    yield Comparison("GPT-2 124M: step ÷ fused AdamW", lambda: whole_gpt2(False, **fused))
-    yield Comparison("GPT-2 124M: clip + step ÷ clip + fused AdamW", lambda: whole_gpt2(True, **fused), 0.85)
-    yield Comparison("GPT-2 124M: clip + step ÷ clip + foreach AdamW", lambda: whole_gpt2(True, **foreach))
+    shape, label = EMBEDDINGS[0], f"{EMBEDDINGS[0][0]:,} × {EMBEDDINGS[0][1]:,}"
+    yield Comparison(
+        f"coupled ÷ DeepSpeed's CPUAdam, {label}", cpu_adam, 0.9, (COUPLED * size(shape), ADAMW * size(shape))
+    )
+    for moment, dtype, target, each in (
+        ("bf16", torch.bfloat16, 1.0, BF16_MOMENT),
+        ("8-bit", "8bit", 1.5, EIGHT_BIT_MOMENT),
+    ):
+        name = f"clip + coupled, {moment} first moment ÷ float32, {label}"
+        moves = (each * size(shape), COUPLED * size(shape))
+        yield Comparison(name, lambda d=dtype: narrow(EMBEDDINGS[0], d), target, moves)
+    yield Comparison("GPT-2 124M: step ÷ fused AdamW", lambda: whole_gpt2(False, **fused), 0.95, gpt2_moves(False))
+    yield Comparison(
+        "GPT-2 124M: clip + step ÷ clip + fused AdamW", lambda: whole_gpt2(True, **fused), 0.85, gpt2_moves(True)
+    )
+    yield Comparison(
+        "GPT-2 124M: clip + step ÷ clip + foreach AdamW", lambda: whole_gpt2(True, **foreach), None, gpt2_moves(True)
+    )
     yield Comparison("GPT-2 124M: Adams ÷ adams-torch", adams_gpt2, 0.5)
 
 
-def measure(comparison: Comparison, rounds: int) -> harness.Pairs:
-    return harness.in_pairs(*comparison.make(), rounds)
+def measure(comparison: Comparison, rounds: int) -> dict[str, Any]:
+    """Return the figures of a comparison, with the bandwidth of memory around them."""
+    try:
+        ours, theirs = comparison.make()
+    except Absent as reason:
+        return {"absent": str(reason)}
+    bandwidth = harness.Bandwidth()
+    bandwidth.measure()
+    found = harness.in_pairs(ours, theirs, rounds)
+    bandwidth.measure()
+    moves = {} if comparison.moves is None else {"moves": comparison.moves}
+    return found.figures(target=comparison.target) | moves | bandwidth.figures()
 
 
-def line_of(comparison: Comparison, found: harness.Pairs) -> str:
-    times = (f"{1e3 * t:.1f} ms" for t in (found.ours, found.theirs))
-    low, high = found.middle_half
-    return row(comparison.name, *times, f"{found.ratio:.2f}", f"{low:.2f}–{high:.2f}", comparison.target)
+def line_of(name: str, found: dict[str, Any]) -> str:
+    if "absent" in found:
+        return row(name, "", found["absent"], "", "", None)
+    ours, theirs = found["ours"], found["theirs"]
+    low, high = found["middle_half"]
+    moves, shares = "", ""
+    if "moves" in found:
+        moves = " / ".join(f"{each / 1e6:,.0f} MB" for each in found["moves"])
+        rates = (each / time for each, time in zip(found["moves"], (ours, theirs), strict=True))
+        shares = " / ".join(f"{rate / found['bandwidth']['in_place']:.0%}" for rate in rates)
+    times = (f"{1e3 * t:.1f} ms" for t in (ours, theirs))
+    return row(name, *times, f"{found['ratio']:.2f}", f"{low:.2f}–{high:.2f}", found.get("target"), moves, shares)
 
 
-def row(name: str, ours: str, theirs: str, ratio: str, spread: str, target: float | None) -> str:
-    return f"| {name} | {ours} | {theirs} | {ratio} | {spread} | {'' if target is None else f'≤ {target}'} |"
+def row(
+    name: str, ours: str, theirs: str, ratio: str, spread: str, target: float | None, moves: str = "", shares: str = ""
+) -> str:
+    wanted = "" if target is None else f"≤ {target}"
+    return f"| {name} | {ours} | {theirs} | {ratio} | {spread} | {wanted} | {moves} | {shares} |"
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -153,7 +240,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(x.numel() * x.element_size() for state in optimizer.state.values() for x in state.values())
 
 
-def memory() -> Iterator[tuple[str, int, int, float]]:
+def memory() -> Iterator[tuple[str, int, int, float | None]]:
     """Yield names, bytes of ours and of what they are compared with, and targets."""
     shape = EMBEDDINGS[0]
     theirs = state_bytes(torch.optim.AdamW([embedding(shape)], fused=True))
@@ -161,17 +248,24 @@ def memory() -> Iterator[tuple[str, int, int, float]]:
     for label, dtype, target in forms:
         ours = state_bytes(coupled(embedding(shape), exp_avg_dtype=dtype))
         yield f"state of a coupled matrix{label} ÷ AdamW", ours, theirs, target
-    for clip in (False, True):
+    steps: tuple[tuple[str, dict[str, object], float | None], ...] = (
+        ("coupled step", {}, 0.01),
+        ("clipped coupled step", {"max_grad_norm": MAX_NORM}, 0.01),
+        ("coupled step without numba", {"fused": False}, None),
+    )
+    for label, settings, bound in steps:
         parameter = embedding(shape)
-        optimizer = coupled(parameter, max_grad_norm=MAX_NORM if clip else None)
+        optimizer = coupled(parameter, **settings)
         optimizer.step()
-        extra, whole = peak_extra_bytes(optimizer.step), parameter.numel() * parameter.element_size()
-        yield f"peak extra memory of a {'clipped ' if clip else ''}coupled step ÷ the matrix", extra, whole, 0.01
+        extra = max(peak_extra_bytes(optimizer.step) for _ in range(3))
+        whole = parameter.numel() * parameter.element_size()
+        yield f"peak extra memory of a {label} ÷ the matrix", extra, whole, bound
 
 
 def peak_extra_bytes(step: Step) -> int:
     """How far the resident memory of this process rises above its level before the step (Linux)."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed, and not given back, would be taken again unnoticed
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest level so far
     before = resident("VmRSS")
     step()
@@ -189,21 +283,24 @@ def main() -> None:
     parser.add_argument("--only", default="", help="comparisons whose name contains this text")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for what has an OpenMP of its own, as CPUAdam
     with harness.results(arguments) as results:
         about = harness.machine()
         versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "numba", "numpy"))
         machine = f"{about['processor']}, {about['cpus']} CPUs, {arguments.threads} threads"
         print(f"{machine}; Python {about['python']}, {versions}\n")
-        print("| work | ours | theirs | ratio | middle half | target |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+        print("| work | ours | theirs | ratio | middle half | target | moves | of the bandwidth |")
+        print(f"| --- |{' ---: |' * 7}")
         for comparison in comparisons():
             if arguments.only in comparison.name:
                 found = measure(comparison, arguments.rounds)
-                results.add(comparison.name, found.figures() | {"target": comparison.target})
-                print(line_of(comparison, found), flush=True)
+                results.add(comparison.name, found)
+                print(line_of(comparison.name, found), flush=True)
                 gc.collect()
         if not arguments.only:
             for name, ours, theirs, target in memory():
-                results.add(name, {"ours": ours, "theirs": theirs, "ratio": ours / theirs, "target": target})
+                figures = {"unit": "bytes", "ours": ours, "theirs": theirs, "ratio": ours / theirs, "target": target}
+                results.add(name, figures)
                 sizes = (f"{x / 2**20:.2f} MiB" for x in (ours, theirs))
                 print(row(name, *sizes, f"{ours / theirs:.4f}", "", target), flush=True)
 

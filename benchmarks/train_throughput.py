@@ -45,6 +45,10 @@ class Shape:
     length: int
     batch: int
 
+    def __str__(self) -> str:
+        size = f"{self.layers} × {self.width}, V = {self.vocabulary:,}"
+        return f"{size}, T = {self.length}, batch {self.batch}"
+
     @property
     def experiment(self) -> Experiment:
         return Experiment.from_dict(
@@ -131,25 +135,25 @@ SIDES: dict[str, Callable[[Shape], Step]] = {"ours": ours, "transformers": trans
 def speed(name: str, shape: Shape, rounds: int, results: harness.Results) -> None:
     steps = {side: make(shape) for side, make in SIDES.items()}
     for peer in ("transformers", "textbook"):
-        found = harness.in_pairs(steps["ours"], steps[peer], rounds)
-        results.add(f"{name}: {peer}", found.figures())
-        mine, theirs, ratio = found.ours, found.theirs, 1 / found.ratio
-        size = shape.batch * shape.length
-        target = TARGETS[name, peer]
+        size, target = shape.batch * shape.length, TARGETS[name, peer]
+        times = harness.in_pairs(steps["ours"], steps[peer], rounds).pairs
+        found = harness.Pairs([(size / mine, size / theirs) for mine, theirs in times])
+        work = f"{shape}: tokens/s ÷ {peer}"
+        results.add(work, found.figures("tokens/s", target=target, at_least=True))
         print(
-            f"| {name}: tokens/s ÷ {peer} | {size / mine:,.0f} | {size / theirs:,.0f} | {ratio:.2f} | ≥ {target} |",
+            f"| {work} | {found.ours:,.0f} | {found.theirs:,.0f} | {found.ratio:.2f} | ≥ {target} |",
             flush=True,
         )
 
 
-def resident_peak() -> float:
-    """MiB that this process has held at most (Linux)."""
+def resident_peak() -> int:
+    """Bytes that this process has held at most (Linux)."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    return int(line.split()[1]) * 1024
 
 
 def peak(side: str, name: str) -> float:
-    """MiB that three steps take at their peak, in a process of its own."""
+    """Bytes that three steps take at their peak, in a process of its own."""
     command = [sys.executable, __file__, "--peak", side, "--only", name]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -185,9 +189,10 @@ def main() -> None:
                 speed(name, shape, args.rounds, results)
         if not args.no_memory and args.only in (None, "small"):
             found = harness.Pairs([(peak("ours", "small"), peak("textbook", "small")) for _ in range(5)])
-            results.add("small: peak memory, MiB", found.figures())
-            sizes = f"{found.ours:,.0f} MiB | {found.theirs:,.0f} MiB"
-            print(f"| small: peak memory ÷ textbook | {sizes} | {found.ours / found.theirs:.2f} | ≤ 0.85 |")
+            name = f"{SHAPES['small']}: peak memory ÷ textbook"
+            results.add(name, found.figures("bytes", target=0.85))
+            sizes = f"{found.ours / 2**20:,.0f} MiB | {found.theirs / 2**20:,.0f} MiB"
+            print(f"| {name} | {sizes} | {found.ratio:.2f} | ≤ 0.85 |")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python examples/fsdp2.py                                    # one process
     torchrun --nproc-per-node 4 examples/fsdp2.py               # four processes, on GPUs where there are any
+    torchrun --nproc-per-node 4 examples/fsdp2.py --cpu-offload # shards and optimizer step on the CPU
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/fsdp2.py
 
 Whatever the number of processes, the global batch, and so the loss, is the same. With --checkpoint a run goes on where
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
@@ -83,8 +84,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="directory of the checkpoints, one a subfolder")
+    parser.add_argument("--cpu-offload", action="store_true", help="keep shards and optimizer state on the CPU")
     args = parser.parse_args()
 
+    if args.cpu_offload and "RANK" not in os.environ:
+        parser.error("--cpu-offload needs processes that FSDP2 shards over: start with torchrun")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % processes:
         parser.error(f"--batch {args.batch} is not a multiple of the {processes} processes")
@@ -97,18 +101,22 @@ def main() -> None:
     if "RANK" in os.environ:
         if device.type != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
+        dist.init_process_group()  # gloo for the CPU and NCCL for GPUs: offloaded shards need both
         rank = dist.get_rank()
 
     torch.manual_seed(args.seed)
     model = Transformer(args.width, args.layers, args.length).to(device)
-    if processes > 1:
+    if processes > 1 or args.cpu_offload:
         mesh = init_device_mesh(device.type, (processes,))
+        # Without an accelerator there is no memory to pin.
+        policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if args.cpu_offload else OffloadPolicy()
         for layer in model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(layer, mesh=mesh, offload_policy=policy)
+        fully_shard(model, mesh=mesh, offload_policy=policy)
     # The only lines of the optimizer: after the wrapping, and the same with and without it.
     optimizer = CoupledAdam(param_groups(model), lr=args.lr, betas=(0.9, 0.95), max_grad_norm=1.0)
+    if args.cpu_offload and rank == 0:
+        print(f"shards and their optimizer state are on the {model.head.weight.device.type}", flush=True)
 
     first = 0
     # The last file of a checkpoint is .metadata: a directory without it was not finished.

@@ -1,4 +1,4 @@
-"""Writes the numbers of README and docs that rest on docs/results/*.csv, or checks that they are what the files say.
+"""Writes the numbers of README and docs that rest on docs/results, or checks that they are what the files say.
 
     python tools/evidence.py              # write every block between its markers
     python tools/evidence.py --check      # exit 1 naming the blocks that differ
@@ -27,7 +27,7 @@ from evidence_study import BATCH, WHAT
 
 from coupled_adam.report import tuned_sections
 
-for name in ("sweeps", "memory", "models", "programs"):
+for name in ("sweeps", "memory", "models", "programs", "benchmarks"):
     import_module(f"evidence_{name}")  # registers its blocks, as the imports above do
 
 ROOT = Path(__file__).parents[1]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from coupled_adam.optim.reductions import is_dtensor, local
+from coupled_adam.optim.reductions import as_dtensor, is_dtensor, local
 
 #: Elements of which something of their size is held at a time: on a CPU they should stay in its cache.
 ELEMENTS_ON_CPU, ELEMENTS = 2**18, 2**24
@@ -45,19 +45,12 @@ def complete(part: Tensor, matrix: Tensor, reduce: str = "sum") -> Tensor:
     """
     if not is_dtensor(matrix):
         return part
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import Partial, Replicate, Shard
 
     kinds = {0: Partial(reduce), 1: Shard(1), None: Replicate()}
     placements = [kinds[getattr(p, "dim", None)] for p in matrix.placements]
     columns = matrix.shape[1] if Shard(1) in placements else part.shape[1]
-    made = DTensor.from_local(
-        part,
-        matrix.device_mesh,
-        placements,
-        run_check=False,
-        shape=torch.Size([len(part), columns]),
-        stride=(columns, 1),
-    )
+    made = as_dtensor(part, matrix.device_mesh, placements, torch.Size([len(part), columns]), (columns, 1))
     return made.full_tensor()
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
     from typing_extensions import TypeIs
 
 T = TypeVar("T")
@@ -132,10 +133,46 @@ def placed_like(template: Tensor, x: Tensor) -> Tensor:
             return x if same else x.redistribute(placements=template.placements)
         x = x.full_tensor()
     if is_dtensor(template):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(x, template.device_mesh, template.placements, src_data_rank=None)
+        return spread(x.to(template.device), template.device_mesh, template.placements)
     return x
+
+
+def spread(whole: Tensor, mesh: "DeviceMesh", placements: Sequence["Placement"]) -> "DTensor":
+    """Place a tensor that every process holds; nothing is sent."""
+    from torch.distributed.tensor import Replicate
+
+    whole = whole.contiguous()
+    everywhere = as_dtensor(whole, mesh, [Replicate()] * mesh.ndim, whole.shape, whole.stride())
+    return everywhere.redistribute(placements=placements)
+
+
+def as_dtensor(
+    part: Tensor, mesh: "DeviceMesh", placements: Sequence["Placement"], shape: torch.Size, stride: tuple[int, ...]
+) -> "DTensor":
+    """Make a DTensor of the part that this process holds, on the device where the part is.
+
+    ``DTensor.from_local`` would move it to the mesh's kind of device. With FSDP2's ``CPUOffloadPolicy`` shards are on
+    the CPU and their mesh is one of accelerators.
+
+    Raises:
+        ValueError: a process group of the mesh cannot communicate from the part's device.
+    """
+    from torch.distributed.tensor import DTensor
+
+    kind = part.device.type
+    if part.is_meta or kind == mesh.device_type:
+        return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+    for i in range(mesh.ndim):
+        backends = torch.distributed.get_backend_config(mesh.get_group(i))
+        if mesh.size(i) > 1 and f"{kind}:" not in backends:
+            raise ValueError(
+                f"The process group ({backends}) cannot communicate from the {kind}, where CPUOffloadPolicy keeps the "
+                f'parameters; create it with init_process_group("{kind}:gloo,{backends}")'
+            )
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    spec = DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(shape, stride, part.dtype))
+    return DTensor(part, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def reduced_like(param: Tensor, part: Tensor, dim: int) -> Tensor:
@@ -145,14 +182,13 @@ def reduced_like(param: Tensor, part: Tensor, dim: int) -> Tensor:
     """
     if not is_dtensor(param):
         return part
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import Replicate
 
     dim %= param.ndim
     shape = torch.Size([*param.shape[:dim], *([1] if part.ndim == param.ndim else []), *param.shape[dim + 1 :]])
     pairs = zip(cuts(param), param.placements, strict=True)
     placements = [Replicate() if cut is None or cut == dim else placement for cut, placement in pairs]
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, param.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+    return as_dtensor(part, param.device_mesh, placements, shape, torch.empty(shape, device="meta").stride())
 
 
 def rows_like(matrix: Tensor, part: Tensor) -> Tensor:
@@ -162,11 +198,9 @@ def rows_like(matrix: Tensor, part: Tensor) -> Tensor:
     """
     if not is_dtensor(matrix):
         return part
-    from torch.distributed.tensor import DTensor
-
-    shape, mesh = torch.Size([len(matrix), *part.shape[1:]]), matrix.device_mesh
+    shape = torch.Size([len(matrix), *part.shape[1:]])
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, mesh, matrix.placements, run_check=False, shape=shape, stride=stride)
+    return as_dtensor(part, matrix.device_mesh, matrix.placements, shape, stride)
 
 
 def vocabulary_mean(part: Tensor, matrix: Tensor) -> Reduction[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from coupled_adam.optim.equations import working_dtype
-from coupled_adam.optim.reductions import Reduction, Sum, cuts, holders, is_dtensor, local, reduced_like
+from coupled_adam.optim.reductions import Reduction, Sum, cuts, holders, is_dtensor, local, reduced_like, spread
 
 
 class RankOne(NamedTuple):
@@ -64,13 +64,11 @@ def _positions(u: Tensor) -> Tensor:
     from torch.distributed.tensor import Replicate
 
     placements = tuple(p if cut == u.ndim - 1 else Replicate() for cut, p in zip(cuts(u), u.placements, strict=True))
-    return _shard_positions(u.shape[-1], u.device_mesh, placements, u.ndim)
+    return _shard_positions(u.shape[-1], u.device_mesh, placements, u.ndim, u.device)
 
 
 @functools.lru_cache(maxsize=256)
-def _shard_positions(size: int, mesh: Any, placements: Any, ndim: int) -> Tensor:
+def _shard_positions(size: int, mesh: Any, placements: Any, ndim: int, device: torch.device) -> Tensor:
     """Return the positions of one shard, by torch's own rule. Every rank cuts for itself, so nothing is sent."""
-    from torch.distributed.tensor import distribute_tensor
-
-    whole = torch.arange(size, device=mesh.device_type).reshape(*[1] * (ndim - 1), size)
-    return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local().reshape(-1)
+    whole = torch.arange(size, device=device).reshape(*[1] * (ndim - 1), size)
+    return spread(whole, mesh, placements).to_local().reshape(-1)
