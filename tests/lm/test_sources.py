@@ -399,7 +399,7 @@ def test_an_interrupted_stream_goes_on_with_its_revision(
     monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", 5)
     monkeypatch.setattr(prepare_module, "SAVE_TOKENS", 100)
     monkeypatch.setattr(held_out, "STREAM_VALIDATION_SHARE", 0.1)
-    monkeypatch.setattr(prepare_module, "train_bpe", lambda texts, size: train_bpe(DOCUMENTS, size))
+    monkeypatch.setattr(prepare_module, "train_bpe", lambda texts, size, share: train_bpe(DOCUMENTS, size))
     for revision in ("one", "two"):
         asked = hub(monkeypatch, stops() if revision == "one" else [{"text": d} for d in DOCUMENTS], revision)
         if revision == "one":

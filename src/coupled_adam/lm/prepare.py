@@ -359,7 +359,7 @@ def _begun(
     """Return the record of an empty corpus and its tokenizer, after writing both to ``aside``."""
     if config.tokenizer == "bpe":
         documents = labeled(source, config.held_out)
-        tokenizer = train_bpe((text for split, text in documents if split == "train"), config.vocab_size)
+        tokenizer = train_bpe((text for split, text in documents if split == "train"), config.vocab_size, source.share)
         end: int | None = tokenizer.token_to_id(END_OF_DOCUMENT)
         assert end is not None, "the trainer was given it"
         if size_of(tokenizer) < config.vocab_size:

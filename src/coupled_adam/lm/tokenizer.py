@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -11,12 +13,15 @@ from coupled_adam.errors import InputError, one_line, require
 from coupled_adam.files import MANIFEST, written_whole
 from coupled_adam.lm.config import LARGEST_VOCABULARY
 from coupled_adam.lm.corpus import open_corpus
-from coupled_adam.progress import say
+from coupled_adam.progress import LINE_EVERY, Update, duration, progress_bar, say, waiting
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
 #: Characters of a stream on which a BPE is trained.
 TOKENIZER_CHARACTERS = 200_000_000
+
+#: Of them, those after which it is shown how many have been read.
+SHOW_EVERY = 1_000_000
 
 
 def load_tokenizer(name: str) -> tuple[Tokenizer, int]:
@@ -69,8 +74,13 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, int]:
     return tokenizer, end
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Return a byte-level BPE trained on the first ``TOKENIZER_CHARACTERS`` of ``texts``."""
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, share: Callable[[int], float | None] = lambda characters: None
+) -> Tokenizer:
+    """Return a byte-level BPE trained on the first ``TOKENIZER_CHARACTERS`` of ``texts``.
+
+    ``share`` says how much of the text so many characters are, in [0, 1]; None if that is not known.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -80,7 +90,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first(texts, TOKENIZER_CHARACTERS), trainer)
+    began = time.monotonic()
+    with progress_bar("tokenizer", 0, 100, unit="%", passing=True) as show, ExitStack() as merging:
+
+        def counted() -> Iterator[str]:
+            yield from _first(texts, TOKENIZER_CHARACTERS, share, show)
+            merging.enter_context(waiting(show, f"merging pairs into {vocab_size:,} tokens"))
+
+        tokenizer.train_from_iterator(counted(), trainer)
+    if (seconds := time.monotonic() - began) >= LINE_EVERY:
+        say(f"tokenizer: trained in {duration(seconds)}")
     return tokenizer
 
 
@@ -108,9 +127,14 @@ def digest_of(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
-def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
+def _first(texts: Iterable[str], characters: int, share: Callable[[int], float | None], show: Update) -> Iterator[str]:
+    """Yield texts of so many characters, and show how many of them have been read."""
+    read = shown = 0
     for text in texts:
         yield text
-        characters -= len(text)
-        if characters <= 0:
+        read += len(text)
+        if read >= shown + SHOW_EVERY:
+            shown = read
+            show(int(100 * min(max(read / characters, share(read) or 0.0), 1.0)), f"{read:,} characters")
+        if read >= characters:
             return
