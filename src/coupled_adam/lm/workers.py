@@ -73,14 +73,14 @@ class Encoders:
         if self._began is None:
             self._began = now, share or 0.0
         began, before = self._began
-        most_is_left = share is None or 1 - share > share - before
-        if most_is_left and now - began >= PROCESSES_AFTER and not (self._processes or self._encoder.is_fast):
-            self._start(cores())
+        worth_it = now - began >= PROCESSES_AFTER and (share is None or 1 - share > share - before)
+        if worth_it and cores() > 1 and not (self._processes or self._encoder.is_fast):
+            self.start(cores())
 
-    def _start(self, count: int) -> None:
+    def start(self, count: int) -> None:
         """Leave the batches that are still to come to so many processes, as far as the system lets them start."""
         with contextlib.suppress(OSError):
-            for _ in range(count if count > 1 else 0):
+            for _ in range(count):
                 process = Process(self._encoder, self._tokenizer, self._dtype)
                 self._idle.put(process)
                 self._processes.append(process)
