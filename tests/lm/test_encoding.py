@@ -222,12 +222,13 @@ def test_a_process_that_is_killed_is_an_error_and_its_work_is_done_again(
     data = Data(tokenizer=str(tokenizer_folder(tmp_path / "tokenizer", 320)), vocab_size=320, sequence_length=16)
     monkeypatch.setattr(module, "SAVE_TOKENS", 2_000)
     with monkeypatch.context() as patch:
-        started, add = at_once(patch), module.Shards._add
+        started, killed, add = at_once(patch), list[int](), module.Shards._add
 
         def kills(self: module.Shards, *batch: object) -> None:
             add(self, *batch)
-            if len(started) == 2 and sum(self.record["documents"].values()) >= 200:
-                os.kill(started[1]._process.pid, signal.SIGKILL)
+            if len(started) == 2 and not killed and sum(self.record["documents"].values()) >= 100:
+                killed.append(started[1]._process.pid)
+                os.kill(killed[0], signal.SIGKILL)
 
         patch.setattr(module.Shards, "_add", kills)
         with pytest.raises(InputError, match=r"process \d+, which encoded text, ended by signal 9; .* to resume"):

@@ -187,6 +187,7 @@ class Dataset:
             raise InputError(f"{self.name}: cannot be read as a dataset: {what}; {hint}") from None
         if not rows:
             raise InputError(f"{self.name}: has no rows")
+        self._of = rows
         if left_out:
             say(f"{self.name}: {said(left_out, rows)}")
 
