@@ -178,7 +178,7 @@ def serve() -> None:
     """Encode what comes from standard input, to standard output, until it ends: the whole work of a ``Process``."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):  # whoever asked is gone
         tokenizer, end, name, dtype = pickle.load(requests)
         encoder: Encoder | None = None
         while True:
