@@ -4,10 +4,13 @@ import contextlib
 import fcntl
 import os
 import pty
+import random
 import re
 import struct
 import sys
 import termios
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +19,8 @@ import pytest
 from pyarrow import parquet
 
 from coupled_adam import progress
+from coupled_adam.lm import tokenizer
+from coupled_adam.lm.sources import Dataset
 from coupled_adam.lm.tables import TableFiles
 
 
@@ -151,12 +156,17 @@ def written(directory: Path, kind: str) -> Path:
         case "jsonl":
             (directory / "a.jsonl").write_text(text, encoding="utf-8")
         case _:
-            module = {"gz": gzip, "bz2": bz2, "xz": lzma}[kind]
-            (directory / f"a.jsonl.{kind}").write_bytes(module.compress(text.encode()))
+            compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}.get(kind, zstandard)
+            (directory / f"a.jsonl.{kind}").write_bytes(compress(text.encode()))
     return directory
 
 
-@pytest.mark.parametrize("kind", ["parquet", "two files", "array", "csv", "jsonl", "gz", "bz2", "xz"])
+def zstandard(content: bytes) -> bytes:
+    compressed: bytes = pa.compress(content, "zstd", asbytes=True)
+    return compressed
+
+
+@pytest.mark.parametrize("kind", ["parquet", "two files", "array", "csv", "jsonl", "gz", "bz2", "xz", "zst"])
 def test_of_a_table_it_is_known_how_much_is_read(kind: str, tmp_path: Path) -> None:
     source = TableFiles(written(tmp_path / "table", kind))
     for _ in range(2):  # the second time for the tokens, after the tokenizer
@@ -165,3 +175,57 @@ def test_of_a_table_it_is_known_how_much_is_read(kind: str, tmp_path: Path) -> N
         if kind in ("parquet", "two files", "array", "csv", "jsonl"):  # compressed, it is read in one piece
             half = shares[len(shares) // 2]
             assert 0.3 < half < 0.8
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_of_a_compressed_file_it_is_known_how_much_is_read(suffix: str, tmp_path: Path) -> None:
+    """Whatever does not compress: the libraries read compressed bytes in large pieces."""
+    import gzip
+
+    content = "".join(f'"{random.Random(i).randbytes(500).hex()}"\n' for i in range(4_000)).encode()
+    compress = {"gz": gzip.compress, "zst": zstandard}[suffix]
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(compress(content))
+    source = TableFiles(tmp_path / f"a.jsonl.{suffix}")
+    shares = [source.share(0) for _ in source.documents()]
+    assert shares == sorted(shares) and len(set(shares)) > 3 and 0.3 < shares[len(shares) // 2] < 0.9
+    assert source.share(0) == 1
+
+
+@pytest.mark.parametrize(("characters", "half"), [(10**9, 50), (4_000, 50), (1_000, 100)])
+def test_the_training_of_a_tokenizer_says_how_far_it_is(
+    characters: int, half: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(tokenizer, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(tokenizer, "SHOW_EVERY", 1_000)
+    monkeypatch.setattr(tokenizer, "TOKENIZER_CHARACTERS", characters)
+    made = tokenizer.train_bpe(["word " * 100] * 8, 300, lambda read: read / 4_000 if characters > 4_000 else None)
+    lines = capsys.readouterr().err.splitlines()
+    assert made.get_vocab_size() > 256
+    assert lines[-1] == "tokenizer: trained in 1 s"
+    shown = [line for line in lines if "characters" in line]
+    assert all(line.startswith("tokenizer: ") for line in shown)
+    percents = [int(line.split("%")[0].split()[-1]) for line in shown]
+    assert percents == sorted(percents) and percents[-1] == 100 and half in percents
+
+
+def test_what_does_not_say_how_far_it_is_says_how_long_it_has_taken() -> None:
+    before, shown = threading.active_count(), list[tuple[int | None, str]]()
+    with progress.waiting(lambda done, text="": shown.append((done, text)), "merging"):
+        time.sleep(1.2)
+    assert shown == [(None, "merging, 2 s so far")] and threading.active_count() == before
+
+
+def test_of_a_stream_it_is_known_how_many_rows_or_files_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from datasets import SplitDict, SplitInfo
+
+    rows = datasets.Dataset.from_list([{"text": f"document {i}"} for i in range(80)]).to_iterable_dataset(num_shards=8)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: rows)
+    for known in (False, True):
+        rows.info.splits = SplitDict({"train": SplitInfo("train", num_examples=80)}) if known else None
+        source = Dataset("a/b")
+        assert source.share(0) is None
+        shares = [source.share(0) for _ in source.documents()]
+        assert shares == sorted(shares) and 0.4 <= shares[40] <= 0.7
+        assert shares[-1] > 0.8 and source.share(0) == 1

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -122,6 +123,24 @@ def progress_bar(
             say(f"{name}: " + ", ".join(part for part in (share, rest, text) if part))
 
     yield line
+
+
+@contextmanager
+def waiting(show: Update, text: str) -> Iterator[None]:
+    """Show, with what a library does that does not say how far it is, for how long it has been doing it."""
+    began, ended = time.monotonic(), threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(1.0):
+            show(None, f"{text}, {duration(time.monotonic() - began)} so far")
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from paragraphs import paragraphs
 
@@ -101,6 +101,24 @@ def test_a_byte_order_mark_says_the_encoding(form: str, encoding: str, tmp_path:
 def test_a_column_of_parquet(column: pa.Array, tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": range(len(column)), "a.b": column}), tmp_path / "A.PARQUET", row_group_size=7)
     assert read(tmp_path / "A.PARQUET", "a.b") == DOCUMENTS
+
+
+@settings(max_examples=50)
+@given(
+    st.one_of(st.text(), st.recursive(st.text() | st.floats(), st.lists).map(json.dumps)),
+    st.text(" \t\n\v\ufeff\u00a0}1x"),
+)
+@example("{}", " \n").via("the end of a line")
+@example('{"a": 1}', " x").via("more text after it")
+@example("\u00a0{}", "").via("a space that JSON does not know")
+def test_a_line_is_read_as_the_json_library_reads_it(line: str, end: str) -> None:
+    found: list[object] = []
+    for read in (json.loads, tables._decoded):
+        try:
+            found.append(repr(read(line + end)))
+        except json.JSONDecodeError as error:
+            found.append((error.msg, error.pos, error.doc))
+    assert found[0] == found[1]
 
 
 @settings(max_examples=50)
@@ -399,7 +417,7 @@ def test_an_interrupted_stream_goes_on_with_its_revision(
     monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", 5)
     monkeypatch.setattr(prepare_module, "SAVE_TOKENS", 100)
     monkeypatch.setattr(held_out, "STREAM_VALIDATION_SHARE", 0.1)
-    monkeypatch.setattr(prepare_module, "train_bpe", lambda texts, size: train_bpe(DOCUMENTS, size))
+    monkeypatch.setattr(prepare_module, "train_bpe", lambda texts, size, share: train_bpe(DOCUMENTS, size))
     for revision in ("one", "two"):
         asked = hub(monkeypatch, stops() if revision == "one" else [{"text": d} for d in DOCUMENTS], revision)
         if revision == "one":

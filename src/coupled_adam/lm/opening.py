@@ -92,10 +92,22 @@ def open_bytes(path: Path) -> BinaryIO:
 
         return cast(BinaryIO, lzma.open(path))
     if head.startswith(b"\x28\xb5\x2f\xfd"):
+        return cast(BinaryIO, _Zstandard(path))
+    return path.open("rb")
+
+
+class _Zstandard(io.BufferedReader):
+    """A file that is decompressed as it is read; ``fileobj`` is the file itself, as of the standard library's."""
+
+    def __init__(self, path: Path) -> None:
         import pyarrow
 
-        return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")))
-    return path.open("rb")
+        self.fileobj = path.open("rb")
+        super().__init__(pyarrow.CompressedInputStream(self.fileobj, "zstd"))
+
+    def close(self) -> None:
+        super().close()
+        self.fileobj.close()
 
 
 def encoding_of(head: bytes) -> str:

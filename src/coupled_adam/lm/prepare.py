@@ -42,11 +42,11 @@ from coupled_adam.lm.corpus import (
     open_corpus,
     read_meta,
 )
+from coupled_adam.lm.encoding import Encoded, Encoder
 from coupled_adam.lm.held_out import Split, labeled
 from coupled_adam.lm.sources import PACKAGED, Dataset, Source
 from coupled_adam.lm.tokenizer import (
     END_OF_DOCUMENT,
-    Encoder,
     digest_of,
     load_tokenizer,
     read_tokenizer,
@@ -54,6 +54,7 @@ from coupled_adam.lm.tokenizer import (
     train_bpe,
     write_tokenizer,
 )
+from coupled_adam.lm.workers import Encoders
 from coupled_adam.progress import progress_bar, say
 
 __all__ = ["prepare"]
@@ -65,7 +66,7 @@ SHARD_TOKENS = 100_000_000
 SAVE_TOKENS = 10_000_000
 """Tokens after which progress is saved."""
 BATCH_DOCUMENTS = 1_000
-"""Documents that are encoded at a time, on all cores."""
+"""Documents that are encoded at a time."""
 BATCH_CHARACTERS = 4_000_000
 """The same, where documents are long."""
 
@@ -358,7 +359,7 @@ def _begun(
     """Return the record of an empty corpus and its tokenizer, after writing both to ``aside``."""
     if config.tokenizer == "bpe":
         documents = labeled(source, config.held_out)
-        tokenizer = train_bpe((text for split, text in documents if split == "train"), config.vocab_size)
+        tokenizer = train_bpe((text for split, text in documents if split == "train"), config.vocab_size, source.share)
         end: int | None = tokenizer.token_to_id(END_OF_DOCUMENT)
         assert end is not None, "the trainer was given it"
         if size_of(tokenizer) < config.vocab_size:
@@ -401,6 +402,7 @@ class Shards:
         self.dtype = np.dtype("<u2" if record["tokenizer_tokens"] <= 2**16 else "<u4")
         self.counts = np.zeros(_padded(record["tokenizer_tokens"]), dtype=np.int64)
         self._unsaved = 0
+        self._unsynced = set[Path]()
         self._resume()
 
     def _resume(self) -> None:
@@ -434,25 +436,36 @@ class Shards:
         done = _documents(self.record)
         if done:
             say(f"{name}: resuming after {done:,} documents")
-        with progress_bar(name, 0, 100, unit="%", passing=True) as show:
-            for batch in _batches(itertools.islice(documents, done, None)):
-                encoded = self.encoder.encode([text for _, text in batch], self.dtype)
-                for split in SPLITS:
-                    own = [(text, ids) for (s, text), ids in zip(batch, encoded, strict=True) if s == split]
-                    self.record["documents"][split] += len(own)
-                    self.record["characters"][split] += sum(len(text) for text, _ in own)
-                    if own:
-                        self._append(split, np.concatenate([ids for _, ids in own]))
-                if self._unsaved >= SAVE_TOKENS:
-                    self._save()
+        removed = 0
+        with (
+            progress_bar(name, 0, 100, unit="%", passing=True) as show,
+            Encoders(self.encoder, self.directory / "tokenizer.json", self.dtype) as encoders,
+        ):
+            for batch, encoded in encoders.encode(_batches(itertools.islice(documents, done, None)), _texts):
+                removed += encoded.removed
+                self._add(batch, encoded)
                 part = share(self.record["characters"]["train"] + self.record["characters"]["validation"])
                 counted = f"{_documents(self.record):,} documents, {self.tokens('train'):,} tokens"
                 show(None if part is None else int(100 * part), counted)
-        if self.encoder.removed:
+                encoders.progressed(part)
+        if removed:
             say(
-                f"{name}: {self.encoder.removed:,} special tokens that appear in the text were left out: "
+                f"{name}: {removed:,} special tokens that appear in the text were left out: "
                 f"{self.encoder.name} cannot encode them in any other way"
             )
+
+    def _add(self, batch: list[tuple[Split, str]], encoded: Encoded) -> None:
+        """Append a batch to the shards of its splits, and save if it is time."""
+        held_out = np.array([split == "validation" for split, _ in batch])
+        lengths = np.diff(encoded.ends, prepend=0)
+        for split in SPLITS:
+            own = held_out if split == "validation" else ~held_out
+            if own.any():
+                self.record["documents"][split] += int(own.sum())
+                self.record["characters"][split] += sum(len(text) for s, text in batch if s == split)
+                self._append(split, encoded.tokens if own.all() else encoded.tokens[np.repeat(own, lengths)])
+        if self._unsaved >= SAVE_TOKENS:
+            self._save()
 
     def _append(self, split: Split, tokens: Tokens) -> None:
         shards = self.record["shards"][split]
@@ -461,14 +474,17 @@ class Shards:
         path = self.directory / shards[-1]["file"]
         with full_disk_named(path), path.open("ab") as file:
             file.write(tokens.tobytes())
-            file.flush()
-            os.fsync(file.fileno())  # the record must not know of more than the disk
+        self._unsynced.add(path)
         shards[-1]["tokens"] += len(tokens)
         self._unsaved += len(tokens)
         if split == "train":
             self.counts += np.bincount(tokens, minlength=len(self.counts))
 
     def _save(self) -> None:
+        for path in sorted(self._unsynced):  # the record must not know of more than the disk
+            with full_disk_named(path), path.open("rb+") as file:
+                os.fsync(file.fileno())
+        self._unsynced.clear()
         write_sealed(self.directory / "progress.json", self.record)
         self._unsaved = 0
 
@@ -499,6 +515,10 @@ def _batches(documents: Iterable[tuple[Split, str]]) -> Iterator[list[tuple[Spli
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _texts(batch: list[tuple[Split, str]]) -> list[str]:
+    return [text for _, text in batch]
 
 
 def _padded(size: int) -> int:

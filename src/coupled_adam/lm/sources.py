@@ -144,6 +144,7 @@ class Dataset:
         self.repository, _, self.configuration = name.partition(":")
         self.paths: tuple[Path, ...] = ()
         self._rows, self._of = 0, 0
+        self._stream: Any = None
 
     def fingerprint(self) -> str:
         """Digest of the name and the column."""
@@ -168,7 +169,7 @@ class Dataset:
         configuration = [self.configuration] if self.configuration else []
         try:
             found = load_dataset(self.repository, *configuration, split="train", streaming=True, **options)
-            self._rows, self._of = 0, _rows_in(found)
+            self._rows, self._of, self._stream = 0, _rows_in(found), found
             values = (row[self.column] if self.column in row else Absent(*row) for row in found)
             for text in checked(values, self.name, self.column, left_out):
                 rows = self._rows = rows + 1
@@ -186,18 +187,28 @@ class Dataset:
             raise InputError(f"{self.name}: cannot be read as a dataset: {what}; {hint}") from None
         if not rows:
             raise InputError(f"{self.name}: has no rows")
+        self._of = rows
         if left_out:
             say(f"{self.name}: {said(left_out, rows)}")
 
     def share(self, characters: int) -> float | None:
-        """Return the share of the rows that have been read, if the hub tells how many there are."""
-        return min(self._rows / self._of, 1.0) if self._of else None
+        """Return which share of the rows has been read, or of the files, if the hub tells how many there are."""
+        if self._of:
+            return min(self._rows / self._of, 1.0)
+        files = getattr(self._stream, "num_shards", 1)
+        return min(_file_in(self._stream.state_dict()) / files, 1.0) if files > 1 else None
 
 
 def _rows_in(dataset: Any) -> int:
     """Return how many rows the description of a stream promises; 0 if it promises none."""
     splits = getattr(getattr(dataset, "info", None), "splits", None) or {}
     return (splits["train"].num_examples or 0) if "train" in splits else 0
+
+
+def _file_in(state: dict[str, Any]) -> int:
+    """Return how many files a stream has come to the end of, by its state, a tree of the steps that it goes through."""
+    inner = [_file_in(step) for step in state.values() if isinstance(step, dict)]
+    return max(inner, default=0) if "shard_idx" not in state else int(state["shard_idx"])
 
 
 def source_of(name: str, column: str = COLUMN) -> Source:

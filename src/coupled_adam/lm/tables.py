@@ -37,6 +37,8 @@ _TYPES = {
 }
 
 
+_DECODER = json.JSONDecoder()
+
 #: What JSON can write and no encoding has.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -262,12 +264,22 @@ def _json(file: Path, reading: Reading) -> Iterator[Any]:
         _follow(text, reading)
         for number, line in enumerate(filter(str.strip, text)):
             try:
-                value = json.loads(line)
+                value = _decoded(line)
             except json.JSONDecodeError:
                 if number == 0 and line.lstrip().startswith("{") and line.strip()[-1] != "}":
                     raise ValueError("neither an array of objects nor one object per line") from None
                 raise
             yield value
+
+
+def _decoded(line: str) -> Any:
+    """Return what ``json.loads`` returns, in about half of the time where the line is short."""
+    content = line.strip(" \t\r\n")
+    try:
+        value, end = _DECODER.raw_decode(content)
+    except json.JSONDecodeError:
+        end = -1
+    return value if end == len(content) else json.loads(line)
 
 
 def _array(text: TextIO, buffer: str) -> Iterator[Any]:

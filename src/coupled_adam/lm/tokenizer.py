@@ -2,24 +2,26 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from coupled_adam.errors import InputError, one_line, require
 from coupled_adam.files import MANIFEST, written_whole
 from coupled_adam.lm.config import LARGEST_VOCABULARY
 from coupled_adam.lm.corpus import open_corpus
-from coupled_adam.progress import say
+from coupled_adam.progress import LINE_EVERY, Update, duration, progress_bar, say, waiting
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
 #: Characters of a stream on which a BPE is trained.
 TOKENIZER_CHARACTERS = 200_000_000
+
+#: Of them, those after which it is shown how many have been read.
+SHOW_EVERY = 1_000_000
 
 
 def load_tokenizer(name: str) -> tuple[Tokenizer, int]:
@@ -72,8 +74,13 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, int]:
     return tokenizer, end
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Return a byte-level BPE trained on the first ``TOKENIZER_CHARACTERS`` of ``texts``."""
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, share: Callable[[int], float | None] = lambda characters: None
+) -> Tokenizer:
+    """Return a byte-level BPE trained on the first ``TOKENIZER_CHARACTERS`` of ``texts``.
+
+    ``share`` says how much of the text so many characters are, in [0, 1]; None if that is not known.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -83,7 +90,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first(texts, TOKENIZER_CHARACTERS), trainer)
+    began = time.monotonic()
+    with progress_bar("tokenizer", 0, 100, unit="%", passing=True) as show, ExitStack() as merging:
+
+        def counted() -> Iterator[str]:
+            yield from _first(texts, TOKENIZER_CHARACTERS, share, show)
+            merging.enter_context(waiting(show, f"merging pairs into {vocab_size:,} tokens"))
+
+        tokenizer.train_from_iterator(counted(), trainer)
+    if (seconds := time.monotonic() - began) >= LINE_EVERY:
+        say(f"tokenizer: trained in {duration(seconds)}")
     return tokenizer
 
 
@@ -111,74 +127,14 @@ def digest_of(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
-class Encoder:
-    """Documents to token IDs. What a document says of special tokens is text, and never becomes one of them.
-
-    Args:
-        tokenizer: is changed so.
-        end: the end-of-document token.
-        name: of the tokenizer, for messages.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, end: int, name: str) -> None:
-        self.tokenizer, self.end, self.name = tokenizer, end, name
-        tokenizer.encode_special_tokens = True
-        # Models whose vocabulary holds special tokens like any others (Unigram, WordLevel) find them in the text still.
-        names = {n: token.content for n, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        names = {n: name for n, name in names.items() if name != _unknown(tokenizer)}
-        self._special: dict[int, str] = names | {end: str(tokenizer.id_to_token(end))}
-        self._is_special = np.isin(np.arange(size_of(tokenizer)), list(self._special))
-        self.removed = 0
-
-    def encode(self, texts: list[str], dtype: np.dtype[Any]) -> list[NDArray[Any]]:
-        """Return the IDs of each document, the end-of-document token last. Raises InputError if one has none."""
-        encoded = [np.array([*ids, self.end], dtype) for ids in self._encode(texts)]
-        if self._is_special[np.concatenate(encoded)].sum() == len(encoded):
-            return encoded
-        return [
-            np.array([*self._as_text(text), self.end], dtype) if self._is_special[ids[:-1]].any() else ids
-            for text, ids in zip(texts, encoded, strict=True)
-        ]
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        try:
-            return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        except Exception as error:  # the library raises a bare one
-            raise InputError(
-                f"{self.name}: cannot encode the text ({one_line(error)}); choose another, or bpe"
-            ) from None
-
-    def _as_text(self, text: str) -> list[int]:
-        """IDs of a text in which a model has found special tokens: their names are taken apart, or else removed."""
-        parts = [text]
-        for name in self._special.values():
-            if len(name) > 1:
-                parts = [piece for part in parts for piece in _apart(part, name)]
-        ids = [number for found in self._encode(parts) for number in found]
-        kept = [number for number in ids if number not in self._special]
-        self.removed += len(ids) - len(kept)
-        return kept
-
-
-def _apart(text: str, name: str) -> Iterator[str]:
-    """Yield pieces of a text none of which holds ``name``."""
-    start = 0
-    while (position := text.find(name, start)) >= 0:
-        yield text[start : position + 1]
-        start = position + 1
-    yield text[start:]
-
-
-def _unknown(tokenizer: Tokenizer) -> str | None:
-    """Token for what is not in the vocabulary, a special one that text may well become."""
-    model = json.loads(tokenizer.to_str())["model"]
-    number, name = model.get("unk_id"), model.get("unk_token")
-    return name if number is None else tokenizer.id_to_token(number)
-
-
-def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
+def _first(texts: Iterable[str], characters: int, share: Callable[[int], float | None], show: Update) -> Iterator[str]:
+    """Yield texts of so many characters, and show how many of them have been read."""
+    read = shown = 0
     for text in texts:
         yield text
-        characters -= len(text)
-        if characters <= 0:
+        read += len(text)
+        if read >= shown + SHOW_EVERY:
+            shown = read
+            show(int(100 * min(max(read / characters, share(read) or 0.0), 1.0)), f"{read:,} characters")
+        if read >= characters:
             return
