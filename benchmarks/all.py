@@ -32,6 +32,17 @@ RUNS: dict[str, list[str]] = {
     "embedding_health_small": [
         *("embedding_metrics.py", "--live", "--rounds", "99", "--vocabulary", "8192", "--width", "128")
     ],
+    "prepare": ["prepare.py"],
+    "prepare_by_processes": [
+        "prepare.py",
+        "--megabytes",
+        "30",
+        "--rounds",
+        "2",
+        "--without-fastokens",
+        "--workers",
+        "1,2",
+    ],
     "distributed_step": ["distributed_step.py"],
     "gpu_step": ["gpu_step.py"],
 }

@@ -120,19 +120,23 @@ def main(arguments: argparse.Namespace, directory: Path) -> None:
         for name, seconds in harness.medians(found).items():
             processors = statistics.median(used[name])
             print(f"{name:16}{megabytes / seconds:8.2f} MB/s, {megabytes / processors:8.2f} MB a second of a processor")
-        ratios = [
-            statistics.median(
-                theirs / ours for ours, theirs in zip(side["prepare"], side["tokenizer alone"], strict=True)
-            )
-            for side in (found, used)
-        ]
-        print(f"prepare ÷ tokenizer alone: {ratios[0]:.2f}, in processor time {ratios[1]:.2f}")
-        results.add("wall seconds", found)
-        results.add("processor seconds", used)
-        results.add("megabytes", megabytes)
-        results.add("prepare ÷ tokenizer alone", {"wall": ratios[0], "processor": ratios[1]})
+        for name, side in (("", found), (", by processor time", used)):
+            sides = (side["prepare"], side["tokenizer alone"])
+            pairs = harness.Pairs([(megabytes / a, megabytes / b) for a, b in zip(*sides, strict=True)])
+            print(f"prepare ÷ tokenizer alone{name}: {pairs.ratio:.2f}")
+            results.add(f"prepare ÷ tokenizer alone{name}", pairs.figures("MB/s", target=0.9, at_least=True))
         if arguments.workers:
-            results.add("workers", scaling(prepared, arguments.workers, megabytes))
+            by_count = scaling(prepared, arguments.workers, megabytes)
+            (first, alone_), *more = by_count.items()
+            for count, took in more:
+                pairs = harness.Pairs([(megabytes / took["wall"], megabytes / alone_["wall"])])
+                linear = 0.8 * int(count) / int(first)
+                results.add(
+                    f"prepare, {count} processes ÷ {first}", pairs.figures("MB/s", target=linear, at_least=True)
+                )
+            for count, took in by_count.items():
+                pairs = harness.Pairs([(took["thread"], took["processor"])])
+                results.add(f"reading and writing ÷ all, {count} processes", pairs.figures("s", target=0.05))
 
 
 if __name__ == "__main__":

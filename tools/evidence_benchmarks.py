@@ -13,7 +13,7 @@ Figures = Mapping[str, Any]
 DIRECTORY = "benchmarks"
 
 #: Packages that figures depend on, in the order of the text above a table.
-PACKAGES = ("torch", "numba", "numpy", "triton", "transformers", "tokenizers", "adams-torch", "deepspeed")
+PACKAGES = ("torch", "numba", "numpy", "triton", "transformers", "tokenizers", "fastokens", "adams-torch", "deepspeed")
 
 #: What is compared with it in every file has these headings.
 COMPARISON = ("work", "ours", "theirs", "ratio", "middle half", "target")
