@@ -189,7 +189,7 @@ def results(arguments: argparse.Namespace) -> Iterator[Results]:
 
 
 #: What is measured beside us and has a version worth knowing.
-PEERS = ("transformers", "adams-torch", "deepspeed", "tokenizers")
+PEERS = ("transformers", "adams-torch", "deepspeed", "tokenizers", "fastokens")
 
 
 def written(whole: Mapping[str, Any]) -> str:

@@ -136,7 +136,10 @@ def main(arguments: argparse.Namespace, directory: Path) -> None:
                 )
             for count, took in by_count.items():
                 pairs = harness.Pairs([(took["thread"], took["processor"])])
-                results.add(f"reading and writing ÷ all, {count} processes", pairs.figures("s", target=0.05))
+                results.add(
+                    f"processor time of reading and writing ÷ of all, in {count} processes",
+                    pairs.figures("s", target=0.05),
+                )
 
 
 if __name__ == "__main__":
