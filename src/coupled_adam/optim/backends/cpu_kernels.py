@@ -169,7 +169,27 @@ def _pack(tile, codes, scales, start, seed):
         codes[j] = np.int8(-code if m < ZERO else code)
 
 
-@njit(parallel=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)  # sums in any order, or loops stay scalar
+@njit(fastmath={"reassoc", "contract", "nsz"})  # sums in any order, or loops stay scalar
+def _add_rows(grad, squares, plain):
+    """Add Σ g² over the rows of ``grad`` (R, H) to ``squares`` (H,), and Σ g to ``plain`` (H,); None for nothing."""
+    rows, columns = grad.shape
+    fours = rows // 4 * 4
+    for i in range(0, fours, 4):  # together, since the sums are read and written with all that is added
+        p, q, r, s = grad[i], grad[i + 1], grad[i + 2], grad[i + 3]
+        for j in range(columns):
+            squares[j] += (p[j] * p[j] + q[j] * q[j]) + (r[j] * r[j] + s[j] * s[j])
+        if plain is not None:
+            for j in range(columns):
+                plain[j] += (p[j] + q[j]) + (r[j] + s[j])
+    for i in range(fours, rows):
+        for j in range(columns):
+            squares[j] += grad[i, j] * grad[i, j]
+        if plain is not None:
+            for j in range(columns):
+                plain[j] += grad[i, j]
+
+
+@njit(parallel=True, cache=True)
 def sum_of_squares_kernel(grad, total, plain, threads):
     """Fill ``total`` (threads, H), float64, with Σ g² over each thread's rows of ``grad`` (V, H).
 
@@ -177,27 +197,17 @@ def sum_of_squares_kernel(grad, total, plain, threads):
     """
     rows, columns = grad.shape
     for t in prange(threads):
-        part = np.zeros(columns, np.float32)
+        first, last = rows * t // threads, rows * (t + 1) // threads
+        part = np.empty((2, columns), np.float32)
         total[t] = 0.0
         if plain is not None:
-            plain_part = np.zeros(columns, np.float32)
             plain[t] = 0.0
-        first, last = rows * t // threads, rows * (t + 1) // threads
-        for i in range(first, last):
-            g = grad[i]
-            for j in range(columns):
-                part[j] += g[j] * g[j]
+        for start in range(first, last, BLOCK):
+            part[:] = ZERO
+            _add_rows(grad[start : min(start + BLOCK, last)], part[0], None if plain is None else part[1])
+            total[t] += part[0]
             if plain is not None:
-                for j in range(columns):
-                    plain_part[j] += g[j]
-            if (i - first) % BLOCK == BLOCK - 1 or i == last - 1:
-                for j in range(columns):
-                    total[t, j] += part[j]
-                part[:] = ZERO
-                if plain is not None:
-                    for j in range(columns):
-                        plain[t, j] += plain_part[j]
-                    plain_part[:] = ZERO
+                plain[t] += part[1]
 
 
 @njit(parallel=True, cache=True)
