@@ -34,6 +34,8 @@ BACKWARD = 512
 #: Columns that are taken at once where column sums are kept beside them; and what keeps the rows of an array that holds
 #: so many columns from lying at multiples of 4,096 bytes, where processors mix them up.
 TILE, PAD = 1024, 48
+#: Bytes of a line of the cache.
+LINE = 64
 
 #: Rows of the array in which a tile of a moment in eight bits is worked on: √ν̂, the vector of spectral decay, a row's
 #: numbers, and the scale of each.
@@ -169,24 +171,41 @@ def _pack(tile, codes, scales, start, seed):
         codes[j] = np.int8(-code if m < ZERO else code)
 
 
+@njit(inline="always")
+def _lines(rows):
+    """Make an array of zeros, (rows, TILE + PAD), whose rows begin where lines of the cache do.
+
+    A vector that lies across two of them is read and written in two accesses.
+    """
+    raw = np.zeros(rows * (TILE + PAD) + LINE // 4, np.float32)
+    skip = -(raw.ctypes.data // 4) % (LINE // 4)
+    return raw[skip : skip + rows * (TILE + PAD)].reshape(rows, TILE + PAD)
+
+
 @njit(fastmath={"reassoc", "contract", "nsz"})  # sums in any order, or loops stay scalar
-def _add_rows(grad, squares, plain):
-    """Add Σ g² over the rows of ``grad`` (R, H) to ``squares`` (H,), and Σ g to ``plain`` (H,); None for nothing."""
+def _add_rows(grad, total, plain):
+    """Add Σ g² over a few rows of ``grad`` (R, H) to ``total`` (H,), and Σ g to ``plain`` (H,); None for nothing."""
     rows, columns = grad.shape
     fours = rows // 4 * 4
-    for i in range(0, fours, 4):  # together, since the sums are read and written with all that is added
-        p, q, r, s = grad[i], grad[i + 1], grad[i + 2], grad[i + 3]
-        for j in range(columns):
-            squares[j] += (p[j] * p[j] + q[j] * q[j]) + (r[j] * r[j] + s[j] * s[j])
+    for left in range(0, columns, TILE):
+        right = min(left + TILE, columns)
+        width = right - left
+        part = _lines(2)
+        for i in range(0, fours, 4):  # together, since sums are read and written with all that is added
+            p, q, r, s = (grad[i, left:right], grad[i + 1, left:right], grad[i + 2, left:right], grad[i + 3, left:right])
+            for j in range(width):
+                part[0, j] += (p[j] * p[j] + q[j] * q[j]) + (r[j] * r[j] + s[j] * s[j])
+                if plain is not None:
+                    part[1, j] += (p[j] + q[j]) + (r[j] + s[j])
+        for i in range(fours, rows):
+            g = grad[i, left:right]
+            for j in range(width):
+                part[0, j] += g[j] * g[j]
+                if plain is not None:
+                    part[1, j] += g[j]
+        total[left:right] += part[0, :width]
         if plain is not None:
-            for j in range(columns):
-                plain[j] += (p[j] + q[j]) + (r[j] + s[j])
-    for i in range(fours, rows):
-        for j in range(columns):
-            squares[j] += grad[i, j] * grad[i, j]
-        if plain is not None:
-            for j in range(columns):
-                plain[j] += grad[i, j]
+            plain[left:right] += part[1, :width]
 
 
 @njit(parallel=True, cache=True)
@@ -195,19 +214,15 @@ def sum_of_squares_kernel(grad, total, plain, threads):
 
     ``plain``, of the same shape, with Σ g; None for nothing.
     """
-    rows, columns = grad.shape
+    rows = grad.shape[0]
     for t in prange(threads):
         first, last = rows * t // threads, rows * (t + 1) // threads
-        part = np.empty((2, columns), np.float32)
         total[t] = 0.0
         if plain is not None:
             plain[t] = 0.0
         for start in range(first, last, BLOCK):
-            part[:] = ZERO
-            _add_rows(grad[start : min(start + BLOCK, last)], part[0], None if plain is None else part[1])
-            total[t] += part[0]
-            if plain is not None:
-                plain[t] += part[1]
+            block = grad[start : min(start + BLOCK, last)]
+            _add_rows(block, total[t], None if plain is None else plain[t])
 
 
 @njit(parallel=True, cache=True)
@@ -292,7 +307,7 @@ def eight_bit_rows_kernel(direction):
             first, last = rows * t // threads, rows * (t + 1) // threads
             # In one array whose layout the compiler knows: it vectorizes loops only if it can tell cheaply that what is
             # written does not overlap with what is read.
-            tile = np.empty((4, TILE + PAD), np.float32)
+            tile = _lines(4)
             for block in range((last - first + BACKWARD - 1) // BACKWARD):
                 stop = last - block * BACKWARD
                 for left in range(0, columns, TILE):
@@ -329,7 +344,7 @@ def centered_rows_kernel(direction):
             sums[t] = 0.0
             # √ν̂, the mean and both sums in one array whose layout the compiler knows: it vectorizes the innermost loop
             # only if it can tell cheaply that what is written there does not overlap with what is read.
-            rest = np.zeros((4, TILE + PAD), np.float32)
+            rest = _lines(4)
             for block in range((last - first + BACKWARD - 1) // BACKWARD):
                 stop = last - block * BACKWARD
                 start = max(stop - BACKWARD, first)
