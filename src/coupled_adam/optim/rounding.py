@@ -46,7 +46,7 @@ def key_of(high: Any, seed: Any) -> Any:
 
 
 def dice_of(low: Any, key: Any) -> Any:
-    """Numbers below 2^16 from the lower half of an index and a key: the upper half of lowbias32 (Wellons, unlicensed)."""
+    """Numbers below 2^16 from the lower half of an index and a key: lowbias32 (Wellons, public domain), cut off."""
     x = low ^ key
     x ^= x >> 16
     x = x * 0x7FEB352D & 0xFFFFFFFF

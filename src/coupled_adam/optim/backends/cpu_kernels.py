@@ -192,7 +192,12 @@ def _add_rows(grad, total, plain):
         width = right - left
         part = _lines(2)
         for i in range(0, fours, 4):  # together, since sums are read and written with all that is added
-            p, q, r, s = (grad[i, left:right], grad[i + 1, left:right], grad[i + 2, left:right], grad[i + 3, left:right])
+            p, q, r, s = (
+                grad[i, left:right],
+                grad[i + 1, left:right],
+                grad[i + 2, left:right],
+                grad[i + 3, left:right],
+            )
             for j in range(width):
                 part[0, j] += (p[j] * p[j] + q[j] * q[j]) + (r[j] * r[j] + s[j] * s[j])
                 if plain is not None:
