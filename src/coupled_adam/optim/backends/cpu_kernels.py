@@ -296,15 +296,6 @@ def eight_bit_rows_kernel(direction):
     """
     toward, version = inlined(direction), _version(direction)
 
-    @njit(error_model="numpy")
-    def move_row(theta, codes, g, tile, c, factor):
-        for j in range(len(theta)):
-            m = first_moment(_unpacked(codes[j], tile[SCALE, j]), g[j], c.grad_factor, c.first_rate)
-            tile[NUMBER, j] = m
-            shrink = theta[j] if factor is None else factor * tile[DECAY, j]
-            way = toward(c.first_scale * m, tile[ROOT, j], c.eps)
-            theta[j] = moved(theta[j], shrink, c.decay, c.lr, way)
-
     @njit(parallel=True, cache=True)
     def move_rows(param, grad, exp_avg, scales, root, c, seed, column, row, threads):
         rows, columns = param.shape
@@ -324,8 +315,15 @@ def eight_bit_rows_kernel(direction):
                         codes, part = exp_avg[i, left:right], scales[i, left // WIDTH : (right + WIDTH - 1) // WIDTH]
                         for k in range(len(part)):
                             tile[SCALE, k * WIDTH : (k + 1) * WIDTH] = part[k]
-                        factor = None if column is None else column[i]
-                        move_row(param[i, left:right], codes, grad[i, left:right], tile, c, factor)
+                        theta, g = param[i, left:right], grad[i, left:right]
+                        if column is not None:
+                            factor = column[i]
+                        for j in range(right - left):
+                            m = first_moment(_unpacked(codes[j], tile[SCALE, j]), g[j], c.grad_factor, c.first_rate)
+                            tile[NUMBER, j] = m
+                            shrink = theta[j] if column is None else factor * tile[DECAY, j]
+                            way = toward(c.first_scale * m, tile[ROOT, j], c.eps)
+                            theta[j] = moved(theta[j], shrink, c.decay, c.lr, way)
                         _pack(tile, codes, part, i * columns + left, seed)
         return version
 
