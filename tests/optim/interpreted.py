@@ -19,16 +19,18 @@ import one_step
 import processes
 import pytest
 import torch
+import triton
+import triton.language as tl
 from processes import Processes
 from torch import Tensor
 
 from coupled_adam import Adams, CoupledAdam
 from coupled_adam.optim import backends
-from coupled_adam.optim.backends import gpu, plain
+from coupled_adam.optim.backends import gpu, gpu_kernels, plain
 from coupled_adam.optim.directions import DIRECTION, Direction
 from coupled_adam.optim.eight_bit import quantized
 from coupled_adam.optim.job import Job
-from coupled_adam.optim.rounding import dice_of, seed_of
+from coupled_adam.optim.rounding import dice_for, seed_of
 from coupled_adam.optim.spectral import RankOne
 
 processes.PRELOADED = ["torch.distributed.fsdp", "triton", "jobs"]
@@ -317,8 +319,14 @@ def test_shards_of_two_processes_uneven_and_empty_ones_step_as_the_whole(optimiz
     assert "move_many" in results[0][1], "of the other process not all shards lie at multiples of 16 bytes"
 
 
-def test_dice_fall_alike_beyond_32_bits_of_index() -> None:
-    # The kernel keeps the lower half of an index; the plain functions all of it.
-    for index in (0, 2**31 - 1, 2**31, 2**33 + 5):
-        low = index & 0xFFFFFFFF
-        assert dice_of(index, seed_of(7)) == dice_of(low, seed_of(7))
+@triton.jit
+def throw(dice, first, seed, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(dice + at, gpu_kernels._dice(tl.cast(first, tl.int64) + at, seed).to(tl.int64))
+
+
+@pytest.mark.parametrize("first", [0, 2**31 - 500, 2**32 - 500, 2**33, 2**40 - 500])
+def test_dice_fall_as_those_of_the_plain_functions(first: int) -> None:
+    dice = torch.empty(1024, dtype=torch.int64)
+    throw[(1,)](dice, first, seed_of(7), 1024)
+    assert torch.equal(dice, dice_for(dice, 7, first))

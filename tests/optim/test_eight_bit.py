@@ -83,12 +83,15 @@ def test_a_block_of_zeros_stays_zero_and_what_is_not_finite_is_seen() -> None:
     assert found[2, :256].eq(1).all() and found[3, 256:].eq(1).all(), "only in that block"
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (40, 256), (33, 700)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (40, 256), (33, 700), (3, 2100), (1100, 3)])
 @pytest.mark.parametrize("direction", ["ratio", "atan2"])
 def test_the_kernel_keeps_what_the_plain_functions_keep_to_the_bit(shape: tuple[int, int], direction: str) -> None:
     for step in range(1, 4):
         param, grad, moment, noise = matrices(shape, 4, seed=step)
         grad[0] = moment[0] = 0
+        if step == 2:  # the largest scale, and blocks that have none
+            grad[-1], moment[-1] = 1e38, 3e38
+            grad[0] = 1e-39
         if step == 3:
             grad[-1, -1], moment[-1, 0] = float("inf"), float("nan")
         given = param, grad, quantized(moment, 0), noise.square().mean(0, keepdim=True)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core.dispatcher import Dispatcher
 from torch import Tensor
 
 import coupled_adam
 from coupled_adam import Adams, CoupledAdam
 from coupled_adam.optim import backends
-from coupled_adam.optim.backends import cpu, gpu, plain, torch_adamw
+from coupled_adam.optim.backends import cpu, cpu_kernels, gpu, plain, torch_adamw
 from coupled_adam.optim.directions import DIRECTION, Direction
 from coupled_adam.optim.spectral import RankOne
 
@@ -278,6 +279,14 @@ def test_a_halt_that_is_known_on_a_device_alone_reaches_no_cpu_kernel() -> None:
     assert backends.of(made) is plain
     one_step.stepped(plain, made)
     assert torch.equal(made.param, before) and made.state["step"] == 0
+
+
+@pytest.mark.parametrize("make", ["rows_kernel", "eight_bit_rows_kernel", "centered_rows_kernel", "elements_kernel"])
+def test_the_cache_finds_a_kernel_again_in_another_process(make: str) -> None:
+    # What a kernel encloses is in its key, and what numba has made has another key in every process.
+    kernel = getattr(cpu_kernels, make)(DIRECTION["ratio"].numbers)
+    enclosed = [cell.cell_contents for cell in kernel.py_func.__closure__]
+    assert enclosed and not any(isinstance(x, Dispatcher) for x in enclosed)
 
 
 @pytest.mark.long

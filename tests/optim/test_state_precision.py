@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from numba import njit
 from torch import nn
 
 from coupled_adam import Adams, CoupledAdam, param_groups
-from coupled_adam.optim.rounding import stochastically_rounded
+from coupled_adam.optim.backends import cpu_kernels
+from coupled_adam.optim.rounding import dice_for, seed_of, stochastically_rounded
 
 
 def test_rounding_is_right_on_average_and_to_a_neighbour() -> None:
@@ -28,6 +30,63 @@ def test_the_dice_differ_by_step_and_element_and_never_by_chance() -> None:
     agreement = (one == two).float().mean()
     assert 0.4 < agreement < 0.6, "independent coins agree half the time"
     assert 0.4 < (one[1:] == one[:-1]).float().mean() < 0.6
+
+
+#: Indexes at which 32 bits begin to matter, by a sign or by running over.
+FIRST = (0, 2**31 - 500, 2**32 - 500, 2**33, 2**40 - 500)
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_the_dice_are_even_and_independent(first: int) -> None:
+    n = 2**16
+    thrown = {
+        (step, start): dice_for(torch.empty(n), step, start).double()
+        for step in (1, 2, 3, 1000)
+        for start in (first, first + 2**32)
+    }
+    dice = thrown[1, first]
+    assert dice.min() >= 0 and dice.max() < 2**16
+    limit = 5 / n**0.5  # five standard deviations of a correlation
+
+    def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+        return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
+
+    for x in thrown.values():
+        assert abs(x.mean().item() / 2**16 - 0.5) < limit / 12**0.5
+        for part in ((x / 256).floor(), x.remainder(256)):
+            counts = torch.histc(part, 256, 0, 256)
+            squares = ((counts - n / 256).square() / (n / 256)).sum().item()
+            assert abs(squares - 255) < 5 * (2 * 255) ** 0.5, "χ² of 256 equal shares"
+        for lag in (1, 2, 16, 256, 768):
+            assert abs(correlation(x[lag:], x[:-lag])) < 1.01 * limit, "of neighbors, in a row and in a column"
+    others = [x for key, x in thrown.items() if key != (1, first)]
+    assert all(abs(correlation(dice, x)) < limit for x in others), "of other steps and of another upper half"
+
+
+def test_the_dice_of_an_element_are_even_over_the_steps() -> None:
+    over = torch.stack([dice_for(torch.empty(200), step).double() for step in range(1, 1001)]) / 2**16 - 0.5
+    deviation = (1 / 12 / 1000) ** 0.5
+    assert over.mean(0).abs().max() < 5 * deviation
+    assert (over[1:] * over[:-1]).mean(0).abs().max() < 5 / 12 / 1000**0.5
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_the_dice_do_not_depend_on_where_a_tensor_is_cut(first: int) -> None:
+    parts = [dice_for(torch.empty(300), 7, first), dice_for(torch.empty(700), 7, first + 300)]
+    assert torch.equal(dice_for(torch.empty(1000), 7, first), torch.cat(parts))
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_the_kernels_throw_the_same_dice(first: int) -> None:
+    @njit
+    def thrown(start, seed, dice):  # type: ignore[no-untyped-def]
+        keys = cpu_kernels._keys(start, seed)
+        for j in range(len(dice)):
+            dice[j] = cpu_kernels._dice(start, j, keys)
+
+    found = torch.empty(1000, dtype=torch.int64)
+    thrown(first, seed_of(7), found.numpy())
+    assert torch.equal(found, dice_for(found, 7, first))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])

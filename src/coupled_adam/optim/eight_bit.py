@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from coupled_adam.optim.rounding import dice_of, seed_of
+from coupled_adam.optim.rounding import dice_for
 
 try:
     from numpy import float32  # constants of this type keep a compiled kernel in single precision
@@ -115,8 +115,7 @@ def quantized(x: Tensor, step: float | Tensor, first: int = 0) -> EightBit:
     dead = (scale > 0).logical_not()
     x = x.masked_fill(dead, 0)
     n = _chosen(torch.minimum, x.abs() / scale.masked_fill(dead, 1), LINES)
-    index = torch.arange(first, first + x.numel(), device=x.device).view(x.shape)
-    n = (n + dice_of(index, seed_of(step)).to(torch.float32) * float(PER_FACE)).floor()
+    n = (n + dice_for(x, step, first).to(torch.float32) * float(PER_FACE)).floor()
     return EightBit((x.sign() * n).to(torch.int8), scales)
 
 

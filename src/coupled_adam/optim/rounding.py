@@ -3,6 +3,9 @@
 A random number below 2^16 is added to the 16 bits that bfloat16 lacks, which are then cut off: up or down with the
 probabilities that make it right on average. The dice are a hash of the step and of the element's index: there is no
 state to save, and they fall alike on every replica, in every implementation, and after a resume.
+
+The hash is in arithmetic of 32 bits, which processors have vector instructions for. Step and upper half of an index,
+which few elements differ in, make a key; key and lower half make the dice.
 """
 
 from typing import Any
@@ -13,11 +16,17 @@ from torch import Tensor
 
 def stochastically_rounded(x: Tensor, step: float | Tensor, first: int = 0) -> Tensor:
     """Round to bfloat16. ``first`` is the index of the first element of ``x`` in the tensor that it is a part of."""
-    index = torch.arange(first, first + x.numel(), device=x.device).view(x.shape)
-    dice = dice_of(index, seed_of(step))
-    bits = x.to(torch.float32).contiguous().view(torch.int32) + dice.to(torch.int32)
+    bits = x.to(torch.float32).contiguous().view(torch.int32) + dice_for(x, step, first).to(torch.int32)
     rounded = (bits & -0x10000).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+
+
+def dice_for(x: Tensor, step: float | Tensor, first: int = 0) -> Tensor:
+    """Throw dice for all elements of a tensor, the first of which has the index ``first``: int64, of the same shape."""
+    stop = first + x.numel()
+    index = torch.arange(first, stop, device=x.device).view(x.shape)
+    high = first >> 32 if first >> 32 == (stop - 1) >> 32 else index >> 32  # one for all, as nearly always
+    return dice_of(index & 0xFFFFFFFF, key_of(high, seed_of(step)))  # type: ignore[no-any-return]
 
 
 def seed_of(step: float | Tensor) -> int | Tensor:
@@ -25,18 +34,22 @@ def seed_of(step: float | Tensor) -> int | Tensor:
     return (step.to(torch.int64) if isinstance(step, Tensor) else int(step)) * 0x85EBCA77 & 0xFFFFFFFF
 
 
-def dice_of(index: Any, seed: Any) -> Any:
-    """Numbers below 2^16 from integers: the finalizer of MurmurHash3 (Appleby, public domain). Uses ``index`` up."""
-    x = index
-    x *= 0x9E3779B1
-    x += seed
-    x &= 0xFFFFFFFF  # 64-bit integers do as those of 32 bits
+def key_of(high: Any, seed: Any) -> Any:
+    """32 bits from the upper half of an index and from a seed: MurmurHash3's finalizer (Appleby, public domain)."""
+    x = high * 0x9E3779B1 & 0xFFFFFFFF  # 64-bit integers do as those of 32 bits
+    x ^= seed
     x ^= x >> 16
-    x *= 0x85EBCA6B
-    x &= 0xFFFFFFFF
+    x = x * 0x85EBCA6B & 0xFFFFFFFF
     x ^= x >> 13
-    x *= 0xC2B2AE35
-    x &= 0xFFFFFFFF
+    x = x * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def dice_of(low: Any, key: Any) -> Any:
+    """Numbers below 2^16 from the lower half of an index and a key: lowbias32 (Wellons, public domain), cut off."""
+    x = low ^ key
     x ^= x >> 16
-    x &= 0xFFFF
-    return x
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x ^= x >> 15
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    return x >> 16

@@ -10,11 +10,12 @@ in which the work is done.
 
 import functools
 import hashlib
+import operator
 from pathlib import Path
 
 import numpy as np
-from numba import njit, prange
-from numba.extending import register_jitable
+from numba import njit, prange, types
+from numba.extending import intrinsic, register_jitable
 
 from coupled_adam.optim import directions, eight_bit, equations, rounding
 
@@ -22,7 +23,6 @@ inlined = register_jitable(inline="always")
 first_moment, second_moment = inlined(equations.first_moment), inlined(equations.second_moment)
 squared, moved, centered = inlined(equations.squared), inlined(equations.moved), inlined(equations.centered)
 number_of, magnitude_of = inlined(eight_bit.number_of), inlined(eight_bit.magnitude_of)
-dice_of = inlined(rounding.dice_of)
 
 #: What is compiled into the kernels from other files.
 SOURCES = b"".join(Path(str(module.__file__)).read_bytes() for module in (equations, directions, rounding, eight_bit))
@@ -34,14 +34,62 @@ BACKWARD = 512
 #: Columns that are taken at once where column sums are kept beside them; and what keeps the rows of an array that holds
 #: so many columns from lying at multiples of 4,096 bytes, where processors mix them up.
 TILE, PAD = 1024, 48
+#: Bytes of a line of the cache.
+LINE = 64
 
-ZERO = np.float32(0)
+#: Rows of the array in which a tile of a moment in eight bits is worked on: √ν̂, the vector of spectral decay, a row's
+#: numbers, and the scale of each.
+ROOT, DECAY, NUMBER, SCALE = range(4)
+
+ZERO, ONE = np.float32(0), np.float32(1)
 WIDTH, SMALLEST, PER_FACE = eight_bit.BLOCK, eight_bit.SMALLEST, eight_bit.PER_FACE
 
 #: The bits of a float32 that are all set in NaN and infinity alone.
 EXPONENT = np.uint32(0x7F800000)
 #: All of its bits but the sign.
 SIZE = np.uint32(0x7FFFFFFF)
+
+
+class Word:
+    """An integer of 32 bits in a function that LLVM compiles.
+
+    numba makes all integers 64 bits wide, and so the vectors half as long; for products of such there is no instruction
+    in AVX2.
+    """
+
+    def __init__(self, builder, value):
+        self.builder, self.value = builder, value
+
+    def _apply(self, name, other):
+        other = other.value if isinstance(other, Word) else self.value.type(other)
+        return Word(self.builder, getattr(self.builder, name)(self.value, other))
+
+    def __add__(self, other):
+        return self._apply("add", other)
+
+    def __mul__(self, other):
+        return self._apply("mul", other)
+
+    def __xor__(self, other):
+        return self._apply("xor", other)
+
+    def __and__(self, other):
+        return self._apply("and_", other)
+
+    def __rshift__(self, other):
+        return self._apply("lshr", other)
+
+
+def in_words(function):
+    """Have numba compile a function of two integers, made of operators alone, in 32 bits."""
+
+    def codegen(context, builder, signature, given):
+        return function(*(Word(builder, x) for x in given)).value
+
+    return intrinsic(lambda context, x, y: (types.uint32(types.uint32, types.uint32), codegen))
+
+
+key_of, dice_of, sum_of = in_words(rounding.key_of), in_words(rounding.dice_of), in_words(operator.add)
 
 
 def _version(direction):
@@ -57,10 +105,24 @@ def _widened(bits):
 
 
 @njit(inline="always")
-def _rounded(x, index, seed):
+def _keys(start, seed):
+    """Return the keys of the dice for an index and for those whose upper half is greater by one."""
+    return key_of(start >> 32, seed), key_of((start >> 32) + 1, seed)
+
+
+@njit(inline="always")
+def _dice(start, j, keys):
+    """Throw the dice of rounding.py for the index ``start`` + j, j below 2^32, with the keys of ``start``."""
+    low = sum_of(start, j)
+    return dice_of(low, keys[0] if low >= np.uint32(start) else keys[1])
+
+
+@njit(inline="always")
+def _rounded(x, dice):
     """Round float32 to bfloat16 as rounding.stochastically_rounded does, bit for bit."""
     bits = np.float32(x).view(np.uint32)
-    dice = np.uint32(0) if (bits & EXPONENT) == EXPONENT else np.uint32(dice_of(index, seed))  # NaN and infinity stay
+    if (bits & EXPONENT) == EXPONENT:  # NaN and infinity stay
+        dice = np.uint32(0)
     return np.uint16((bits + dice) >> np.uint32(16))
 
 
@@ -77,60 +139,95 @@ def _unpacked(code, scale):
 
 
 @njit
-def _pack(m, codes, start, seed):
-    """Fill ``codes`` as eight_bit.quantized does, bit for bit, from the numbers of a block, and return its scale.
-
-    ``start`` is the index of the block's first number.
-    """
-    bits = m.view(np.uint32)
+def _scale_of(numbers):
+    """Return the scale of a block of numbers, as eight_bit.quantized does."""
+    bits = numbers.view(np.uint32)
     largest = np.uint32(0)
     for j in range(len(bits)):  # sizes are ordered as their bits are, infinity and NaN last
         size = np.uint32(bits[j] & SIZE)
         largest = size if size > largest else largest
     scale = _float32_of(largest)
     if largest >= EXPONENT:
-        scale = np.float32(np.nan)
-    elif scale < SMALLEST:
-        scale = ZERO
-    if not scale > ZERO:
-        codes[:] = 0
-        return scale
-    for j in range(len(m)):
-        n = number_of(abs(m[j]) / scale) + np.float32(np.int32(dice_of(start + j, seed))) * PER_FACE
-        code = np.int32(n)
-        codes[j] = np.int8(-code if m[j] < ZERO else code)
-    return scale
+        return np.float32(np.nan)
+    return scale if scale >= SMALLEST else ZERO
 
 
-@njit(parallel=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)  # sums in any order, or loops stay scalar
+@njit(error_model="numpy")  # else a division by 0 raises, and loops stay scalar
+def _pack(tile, codes, scales, start, seed):
+    """Fill ``codes`` (n,) and ``scales`` (⌈n / 256⌉,) as eight_bit.quantized does, bit for bit, from numbers in a row.
+
+    ``start`` is the index of the first number; ``tile`` is as in ``eight_bit_rows_kernel``.
+    """
+    size, keys = len(codes), _keys(start, seed)
+    for k in range(len(scales)):
+        scales[k] = scale = _scale_of(tile[NUMBER, k * WIDTH : min((k + 1) * WIDTH, size)])
+        if not scale > ZERO:
+            tile[NUMBER, k * WIDTH : (k + 1) * WIDTH], scale = ZERO, ONE  # whose codes are 0
+        tile[SCALE, k * WIDTH : (k + 1) * WIDTH] = scale
+    for j in range(size):
+        m = tile[NUMBER, j]
+        dice = np.float32(np.int32(_dice(start, j, keys)))
+        code = np.int32(number_of(abs(m) / tile[SCALE, j]) + dice * PER_FACE)
+        codes[j] = np.int8(-code if m < ZERO else code)
+
+
+@njit(inline="always")
+def _lines(rows):
+    """Make an array of zeros, (rows, TILE + PAD), whose rows begin where lines of the cache do.
+
+    A vector that lies across two of them is read and written in two accesses.
+    """
+    raw = np.zeros(rows * (TILE + PAD) + LINE // 4, np.float32)
+    skip = -(raw.ctypes.data // 4) % (LINE // 4)
+    return raw[skip : skip + rows * (TILE + PAD)].reshape(rows, TILE + PAD)
+
+
+@njit(fastmath={"reassoc", "contract", "nsz"})  # sums in any order, or loops stay scalar
+def _add_rows(grad, total, plain):
+    """Add Σ g² over a few rows of ``grad`` (R, H) to ``total`` (H,), and Σ g to ``plain`` (H,); None for nothing."""
+    rows, columns = grad.shape
+    fours = rows // 4 * 4
+    for left in range(0, columns, TILE):
+        right = min(left + TILE, columns)
+        width = right - left
+        part = _lines(2)
+        for i in range(0, fours, 4):  # together, since sums are read and written with all that is added
+            p, q, r, s = (
+                grad[i, left:right],
+                grad[i + 1, left:right],
+                grad[i + 2, left:right],
+                grad[i + 3, left:right],
+            )
+            for j in range(width):
+                part[0, j] += (p[j] * p[j] + q[j] * q[j]) + (r[j] * r[j] + s[j] * s[j])
+                if plain is not None:
+                    part[1, j] += (p[j] + q[j]) + (r[j] + s[j])
+        for i in range(fours, rows):
+            g = grad[i, left:right]
+            for j in range(width):
+                part[0, j] += g[j] * g[j]
+                if plain is not None:
+                    part[1, j] += g[j]
+        total[left:right] += part[0, :width]
+        if plain is not None:
+            plain[left:right] += part[1, :width]
+
+
+@njit(parallel=True, cache=True)
 def sum_of_squares_kernel(grad, total, plain, threads):
     """Fill ``total`` (threads, H), float64, with Σ g² over each thread's rows of ``grad`` (V, H).
 
     ``plain``, of the same shape, with Σ g; None for nothing.
     """
-    rows, columns = grad.shape
+    rows = grad.shape[0]
     for t in prange(threads):
-        part = np.zeros(columns, np.float32)
+        first, last = rows * t // threads, rows * (t + 1) // threads
         total[t] = 0.0
         if plain is not None:
-            plain_part = np.zeros(columns, np.float32)
             plain[t] = 0.0
-        first, last = rows * t // threads, rows * (t + 1) // threads
-        for i in range(first, last):
-            g = grad[i]
-            for j in range(columns):
-                part[j] += g[j] * g[j]
-            if plain is not None:
-                for j in range(columns):
-                    plain_part[j] += g[j]
-            if (i - first) % BLOCK == BLOCK - 1 or i == last - 1:
-                for j in range(columns):
-                    total[t, j] += part[j]
-                part[:] = ZERO
-                if plain is not None:
-                    for j in range(columns):
-                        plain[t, j] += plain_part[j]
-                    plain_part[:] = ZERO
+        for start in range(first, last, BLOCK):
+            block = grad[start : min(start + BLOCK, last)]
+            _add_rows(block, total[t], None if plain is None else plain[t])
 
 
 @njit(parallel=True, cache=True)
@@ -175,10 +272,13 @@ def rows_kernel(direction):
                     theta, moment, g = param[i], exp_avg[i], grad[i]
                     if column is not None:
                         factor = column[i]
+                    if seed is not None:
+                        start = i * columns
+                        keys = _keys(start, seed)
                     for j in range(columns):
                         m = moment[j] if seed is None else _widened(moment[j])
                         m = first_moment(m, g[j], c.grad_factor, c.first_rate)
-                        moment[j] = m if seed is None else _rounded(m, i * columns + j, seed)
+                        moment[j] = m if seed is None else _rounded(m, _dice(start, j, keys))
                         shrink = theta[j] if column is None else factor * row[j]
                         way = toward(c.first_scale * m, root[j], c.eps)
                         theta[j] = moved(theta[j], shrink, c.decay, c.lr, way)
@@ -201,23 +301,30 @@ def eight_bit_rows_kernel(direction):
         rows, columns = param.shape
         for t in prange(threads):
             first, last = rows * t // threads, rows * (t + 1) // threads
-            numbers = np.empty(WIDTH, np.float32)
+            # In one array whose layout the compiler knows: it vectorizes loops only if it can tell cheaply that what is
+            # written does not overlap with what is read.
+            tile = _lines(4)
             for block in range((last - first + BACKWARD - 1) // BACKWARD):
                 stop = last - block * BACKWARD
-                for i in range(max(stop - BACKWARD, first), stop):
-                    theta, codes, g = param[i], exp_avg[i], grad[i]
+                for left in range(0, columns, TILE):
+                    right = min(left + TILE, columns)
+                    tile[ROOT, : right - left] = root[left:right]
                     if column is not None:
-                        factor = column[i]
-                    for part in range((columns + WIDTH - 1) // WIDTH):
-                        start, end = part * WIDTH, min((part + 1) * WIDTH, columns)
-                        scale = scales[i, part]
-                        for j in range(start, end):
-                            m = first_moment(_unpacked(codes[j], scale), g[j], c.grad_factor, c.first_rate)
-                            numbers[j - start] = m
-                            shrink = theta[j] if column is None else factor * row[j]
-                            way = toward(c.first_scale * m, root[j], c.eps)
+                        tile[DECAY, : right - left] = row[left:right]
+                    for i in range(max(stop - BACKWARD, first), stop):
+                        codes, part = exp_avg[i, left:right], scales[i, left // WIDTH : (right + WIDTH - 1) // WIDTH]
+                        for k in range(len(part)):
+                            tile[SCALE, k * WIDTH : (k + 1) * WIDTH] = part[k]
+                        theta, g = param[i, left:right], grad[i, left:right]
+                        if column is not None:
+                            factor = column[i]
+                        for j in range(right - left):
+                            m = first_moment(_unpacked(codes[j], tile[SCALE, j]), g[j], c.grad_factor, c.first_rate)
+                            tile[NUMBER, j] = m
+                            shrink = theta[j] if column is None else factor * tile[DECAY, j]
+                            way = toward(c.first_scale * m, tile[ROOT, j], c.eps)
                             theta[j] = moved(theta[j], shrink, c.decay, c.lr, way)
-                        scales[i, part] = _pack(numbers[: end - start], codes[start:end], i * columns + start, seed)
+                        _pack(tile, codes, part, i * columns + left, seed)
         return version
 
     return move_rows
@@ -240,7 +347,7 @@ def centered_rows_kernel(direction):
             sums[t] = 0.0
             # √ν̂, the mean and both sums in one array whose layout the compiler knows: it vectorizes the innermost loop
             # only if it can tell cheaply that what is written there does not overlap with what is read.
-            rest = np.zeros((4, TILE + PAD), np.float32)
+            rest = _lines(4)
             for block in range((last - first + BACKWARD - 1) // BACKWARD):
                 stop = last - block * BACKWARD
                 start = max(stop - BACKWARD, first)
@@ -250,10 +357,13 @@ def centered_rows_kernel(direction):
                     for i in range(start, stop):
                         theta, moment = param[i, left : left + width], exp_avg[i, left : left + width]
                         g = grad[i, left : left + width]
+                        if seed is not None:
+                            at = i * columns + left
+                            keys = _keys(at, seed)
                         for j in range(width):
                             m = moment[j] if seed is None else _widened(moment[j])
                             m = first_moment(m, g[j], c.grad_factor, c.first_rate)
-                            bits = m if seed is None else _rounded(m, i * columns + left + j, seed)
+                            bits = m if seed is None else _rounded(m, _dice(at, j, keys))
                             moment[j] = bits
                             way = toward(c.first_scale * m, rest[0, j], c.eps)
                             new = centered(moved(theta[j], theta[j], c.decay, c.lr, way), rest[1, j])
@@ -288,10 +398,12 @@ def elements_kernel(direction):
                 second, g = exp_avg_sq[start:stop], grad[start:stop]
                 if column is not None:
                     factor, right = column[i], row[i // period]
+                if seed is not None:
+                    keys = _keys(start, seed)
                 for j in range(stop - start):
                     m = moment[j] if seed is None else _widened(moment[j])
                     m = first_moment(m, g[j], c.grad_factor, c.first_rate)
-                    moment[j] = m if seed is None else _rounded(m, start + j, seed)
+                    moment[j] = m if seed is None else _rounded(m, _dice(start, j, keys))
                     square = squared(g[j], m, c.grad_factor, c.coupling_factor)
                     v = second_moment(second[j], square, c.second_rate)
                     second[j] = v

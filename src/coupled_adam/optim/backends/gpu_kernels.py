@@ -17,7 +17,7 @@ from coupled_adam.optim.backends.gpu_forms import triton_form
 
 first_moment, second_moment = triton_form(equations.first_moment), triton_form(equations.second_moment)
 squared, moved, centered = map(triton_form, (equations.squared, equations.moved, equations.centered))
-dice_of = triton_form(rounding.dice_of)
+key_of, dice_of = triton_form(rounding.key_of), triton_form(rounding.dice_of)
 
 number_of, magnitude_of = triton_form(eight_bit.number_of), triton_form(eight_bit.magnitude_of)
 
@@ -49,15 +49,20 @@ def _read(pointer, at, mask):
 
 
 @triton.jit
+def _dice(index, seed):
+    """Throw the dice of rounding.py for elements of these indices, int64."""
+    key = key_of((index >> 32).to(tl.uint32), tl.cast(_value(seed), tl.uint32))
+    return dice_of(index.to(tl.uint32), key)
+
+
+@triton.jit
 def _write_moment(pointer, at, mask, m, index, seed):
     """Store a first moment; to bfloat16 as rounding.stochastically_rounded does it, bit for bit."""
     if seed is None:
         tl.store(pointer + at, m, mask=mask)
     else:
         bits = m.to(tl.uint32, bitcast=True)
-        # 32 bits of index and seed are all that the hash keeps.
-        dice = dice_of(index.to(tl.uint32), tl.cast(_value(seed), tl.uint32))
-        dice = tl.where((bits & EXPONENT) == EXPONENT, 0, dice)  # NaN and infinity stay
+        dice = tl.where((bits & EXPONENT) == EXPONENT, 0, _dice(index, seed))  # NaN and infinity stay
         tl.store(pointer + at, ((bits + dice) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
 
 
@@ -78,7 +83,7 @@ def _pack(pointer, at, mask, m, index, seed):
     scale = largest.to(tl.float32, bitcast=True)
     scale = tl.where(largest >= EXPONENT, float("nan"), tl.where(scale < SMALLEST, 0.0, scale))
     live = (scale > 0)[:, None]
-    dice = dice_of(index.to(tl.uint32), tl.cast(_value(seed), tl.uint32)).to(tl.float32)
+    dice = _dice(index, seed).to(tl.float32)
     n = number_of(tl.div_rn(tl.where(live, size, 0.0), tl.where(scale > 0, scale, 1.0)[:, None])) + dice * PER_FACE
     code = n.to(tl.int32)
     code = tl.where(live, tl.where(m < 0, -code, code), 0)
