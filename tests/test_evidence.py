@@ -214,7 +214,9 @@ def whole_study() -> list:
         also(f"mini-rest-{rate:.0e}-{{arm}}-{{factor}}".replace("e-0", "e-"), plain, lr=rate)
     also("mini-large-1e-2-{arm}-{factor}", both, lr=1e-2)
     also("mini-steps-1952-{arm}-{factor}", plain | {"token": "factored-0.5"}, steps=1952)
-    also("mini-muon-split-{arm}-{factor}", plain | {"token": "sgd"})
+    also("mini-steps-b4k-976-{arm}-{factor}", plain | {"token": "factored-0.5"}, steps=976, batch_tokens=4096)
+    for matrices in ("split", "fused"):
+        also(f"mini-muon-{matrices}-{{arm}}-{{factor}}", plain)
     also("mini-rates-{arm}-{factor}", plain)
     also("mini-words-{arm}-{factor}", plain)
     also("mini-warm-{arm}-{factor}", plain)
@@ -256,7 +258,7 @@ def test_every_block_is_made_from_a_whole_study(evidence: ModuleType, root: Path
         ["| untied", "best for each", "3"],
     ]
     assert "| Coupled Adam, untied | 0.5000 | 0.3000 (60.0%) | 0.1000 (20.0%) | 0.1000 |" in made["health"]
-    assert made["headline"].count("best for each") == 5 and "1.85M parameters, 4M tokens" in made["headline"]
+    assert made["headline"].count("best for each") == 7 and "1.85M parameters, 4M tokens" in made["headline"]
     assert made["centering"].count("\n") == 1 + 4 and "the step sums to zero | AdamW" in made["contrasts-tied"]
     assert made["word-similarity-rate"].count("**") == 2 * 2, "one factor chosen an arm"
 

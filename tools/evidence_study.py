@@ -34,8 +34,11 @@ LARGE = "mini-large-{rate}-{arm}-{factor}"
 
 STEPS, MUON = "mini-steps-{steps}-{arm}-{factor}", "mini-muon-{matrices}-{arm}-{factor}"
 
-#: The cell of the largest batch, and that of more steps with the smallest.
-LARGEST, LONGER = "b16k", "1952"
+#: The cell of the largest batch, that of more steps with the smallest, and that of more steps with a larger one.
+LARGEST, LONGER, LONGER_LARGER = "b16k", "1952", "b4k-976"
+
+#: The learning rate of the rest that is best for both optimizers; elsewhere it is 3e-3.
+BEST_REST = "1e-3"
 
 #: Pairs of arms that differ in one thing: what that is, without it, and with it.
 CONTRASTS = (
@@ -226,6 +229,16 @@ def steps(results: Results) -> str:
     return markdown([*headings, "pairs", "r̄ centered, AdamW", "r̄ centered, Coupled Adam"], rows)
 
 
+@block("steps-larger")
+def steps_larger(results: Results) -> str:
+    """Coupled Adam minus AdamW with more steps of a larger batch, in a few words."""
+    (found,) = results.tuned(STEPS, LONGER_LARGER)
+    (each,) = versus([found])
+    steps, tokens = (number(found.rows[0], column) for column in ("steps", "batch_tokens"))
+    apart = difference_text(each.coupled.difference).lstrip("+")
+    return f"{apart} over {cell(steps, '{:,.0f}')} steps of {cell(tokens, '{:,.0f}')} tokens"
+
+
 @block("steps-tempered")
 def steps_tempered(results: Results) -> str:
     """The tempered second moment beside both, with more steps."""
@@ -278,6 +291,19 @@ def muon(results: Results) -> str:
     headings = ["on the matrices", "on the embedding", "AdamW (factor)", "the other (factor)", "difference [95%]"]
     headings += ["p Holm", "pairs", "‖μ‖ʳ AdamW", "‖μ‖ʳ the other", "r̄ centered AdamW", "r̄ centered the other"]
     return markdown(headings, told, left=2)
+
+
+@block("muon-split")
+def muon_split(results: Results) -> str:
+    fused, split = (
+        {outcome.arm.name: outcome for outcome in results.tuned(MUON, name)[0].outcomes()}
+        for name in ("fused", "split")
+    )
+    told = [
+        f"{difference_text(paired_difference(fused[name].losses, split[name].losses))} with {split[name].arm.label}"
+        for name in ("adamw", "coupled")
+    ]
+    return f"{' and '.join(told)} on the embedding"
 
 
 @block("word-similarity-rate")
@@ -384,14 +410,16 @@ def front(results: Results) -> str:
 def headline_cells(results: Results) -> list[Cell]:
     """The settings of README: tied, untied, and the larger models; those that have been run."""
     found: list[Cell] = []
-    for grid, name in (
-        (WHAT, ""),
-        (STEPS, "0.63M parameters, 2M tokens"),
-        (RATES, "1.85M parameters, 0.6M tokens"),
-        (WORDS, "1.85M parameters, 4M tokens"),
+    for grid, place, name in (
+        (WHAT, (), ""),
+        (REST, (BEST_REST,), f"0.63M parameters, tied, the rest at {BEST_REST}"),
+        (STEPS, (LONGER,), "0.63M parameters, 2M tokens"),
+        (STEPS, (LONGER_LARGER,), "0.63M parameters, 4M tokens, batches of 4,096"),
+        (RATES, (), "1.85M parameters, 0.6M tokens"),
+        (WORDS, (), "1.85M parameters, 4M tokens"),
     ):
         try:
-            tuned = results.tuned(grid)
+            tuned = results.tuned(grid, *place)
         except NotYet:
             continue
         found += [replace(each, place={"setting": name or f"0.63M parameters, {each.name}"}) for each in tuned]
@@ -411,10 +439,10 @@ AT_THE_DOOR = (
 @block("door")
 def door(results: Results) -> str:
     """The loss at one rate and at the best rate of each, short and long, and the embeddings of the longest runs."""
-    places = ((WHAT, "tied"), (BATCH, LARGEST), (STEPS, LONGER), (WORDS,))
+    places = ((WHAT, "tied"), (BATCH, LARGEST), (STEPS, LONGER_LARGER), (STEPS, LONGER), (WORDS,))
     found = versus(each for place in places for each in results.tuned(*place))
     if len(found) < len(places):
-        raise NotYet("study.csv lacks an optimizer, or its best rate, in one of four settings")
+        raise NotYet("study.csv lacks an optimizer, or its best rate, in one of its settings")
     (short, *_, longest), best = found, "best for each"
     a, v = short.adamw, short.coupled
     one = _door_row(a.arm, 1.0, v.arm, 1.0, "loss_report", ".3f")
