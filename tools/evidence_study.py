@@ -233,7 +233,9 @@ def steps(results: Results) -> str:
 def steps_larger(results: Results) -> str:
     """Coupled Adam minus AdamW with more steps of a larger batch, in a few words."""
     (found,) = results.tuned(STEPS, LONGER_LARGER)
-    (each,) = versus([found])
+    if not (compared := versus([found])):
+        raise NotYet("study.csv lacks an optimizer with more steps of a larger batch")
+    (each,) = compared
     steps, tokens = (number(found.rows[0], column) for column in ("steps", "batch_tokens"))
     apart = difference_text(each.coupled.difference).lstrip("+")
     return f"{apart} over {cell(steps, '{:,.0f}')} steps of {cell(tokens, '{:,.0f}')} tokens"
