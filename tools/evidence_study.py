@@ -304,7 +304,10 @@ def muon_split(results: Results) -> str:
     told = [
         f"{difference_text(paired_difference(fused[name].losses, split[name].losses))} with {split[name].arm.label}"
         for name in ("adamw", "coupled")
+        if name in fused and name in split
     ]
+    if not told:
+        raise NotYet("study.csv has no pairs with Muon")
     return f"{' and '.join(told)} on the embedding"
 
 
