@@ -3,6 +3,7 @@ shards."""
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -99,9 +100,10 @@ def _figures(embedding: Tensor, isotropy: bool) -> dict[str, float]:
     if not math.isfinite(length):  # the matrix has no eigenvalues either
         return dict.fromkeys((*figures, "principal_share", "inverse_condition", *["isotropy"] * isotropy), math.nan)
     quick = not isotropy and _float32_may_do(e, length)
-    scatter, spectrum, squares = _spectra(e, mean, torch.float32 if quick else precision(e))
-    if quick and spectrum[0] < SMALLEST_SHARE * scatter.sum():
-        scatter, spectrum, squares = _spectra(e, mean, precision(e))
+    with _one_thread_of_torch(e.device):
+        scatter, spectrum, squares = _spectra(e, mean, torch.float32 if quick else precision(e))
+        if quick and spectrum[0] < SMALLEST_SHARE * scatter.sum():
+            scatter, spectrum, squares = _spectra(e, mean, precision(e))
     rounding = 1e4 * torch.finfo(precision(e)).eps
     figures["principal_share"] = principal_share_of(scatter.cpu().numpy(), squares.trace().item(), rounding)
     figures["inverse_condition"] = 100 * _ratio(spectrum[0].sqrt().item(), spectrum[-1].sqrt().item())
@@ -135,6 +137,18 @@ def _spectra(e: Tensor, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     squares = scatter + height * torch.outer(mean, mean)
     spectrum = torch.linalg.eigvalsh(squares)[-min(height, width) :].clamp(min=0)
     return torch.linalg.eigvalsh(scatter), spectrum, squares
+
+
+@contextmanager
+def _one_thread_of_torch(device: torch.device) -> Iterator[None]:
+    """On a CPU, leave the processors to numpy: threads of torch that wait for their next work keep them busy."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _gram(rows: Tensor) -> Tensor:
