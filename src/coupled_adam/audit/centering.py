@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
 import numpy as np
@@ -20,6 +20,7 @@ from coupled_adam.audit.model_copy import files_to_copy
 from coupled_adam.audit.word_vectors import WordFormat, is_word_format
 from coupled_adam.errors import InputError
 from coupled_adam.files import output_path, write_array, written_whole
+from coupled_adam.geometry import Statistics
 from coupled_adam.geometry.post_processing import all_but_the_top, isotropy_components, principal_components
 
 __all__ = ["Centered", "WithoutTop", "center", "remove_top"]
@@ -98,7 +99,7 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
     if origin.kind == "numpy":
         return _center_array(source, out)
     if is_word_format(origin.kind):
-        return _center_words(source, cast(WordFormat, origin.kind), out)
+        return _center_words(source, origin.kind, out)
     assert origin.head is not None
     if missing := sorted({path.name for path in origin.files.values() if not path.exists()}):
         raise InputError(
@@ -152,10 +153,9 @@ def remove_top(embeddings: Embeddings, out: Path) -> WithoutTop:
     if reason := reason_against(embeddings):
         raise InputError(f"{embeddings.name}: not written: {reason}")
     out = _place_of_copy(out, source)
-    matrix = embeddings.input
-    mean = _mean(matrix, embeddings.name)
-    top = principal_components(matrix, min(isotropy_components(matrix.shape[1]), matrix.shape[1]))
-    without = all_but_the_top(matrix, top)
+    mean, shared = _mean(embeddings.input, embeddings.name), Statistics(embeddings.input)
+    top = principal_components(shared, isotropy_components(shared.shape[1]))
+    without = all_but_the_top(shared, top)
     before = after = 0.0
 
     def made(rows: NDArray[Any]) -> NDArray[np.float64]:
@@ -173,8 +173,7 @@ def remove_top(embeddings: Embeddings, out: Path) -> WithoutTop:
         with written_whole(out) as aside:
             write_array(aside, result)
     else:
-        kind = cast(WordFormat, origin.kind)
-        _rewrite_words(word_vectors.read_vectors(source, kind)[0], kind, out, made)
+        _rewrite_words(word_vectors.read_vectors(source, origin.kind)[0], origin.kind, out, made)
     return WithoutTop(out, mean.norm().item(), top.shape[1], 1 - after / before if before > 0 else 0.0)
 
 

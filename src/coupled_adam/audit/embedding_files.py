@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -156,8 +156,8 @@ def _read_file(path: Path, tensor: str | None) -> Embeddings:
         lone = next(iter(tensors.files)) if len(tensors.files) == 1 else None
         matrix = _matrix(tensors, tensor or find_input(tensors) or only_matrix(tensors) or lone, path)
         return Embeddings(name, Origin("numpy", path, None, tensors.files), matrix)
-    if kind is not None and is_word_format(kind):
-        return _read_word_vectors(path, name, cast(WordFormat, kind), tensor)
+    if is_word_format(kind):
+        return _read_word_vectors(path, name, kind, tensor)
     raise InputError(f"{path}: not a supported type of file; {READ}")
 
 

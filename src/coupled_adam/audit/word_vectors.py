@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
 
 from coupled_adam.errors import InputError, one_line, printable
 from coupled_adam.lm.words import Words
@@ -29,7 +29,7 @@ def word_format_of(head: bytes) -> WordFormat | None:
     return "GloVe" if WORD_AND_NUMBERS.match(head) else None
 
 
-def is_word_format(kind: str) -> bool:
+def is_word_format(kind: str | None) -> TypeGuard[WordFormat]:
     return kind in get_args(WordFormat)
 
 
