@@ -27,11 +27,27 @@ def test_the_resolved_file_is_the_same_experiment(tiny: Experiment) -> None:
         ("[run]\nname = 'x'\n[model]\nn_heads = 3", "hidden_size 128 is not a multiple of n_heads 3"),
         (
             "[run]\nname = 'x'\n[model]\nmlp_multiple = 64",
-            "mlp_multiple 64 applies only to the family llama; .*leave it out",
+            "mlp_multiple 64 applies only to the families llama and modernbert; .*leave it out",
         ),
         (
             "[run]\nname = 'x'\n[model]\nfamily = 'llama'\ngelu = 'exact'",
             "gelu 'exact' applies only to the family gpt2; the MLP of llama is SwiGLU: leave it out",
+        ),
+        (
+            "[run]\nname = 'x'\n[model]\nfamily = 'modernbert'\ngelu = 'exact'",
+            "gelu 'exact' applies only to the family gpt2; the MLP of modernbert is GeGLU .*: leave it out",
+        ),
+        (
+            "[run]\nname = 'x'\n[train]\nmasked = 0.3",
+            "train.masked 0.3 applies only to model.family 'modernbert'; gpt2 predicts .*: leave it out",
+        ),
+        (
+            "[run]\nname = 'x'\n[model]\nfamily = 'modernbert'\n[train]\nmasked = 1e-3\n[data]\nvocab_size = 8191",
+            "train.masked 0.001 of data.sequence_length 128 rounds to no token: raise one",
+        ),
+        (
+            "[run]\nname = 'x'\n[model]\nfamily = 'modernbert'",
+            "data.vocab_size 8192 is a multiple of 64, .*no row for the mask token: set it to 8191",
         ),
         (
             "[run]\nname = 'x'\n[model]\nqkv = 'heads'\n[optimizer.core]\nname = 'muon'",

@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    ModernBertForMaskedLM,
     Qwen3ForCausalLM,
     VaultGemmaForCausalLM,
 )
@@ -87,6 +89,27 @@ def test_separate_queries_keys_and_values_are_exported_as_the_fused_ones(
         export(run, weights, sha256_of(weights), tmp_path / how)
         stored.append((tmp_path / how / "model.safetensors").read_bytes())
     assert stored[0] == stored[1]
+
+
+@pytest.mark.parametrize("qkv", ["fused", "split"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_masked_model_is_a_modernbert_with_its_mask_token(tied, qkv, tiny, text_file, tmp_path) -> None:
+    experiment = tiny.with_values(model__family="modernbert", model__tied=tied, model__qkv=qkv, data__vocab_size=300)
+    run = trained(experiment, text_file, tmp_path)
+    directory = exported(run, tmp_path / "model")
+    theirs, tokenizer = AutoModelForMaskedLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    assert type(theirs) is ModernBertForMaskedLM and theirs.dtype == torch.float32
+    assert theirs.decoder.bias.abs().min() > 0 or theirs.decoder.bias.any(), "it was trained"
+    tokens = torch.from_numpy(run.corpus.shards("validation")[0][:64].astype("int64")).view(4, 16)
+    tokens[:, 3] = tokenizer.mask_token_id
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, run.model()(tokens), rtol=0, atol=1e-5)
+    assert (theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight) == tied
+    assert tokenizer.mask_token_id == 300 == len(tokenizer) - 1 and run.corpus.vocab_size == 320
+    text = "the river [MASK] quickly"
+    ids = tokenizer(text)["input_ids"]
+    assert ids.count(300) == 1 and tokenizer("the river")["input_ids"] == run.corpus.tokenizer.encode("the river").ids
+    assert "fill-mask" in (directory / "README.md").read_text() and not (directory / "generation_config.json").exists()
 
 
 def test_the_tokenizer_is_that_of_the_corpus(tiny, text_file, tmp_path) -> None:

@@ -63,6 +63,28 @@ def test_loss_and_gradients_of_an_untied_head_are_those_of_torch(positions: int)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_bias_is_added_to_the_logits_and_gets_its_gradient(frozen: bool, softcap: float | None) -> None:
+    def peer(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        s = F.linear(h, w, b)
+        return F.cross_entropy(s if softcap is None else softcap * torch.tanh(s / softcap), y, reduction="sum")
+
+    def found(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        return linear_cross_entropy(h, w, y, bias=b, softcap=softcap).total
+
+    results = []
+    for loss in (found, peer):
+        h, w, b = random(POSITIONS, WIDTH), random(VOCABULARY, WIDTH), random(VOCABULARY)
+        for x in (b,) if frozen else (h, w, b):
+            x.requires_grad_()
+        (0.3 * loss(h, w, b, ids(1))).backward()
+        results.append([x.grad for x in (h, w, b)])
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+    with torch.no_grad():
+        assert torch.equal(head_logits(h, w, None, "float32", b), F.linear(h, w) + b)
+
+
 def test_gradients_of_several_batches_add_up() -> None:
     def twice(loss):
         return lambda weight, inner: loss(weight, inner, 1) + loss(weight, inner, 7, 5)

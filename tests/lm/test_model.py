@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+)
 
 from coupled_adam.lm.config import Loss, Model
+from coupled_adam.lm.masking import IGNORED
 from coupled_adam.lm.model import LanguageModel, build_model, parameter_count
 
 VOCABULARY, LENGTH = 96, 12
@@ -92,6 +100,56 @@ def test_llama_is_that_of_transformers(tied: bool) -> None:
     torch.testing.assert_close(ours(tokens()), peer(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_modernbert_is_that_of_transformers_and_so_are_its_gradients(tied: bool) -> None:
+    ours = model(family="modernbert", tied=tied)
+    assert ours.head.bias is not None and ours.head.bias.any()
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    config = ModernBertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=ours.config.intermediate_size,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        layer_types=["full_attention"] * 2,
+        rope_parameters={"full_attention": rope, "sliding_attention": rope},
+        tie_word_embeddings=tied,
+        pad_token_id=None,
+    )
+    peer = ModernBertForMaskedLM(config).eval()
+    pairs = [
+        (peer.model.embeddings.tok_embeddings, ours.token_embedding),
+        (peer.model.embeddings.norm, ours.embedding_norm),
+        (peer.model.final_norm, ours.final_norm),
+        (peer.head.dense, ours.transform.dense),
+        (peer.head.norm, ours.transform.norm),
+        (peer.decoder, ours.head),
+    ]
+    for theirs, block in zip(peer.model.layers, ours.blocks, strict=True):
+        pairs += [(theirs.attn.Wqkv, block.attention.qkv), (theirs.attn.Wo, block.attention.proj)]
+        pairs += [(theirs.mlp_norm, block.mlp_norm), (theirs.mlp.Wo, block.mlp.proj)]
+    pairs.append((peer.model.layers[1].attn_norm, ours.blocks[1].attention_norm))
+    with torch.no_grad():
+        for theirs, mine in pairs:
+            theirs.weight.copy_(mine.weight)
+        peer.decoder.bias.copy_(ours.head.bias)
+        for theirs, block in zip(peer.model.layers, ours.blocks, strict=True):
+            theirs.mlp.Wi.weight.copy_(torch.cat([block.mlp.gate.weight, block.mlp.fc.weight]))
+    torch.testing.assert_close(ours(tokens()), peer(tokens()).logits, rtol=1e-5, atol=1e-5)
+    later = tokens()
+    later[:, -1] += 1
+    assert not torch.equal(ours(later % VOCABULARY)[:, 0], ours(tokens())[:, 0]), "attention is to both sides"
+    labels = tokens(2).masked_fill(tokens(3) > VOCABULARY // 5, IGNORED)
+    losses = ours(tokens(1), labels)
+    losses.total.backward()
+    peer(tokens(1), labels=labels).loss.backward()
+    count = (labels != IGNORED).sum()
+    for theirs, mine in pairs:
+        torch.testing.assert_close(mine.weight.grad / count, theirs.weight.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.head.bias.grad / count, peer.decoder.bias.grad, rtol=1e-4, atol=1e-6)
+
+
 def gradients(network: LanguageModel) -> list[Tensor]:
     network.zero_grad()
     network(tokens(1), tokens(2)).total.backward()
@@ -118,7 +176,7 @@ def test_separate_queries_keys_and_values_are_the_same_function(qkv: str, shape:
     assert torch.equal(torch.rand(1), expected), "the global random state is left alone"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "modernbert"])
 def test_activation_checkpointing_changes_nothing(family: str) -> None:
     network = model(family=family)
     expected = gradients(network)
@@ -127,7 +185,9 @@ def test_activation_checkpointing_changes_nothing(family: str) -> None:
         torch.testing.assert_close(found, grad)
 
 
-@pytest.mark.parametrize(("family", "qkv"), [("gpt2", "fused"), ("llama", "fused"), ("gpt2", "heads")])
+@pytest.mark.parametrize(
+    ("family", "qkv"), [("gpt2", "fused"), ("llama", "fused"), ("modernbert", "fused"), ("gpt2", "heads")]
+)
 def test_compiled_blocks_compute_the_same(family: str, qkv: str) -> None:
     network = model(family=family, qkv=qkv)
     expected = gradients(network)

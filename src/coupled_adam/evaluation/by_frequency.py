@@ -3,6 +3,7 @@
 A learning rate is chosen on one half, and what is reported is measured on the other: documents alternate between them.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from coupled_adam.errors import InputError
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
+from coupled_adam.lm.masking import IGNORED, masking_of
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.progress import progress_bar
 
@@ -35,13 +37,15 @@ DECILES = 10
 def by_frequency(model: LanguageModel, experiment: Experiment, corpus: Corpus) -> dict[str, Any]:
     """Measure held-out text in its order: as much as the last evaluation of the training takes.
 
+    A masked language model sees it several times, with other masks: about as often as each token is predicted once.
+
     Args:
         model: on one process, in evaluation mode.
         experiment, corpus: of its run.
 
     Returns:
         ``loss_selection`` and ``loss_report``: mean cross entropy in nats of documents 0, 2, 4, … and 1, 3, 5, ….
-        ``bits_per_byte``: of the report half, which compares across tokenizers.
+        ``bits_per_byte``: of the report half, which compares across tokenizers; not of a masked language model.
         ``documents``: ``tokens`` and mean ``loss`` of each document of the report half, to four digits.
         ``loss_by_decile``: that of the report half, from its rarest tenth to its most frequent.
         ``kappa``: by range of κ the share of the vocabulary's tokens and of the training text (``rows``, ``text``), the
@@ -58,9 +62,10 @@ def by_frequency(model: LanguageModel, experiment: Experiment, corpus: Corpus) -
         "loss_selection": float(losses[~report].mean()),
         "loss_report": float(losses[report].mean()),
         "tokens_report": int(report.sum()),
-        "bits_per_byte": float(losses[report].sum() / math.log(2)) / _bytes(corpus, targets[report]),
         "documents": _by_document(losses[report], documents[report]),
     }
+    if not experiment.model.masked:
+        found["bits_per_byte"] = float(losses[report].sum() / math.log(2)) / _bytes(corpus, targets[report])
     order = np.argsort(counts[targets[report]], kind="stable")
     found["loss_by_decile"] = [float(part.mean()) for part in np.array_split(losses[report][order], DECILES)]
     found["kappa"] = _kappa(experiment, corpus, targets[report], predicted)
@@ -116,32 +121,37 @@ def _kappa(
 def _predictions(
     model: LanguageModel, experiment: Experiment, corpus: Corpus
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Return losses, targets and documents of all held-out tokens, (N,), and of the report half the mean of p, (V,)."""
+    """Return losses, targets and documents of what is predicted, (N,), and of the report half the mean of p, (V,)."""
     text = np.concatenate([np.asarray(shard, dtype=np.int64) for shard in corpus.shards("validation")])
     length = experiment.data.sequence_length
-    settings = experiment.evaluation
+    settings, masking = experiment.evaluation, masking_of(experiment, corpus)
     batches = settings.final_batches or settings.batches
     count = min((len(text) - 1) // length, batches * experiment.batch_size)
-    # Documents begin after the end of the one before; the target at position i is token i + 1.
-    document = np.concatenate([[0], np.cumsum(text == corpus.meta["end_of_document"])[:-1]])[1 : count * length + 1]
-    inputs = torch.from_numpy(text[: count * length].reshape(count, length))
-    targets = torch.from_numpy(text[1 : count * length + 1].reshape(count, length))
+    ahead, draws = (1, 1) if masking is None else (0, round(length / masking.predicted))
+    # Documents begin after the end of the one before; the target at position i is token i + 1, or the masked token i.
+    document = np.concatenate([[0], np.cumsum(text == corpus.meta["end_of_document"])[:-1]])
+    inputs, targets, documents = (
+        torch.from_numpy(values[start : start + count * length].reshape(count, length))
+        for values, start in ((text, 0), (text, ahead), (document, ahead))
+    )
     device = next(model.parameters()).device
-    losses: list[Tensor] = []
+    losses, wanted, of_document = list[Tensor](), list[Tensor](), list[Tensor]()
     predicted, reported = torch.zeros(corpus.vocab_size, dtype=torch.float64), 0
     at_a_time = max(POSITIONS // length, 1)
-    with progress_bar(experiment.run.name, 0, count, unit="sequence", passing=True) as show:
-        for i in range(0, count, at_a_time):
+    with progress_bar(experiment.run.name, 0, draws * count, unit="sequence", passing=True) as show:
+        for draw, i in itertools.product(range(draws), range(0, count, at_a_time)):
             part = slice(i, i + at_a_time)
-            logits = model(inputs[part].to(device)).flatten(0, 1).float()
-            log_p = torch.log_softmax(logits, -1)
-            wanted = targets[part].flatten()
-            losses.append(-log_p.gather(1, wanted.to(device)[:, None]).squeeze(1).cpu())
-            kept = torch.from_numpy(document[i * length : (i + at_a_time) * length] % 2 == 1)
+            seen, there = (inputs[part], targets[part]) if masking is None else masking(inputs[part], [draw, i])
+            known = there != IGNORED
+            log_p = torch.log_softmax(model(seen.to(device))[known.to(device)].float(), -1)
+            wanted.append(there[known])
+            of_document.append(documents[part][known])
+            losses.append(-log_p.gather(1, wanted[-1].to(device)[:, None]).squeeze(1).cpu())
+            kept = of_document[-1] % 2 == 1
             predicted += log_p[kept.to(device)].exp_().sum(0).double().cpu()
             reported += int(kept.sum())
-            show(min(i + at_a_time, count), "loss by frequency")
+            show(draw * count + min(i + at_a_time, count), "loss by frequency")
     found = torch.cat(losses).double().numpy()
     if not math.isfinite(float(found.sum())):
         raise ValueError("a loss on the held-out text is not finite")
-    return found, targets.flatten().numpy(), document, predicted.numpy() / max(reported, 1)
+    return found, torch.cat(wanted).numpy(), torch.cat(of_document).numpy(), predicted.numpy() / max(reported, 1)

@@ -218,7 +218,7 @@ def _validation(run: Run, model: LanguageModel, weights: str, world: World) -> d
     with progress_bar(run.experiment.run.name, 0, used, world.is_main_process, "batch", passing=True) as show:
         found = validate(model, batches, count, world, settings.precision, show)
     loss = found.pop("validation_loss")
-    tokens = used * batches.batch_size * batches.sequence_length
+    tokens = used * batches.batch_size * (run.experiment.masked_tokens or batches.sequence_length)
     perplexity = math.exp(loss) if loss < HIGHEST_LOSS else None
     content = {"loss": loss, "perplexity": perplexity, "tokens": tokens, **found}
     return world.broadcast_from_main(lambda: _written(run, "validation", inputs, content))
@@ -284,6 +284,11 @@ def _frequency(run: Run, model: LanguageModel, weights: str) -> dict[str, Any]:
 
 def _downstream(run: Run, weights: str, settings: Downstream) -> dict[str, Any]:
     try:
+        if run.experiment.model.masked:
+            raise InputError(
+                f"{run.experiment.run.name} is a masked language model; the tasks of lm-eval are for models that "
+                "predict the next token"
+            )
         return downstream(
             run.directory / "model",
             run.directory / "evaluation" / "downstream.json",

@@ -7,6 +7,7 @@ from coupled_adam.lm.batches import Batches
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.loss import STATISTICS
+from coupled_adam.lm.masking import IGNORED, masking_of
 from coupled_adam.lm.model import LanguageModel
 from coupled_adam.lm.parallel import World
 from coupled_adam.progress import Update
@@ -15,7 +16,8 @@ from coupled_adam.progress import Update
 def held_out(experiment: Experiment, corpus: Corpus) -> Batches:
     """Batch the validation text like the training text; the batches are the same for every run and evaluation."""
     shards, drawn = corpus.shards("validation"), experiment.train.sampling == "replacement"
-    return Batches(shards, experiment.data.sequence_length, experiment.batch_size, 0, corpus.vocab_size, drawn)
+    length, masking = experiment.data.sequence_length, masking_of(experiment, corpus)
+    return Batches(shards, length, experiment.batch_size, 0, corpus.vocab_size, drawn, masking)
 
 
 def batches_used(batches: Batches, count: int) -> int:
@@ -34,9 +36,9 @@ def validate(
 ) -> dict[str, float]:
     """Measure how the model predicts ``batches_used(batches, count)`` batches, in ``precision`` as of training.
 
-    ``validation_loss`` is the mean cross entropy per token, in nats, of the logits as the model makes them: capped and
+    ``validation_loss`` is the mean cross entropy per target, in nats, of the logits as the model makes them: capped and
     rounded, without penalties. ``logit_mean``, ``logit_std``, ``logit_max`` and ``log_z_squared`` are means over the
-    tokens of what ``lm.loss.STATISTICS`` says, in float32. The ranks share each batch, and all get the result; the
+    targets of what ``lm.loss.STATISTICS`` says, in float32. The ranks share each batch, and all get the result; the
     model is called equally often on each. ``show`` is told how many batches are done.
 
     Raises:
@@ -53,8 +55,9 @@ def validate(
         inputs, targets = (x.tensor_split(world.size)[world.rank].to(world.device) for x in batches.batch(step))
         with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             losses = model(inputs, targets)
-        total += torch.tensor([targets.numel(), losses.cross_entropy, *losses.statistics], dtype=torch.float64)
+        predicted = (targets != IGNORED).sum()
+        total += torch.tensor([predicted, losses.cross_entropy, *losses.statistics], dtype=torch.float64)
         if show is not None:
             show(step + 1)
-    tokens, *sums = world.sum(total.to(world.device)).tolist()
-    return {name: value / tokens for name, value in zip(("validation_loss", *STATISTICS), sums, strict=True)}
+    targets_seen, *sums = world.sum(total.to(world.device)).tolist()
+    return {name: value / targets_seen for name, value in zip(("validation_loss", *STATISTICS), sums, strict=True)}

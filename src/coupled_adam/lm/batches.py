@@ -9,6 +9,10 @@ from torch import Tensor
 
 from coupled_adam.errors import InputError
 from coupled_adam.lm.corpus import Tokens
+from coupled_adam.lm.masking import Masking
+
+#: Tells the random numbers of the masks from those of the places.
+MASKS = 1
 
 
 class Batches:
@@ -25,9 +29,10 @@ class Batches:
         seed: int,
         vocab_size: int | None = None,
         replacement: bool = False,
+        masking: Masking | None = None,
     ) -> None:
         """Raises InputError if the shards do not hold ``sequence_length`` + 1 tokens in a row."""
-        self.vocab_size, self.replacement = vocab_size, replacement
+        self.vocab_size, self.replacement, self.masking = vocab_size, replacement, masking
         self.shards, self.sequence_length, self.batch_size, self.seed = shards, sequence_length, batch_size, seed
         per_shard = [(len(shard) - 1) // sequence_length for shard in shards]
         self._first_of_shard = np.cumsum([0, *per_shard])
@@ -44,11 +49,15 @@ class Batches:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of step 0, 1, …, int64 (batch_size, sequence_length); targets are one token ahead.
 
+        With ``masking``, some inputs are masked, and the targets there are the tokens themselves.
+
         Raises:
             InputError: a token is not in the vocabulary, if that was given.
         """
         rows = np.stack([self._sequence(shard, start) for shard, start in self._places(step)])
         tokens = torch.from_numpy(rows.astype(np.int64))
+        if self.masking is not None:
+            return self.masking(tokens[:, :-1], [self.seed, step, MASKS])
         return tokens[:, :-1], tokens[:, 1:]
 
     def _places(self, step: int) -> list[tuple[int, int]]:

@@ -57,10 +57,12 @@ class Run(Section):
 
 
 class Model(Section):
-    """A decoder-only transformer without biases; ``family`` says which."""
+    """A transformer without biases in its blocks; ``family`` says which."""
 
-    family: Literal["gpt2", "llama"] = "gpt2"
-    """``gpt2``: learned positions, LayerNorm, GELU. ``llama``: rotary positions, RMSNorm, SwiGLU."""
+    family: Literal["gpt2", "llama", "modernbert"] = "gpt2"
+    """``gpt2``: learned positions, LayerNorm, GELU. ``llama``: rotary positions, RMSNorm, SwiGLU. ``modernbert``: a
+    masked language model, which sees both sides of the tokens that it predicts (arXiv 2412.13663, with full attention
+    in all layers): rotary positions, LayerNorm, GeGLU, and an output head with a bias."""
     n_layers: PositiveInt = 4
     """Number of blocks."""
     n_heads: PositiveInt = 4
@@ -80,7 +82,7 @@ class Model(Section):
     three; or as three batches of one matrix per head, (n_heads, hidden_size / n_heads, hidden_size). The model and its
     initial weights are the same; it matters for optimizers that treat matrices as a whole, ``muon`` and ``adams``."""
     mlp_multiple: PositiveInt = 128
-    """The width of the MLP of ``llama``, 8/3·hidden_size, is rounded up to a multiple of this."""
+    """The width of the MLP of ``llama`` and ``modernbert``, 8/3·hidden_size, is rounded up to a multiple of this."""
     logits: Literal["float32", "bfloat16"] | None = None
     """Precision of the output head's matrix product, in training and evaluation. None: as for all other products,
     ``train.precision`` in training and ``evaluation.precision`` in evaluation."""
@@ -89,7 +91,7 @@ class Model(Section):
     def _heads_divide_hidden_size(self) -> Self:
         if self.hidden_size % self.n_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of n_heads {self.n_heads}")
-        if self.family == "llama" and self.hidden_size // self.n_heads % 2:
+        if self.family != "gpt2" and self.hidden_size // self.n_heads % 2:
             raise ValueError(
                 f"hidden_size {self.hidden_size} / n_heads {self.n_heads} is odd: rotary positions rotate pairs"
             )
@@ -97,9 +99,10 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _gelu_is_used(self) -> Self:
-        if self.family == "llama" and self.gelu != type(self).model_fields["gelu"].default:
+        if self.family != "gpt2" and self.gelu != type(self).model_fields["gelu"].default:
+            mlp = {"llama": "SwiGLU", "modernbert": "GeGLU with the exact GELU"}[self.family]
             raise ValueError(
-                f"gelu {self.gelu!r} applies only to the family gpt2; the MLP of llama is SwiGLU: leave it out"
+                f"gelu {self.gelu!r} applies only to the family gpt2; the MLP of {self.family} is {mlp}: leave it out"
             )
         return self
 
@@ -107,21 +110,31 @@ class Model(Section):
     def _multiple_is_used(self) -> Self:
         if self.family == "gpt2" and self.mlp_multiple != type(self).model_fields["mlp_multiple"].default:
             raise ValueError(
-                f"mlp_multiple {self.mlp_multiple} applies only to the family llama; the MLP of gpt2 is "
-                "4·hidden_size wide: leave it out"
+                f"mlp_multiple {self.mlp_multiple} applies only to the families llama and modernbert; the MLP of gpt2 "
+                "is 4·hidden_size wide: leave it out"
             )
         return self
 
     @property
     def intermediate_size(self) -> int:
-        """Width of the MLP: 4·hidden_size, or for ``llama`` 8/3·hidden_size rounded up to a ``mlp_multiple``."""
+        """Width of the MLP: 4·hidden_size, or with a gate 8/3·hidden_size rounded up to a ``mlp_multiple``."""
         multiple = self.mlp_multiple
         return 4 * self.hidden_size if self.family == "gpt2" else -(-8 * self.hidden_size // (3 * multiple)) * multiple
 
     @property
     def norm_name(self) -> str:
         """``norm``, resolved."""
-        return self.norm or ("layernorm" if self.family == "gpt2" else "rmsnorm")
+        return self.norm or ("rmsnorm" if self.family == "llama" else "layernorm")
+
+    @property
+    def label(self) -> str:
+        """What its authors call the family."""
+        return {"gpt2": "GPT-2", "llama": "LLaMA", "modernbert": "ModernBERT"}[self.family]
+
+    @property
+    def masked(self) -> bool:
+        """Whether it predicts masked tokens from both sides, instead of each token from those before it."""
+        return self.family == "modernbert"
 
 
 class Data(Section):
@@ -282,6 +295,9 @@ class Train(Section):
     sampling: Literal["permutation", "replacement"] = "permutation"
     """``permutation``: the text is cut into sequences, and every epoch uses each of them once. ``replacement``: every
     sequence starts at a token drawn at random, as in nanoGPT; in the held-out text too."""
+    masked: float = Field(default=0.15, gt=0, lt=1)
+    """``modernbert`` only: share of the tokens of a sequence that are to be predicted, rounded to a whole number. As in
+    BERT, 80% of them are replaced by the mask token, 10% by a random token, and the rest are left as they are."""
     max_grad_norm: PositiveFloat = 1.0
     """Bound on the global norm of the gradients."""
     checkpoint_every: PositiveInt = 100
@@ -376,6 +392,28 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _tokens_are_masked(self) -> Self:
+        data, share = self.data, self.train.masked
+        if not self.model.masked:
+            if share != type(self.train).model_fields["masked"].default:
+                raise ValueError(
+                    f"train.masked {share:g} applies only to model.family 'modernbert'; {self.model.family} predicts "
+                    "every token from those before it: leave it out"
+                )
+            return self
+        if not self.masked_tokens:
+            raise ValueError(
+                f"train.masked {share:g} of data.sequence_length {data.sequence_length} rounds to no token: raise one "
+                "of the two"
+            )
+        if data.padded_vocab_size == data.vocab_size:
+            raise ValueError(
+                f"data.vocab_size {data.vocab_size} is a multiple of 64, so the embedding has no row for the mask "
+                f"token: set it to {data.vocab_size - 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _muon_takes_matrices(self) -> Self:
         if self.optimizer.core.name == "muon" and self.model.qkv == "heads":
             raise ValueError(
@@ -405,6 +443,11 @@ class Experiment(Section):
     def batch_size(self) -> int:
         """Sequences per step."""
         return self.train.batch_tokens // self.data.sequence_length
+
+    @property
+    def masked_tokens(self) -> int:
+        """Tokens of a sequence that a masked language model is to predict; 0 for other models."""
+        return round(self.train.masked * self.data.sequence_length) if self.model.masked else 0
 
     @classmethod
     def from_toml(cls, text: str, source: str = "experiment") -> Self:

@@ -76,9 +76,16 @@ def estimate(experiment: Experiment, gpu: str = "H100") -> Estimate:
 
 
 def flops_per_token(experiment: Experiment, parameters: int) -> int:
-    """Count the model's FLOPs for one token of training, without what checkpointing computes again."""
-    model = experiment.model
-    return 6 * parameters + 12 * model.n_layers * model.hidden_size * experiment.data.sequence_length
+    """Count the model's FLOPs for one token of training, without what checkpointing computes again.
+
+    The head of a masked language model computes logits of the tokens alone that it is to predict.
+    """
+    model, data = experiment.model, experiment.data
+    attention = 12 * model.n_layers * model.hidden_size * data.sequence_length
+    if not model.masked:
+        return 6 * parameters + attention
+    unpredicted = 1 - experiment.masked_tokens / data.sequence_length
+    return round(6 * (parameters - unpredicted * data.padded_vocab_size * model.hidden_size) + attention)
 
 
 def peak_flops(experiment: Experiment, world: World) -> float | None:

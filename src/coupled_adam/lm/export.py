@@ -1,7 +1,8 @@
 """A run to a Hugging Face directory that transformers loads without this package.
 
 GPT-2 is a GPT2LMHeadModel, with zeros for the biases that ours does not have; LLaMA a LlamaForCausalLM, with normalized
-queries and keys a Qwen3ForCausalLM, with a soft-cap a VaultGemmaForCausalLM. The embeddings are stored as they are.
+queries and keys a Qwen3ForCausalLM, with a soft-cap a VaultGemmaForCausalLM; ModernBERT a ModernBertForMaskedLM. The
+embeddings are stored as they are.
 """
 
 import json
@@ -27,11 +28,18 @@ from coupled_adam.files import (
 )
 from coupled_adam.lm.config import Experiment, Model
 from coupled_adam.lm.corpus import Corpus
+from coupled_adam.lm.masking import mask_token
 from coupled_adam.lm.model import RMS_EPS, ROTARY_BASE
 from coupled_adam.lm.run import Run
 
 #: Key of config.json, which transformers passes over: what the directory was made of.
 ORIGIN = "coupled_adam"
+
+#: Epsilon of the LayerNorm of torch, and so of ours.
+LAYER_NORM_EPS = 1e-5
+
+#: The text of the mask token.
+MASK = "[MASK]"
 
 #: What such a directory is said to be, where it would be replaced.
 KIND = "model"
@@ -58,12 +66,14 @@ def export(run: Run, weights: dict[str, Tensor], digest: str, directory: Path) -
 
     with torch.device("meta"):
         kind: Any = transformers.AutoConfig.for_model(**config)
-        model = transformers.AutoModelForCausalLM.from_config(kind)  # type: ignore[no-untyped-call]
+        auto = transformers.AutoModelForMaskedLM if run.experiment.model.masked else transformers.AutoModelForCausalLM
+        model = auto.from_config(kind)  # type: ignore[no-untyped-call]
     end = config["eos_token_id"]
     model.load_state_dict(dict(_translated(run.experiment, weights)), strict=True, assign=True)
     model.tie_weights()
-    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    model.generation_config = transformers.GenerationConfig(**ends)  # type: ignore[no-untyped-call]
+    if not run.experiment.model.masked:
+        ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        model.generation_config = transformers.GenerationConfig(**ends)  # type: ignore[no-untyped-call]
     with written_whole(directory, KIND) as aside, _without_progress():
         model.save_pretrained(aside)
         _save_tokenizer(run, aside)
@@ -134,22 +144,37 @@ def transformers_config(experiment: Experiment, corpus: Corpus) -> dict[str, Any
             "n_head": model.n_heads,
             "n_inner": model.intermediate_size,
             "activation_function": "gelu_new" if model.gelu == "tanh" else "gelu",
-            "layer_norm_epsilon": 1e-5,
+            "layer_norm_epsilon": LAYER_NORM_EPS,
             "resid_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
         }
+    rope = {"rope_type": "default", "rope_theta": ROTARY_BASE}
     common |= {
         "max_position_embeddings": experiment.data.sequence_length,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.intermediate_size,
         "num_hidden_layers": model.n_layers,
         "num_attention_heads": model.n_heads,
+        "attention_bias": False,
+    }
+    if kind == "modernbert":
+        return common | {
+            "layer_types": ["full_attention"] * model.n_layers,
+            "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
+            "hidden_activation": "gelu",
+            "classifier_activation": "gelu",
+            "norm_eps": LAYER_NORM_EPS,
+            "decoder_bias": True,
+            "cls_token_id": end,
+            "sep_token_id": end,
+            "pad_token_id": end,
+        }
+    common |= {
         "num_key_value_heads": model.n_heads,
         "head_dim": size,
         "rms_norm_eps": RMS_EPS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE},
-        "attention_bias": False,
+        "rope_parameters": rope,
     }
     match kind:
         case "llama":
@@ -172,7 +197,7 @@ def transformers_config(experiment: Experiment, corpus: Corpus) -> dict[str, Any
 def _model_type(experiment: Experiment) -> str:
     """The name that transformers has for the architecture. Raises InputError if it has none."""
     model = experiment.model
-    usual = model.norm_name == {"gpt2": "layernorm", "llama": "rmsnorm"}[model.family]
+    usual = model.norm_name == model.model_copy(update={"norm": None}).norm_name
     extras = [] if usual else [model.norm_name]
     extras += ["model.qk_norm"] if model.qk_norm else []
     extras += ["loss.softcap"] if experiment.loss.softcap else []
@@ -191,9 +216,10 @@ def _model_type(experiment: Experiment) -> str:
 
 def _translated(experiment: Experiment, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Our weights under the names and in the layouts of transformers."""
-    translate = {"gpt2": _gpt2, "vaultgemma": _vaultgemma}.get(_model_type(experiment), _llama)
+    kind = _model_type(experiment)
+    translate = {"gpt2": _gpt2, "vaultgemma": _vaultgemma, "modernbert": _modernbert}.get(kind, _llama)
     yield from translate(experiment.model, ours)
-    yield "lm_head.weight", ours["head.weight"]
+    yield f"{'decoder' if kind == 'modernbert' else 'lm_head'}.weight", ours["head.weight"]
 
 
 def _gpt2(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -243,6 +269,24 @@ def _llama(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
     yield "model.norm.weight", ours["final_norm.weight"]
 
 
+def _modernbert(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    yield "model.embeddings.tok_embeddings.weight", ours["token_embedding.weight"]
+    yield "model.embeddings.norm.weight", ours["embedding_norm.weight"]
+    for i in range(model.n_layers):
+        a, b = f"blocks.{i}", f"model.layers.{i}"
+        if i > 0:
+            yield f"{b}.attn_norm.weight", ours[f"{a}.attention_norm.weight"]
+        yield f"{b}.attn.Wqkv.weight", _qkv(model, ours, a)
+        yield f"{b}.attn.Wo.weight", ours[f"{a}.attention.proj.weight"]
+        yield f"{b}.mlp_norm.weight", ours[f"{a}.mlp_norm.weight"]
+        yield f"{b}.mlp.Wi.weight", torch.cat([ours[f"{a}.mlp.gate.weight"], ours[f"{a}.mlp.fc.weight"]])
+        yield f"{b}.mlp.Wo.weight", ours[f"{a}.mlp.proj.weight"]
+    yield "model.final_norm.weight", ours["final_norm.weight"]
+    yield "head.dense.weight", ours["transform.dense.weight"]
+    yield "head.norm.weight", ours["transform.norm.weight"]
+    yield "decoder.bias", ours["head.bias"]
+
+
 def _vaultgemma(model: Model, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """As LLaMA's, to float32 rounding. It multiplies embeddings by √H, and RMSNorm by 1 + weight.
 
@@ -261,14 +305,18 @@ def _save_tokenizer(run: Run, directory: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     end = run.corpus.tokenizer.id_to_token(int(run.corpus.meta["end_of_document"]))
-    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    special = {"bos_token": end, "eos_token": end, "unk_token": end}
+    if run.experiment.model.masked:
+        special |= {"mask_token": MASK, "pad_token": end}
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_file=str(run.corpus.directory / "tokenizer.json"),
-        bos_token=end,
-        eos_token=end,
-        unk_token=end,
         model_max_length=run.experiment.data.sequence_length,
         clean_up_tokenization_spaces=False,
-    ).save_pretrained(directory)
+        **special,
+    )
+    if run.experiment.model.masked and tokenizer.mask_token_id != mask_token(run.corpus):
+        raise InputError(f"{run.corpus.directory}: {MASK} is a token of the text; the model has another to mask with")
+    tokenizer.save_pretrained(directory)
     # transformers 5 has another name for this class, which older versions do not know; both know this one.
     path = directory / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -292,12 +340,12 @@ def model_card(run: Run, figures: Mapping[str, str]) -> str:
     lines = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {'fill-mask' if e.model.masked else 'text-generation'}",
         "tags: [coupled-adam]",
         "---",
         f"# {e.run.name}",
         "",
-        f"A {'GPT-2' if e.model.family == 'gpt2' else 'LLaMA'}-like language model: {e.model.n_layers} layers, "
+        f"A {e.model.label}-like {'masked ' if e.model.masked else ''}language model: {e.model.n_layers} layers, "
         f"{e.model.n_heads} heads, hidden size {e.model.hidden_size}, {run.corpus.vocab_size:,} rows in the "
         f"{'tied ' if e.model.tied else ''}embedding, sequences of {e.data.sequence_length:,} tokens. "
         f"Trained from seed {e.run.seed} on {run.step * e.train.batch_tokens:,} tokens of {run.corpus.meta['source']} "

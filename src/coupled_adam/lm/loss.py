@@ -55,12 +55,13 @@ def linear_cross_entropy(
     targets: Tensor,
     tied: TiedGradient | None = None,
     *,
+    bias: Tensor | None = None,
     z_loss: float = 0.0,
     mu_loss: float = 0.0,
     softcap: float | None = None,
     logits: Rounding | None = None,
 ) -> Losses:
-    """Sum −log softmax(c)[target] over all positions, of the logits c = cap·tanh(s/cap), s = W h, and its penalties.
+    """Sum −log softmax(c)[target] over all positions, of the logits c = cap·tanh(s/cap), s = W h + b, and penalties.
 
     ``F.linear_cross_entropy`` of torch does the plain case; this one is faster on the CPU, rounds products to
     autocast's type as the layers of torch do, and hands on the gradient of W so that the tied embedding's can be added
@@ -71,6 +72,7 @@ def linear_cross_entropy(
         weight: W, (vocabulary, width), whole. Its gradient is summed in its own type.
         targets: ids from 0 up to the vocabulary, int64 (positions,).
         tied: what the embedding of the same weight got, of which ``hidden`` is made.
+        bias: b, (vocabulary,); None for 0.
         z_loss: λ of λ·(log Z)² at every position, Z = Σ exp(c) (Chowdhery et al., PaLM, arXiv 2204.02311, section 5).
         mu_loss: λ of λ·‖μ‖² at every position, μ the mean row of W (arXiv 2601.02031): once in the mean over positions.
         softcap: cap; None for c = s (Gemma 2, arXiv 2408.00118, section 2).
@@ -82,17 +84,20 @@ def linear_cross_entropy(
     wanted = torch.is_grad_enabled()  # within forward it never is
     settings = _Settings(z_loss, mu_loss, softcap, logits)
     total, entropy, statistics = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, tied, settings, wanted
+        hidden, weight, bias, targets, tied, settings, wanted
     )
     return Losses(total, entropy, None if wanted else statistics)
 
 
-def head_logits(hidden: Tensor, weight: Tensor, softcap: float | None, logits: Rounding | None) -> Tensor:
+def head_logits(
+    hidden: Tensor, weight: Tensor, softcap: float | None, logits: Rounding | None, bias: Tensor | None = None
+) -> Tensor:
     """Return the logits that the loss sees, (…, vocabulary) of (…, width): rounded, then capped; float32 at least."""
     dtype = _head_dtype(weight, logits)
     with torch.autocast(hidden.device.type, enabled=False):
         s = _product(_rounded(hidden, dtype), _rounded(weight, dtype).T, dtype)
         s = s.to(torch.promote_types(dtype, torch.float32))
+        s = s if bias is None else s + bias
         return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
@@ -131,12 +136,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         tied: TiedGradient | None,
         settings: _Settings,
         wanted: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wants_dh, wants_dw = (wanted and needed for needed in ctx.needs_input_grad[:2])
+        wants_dh, wants_dw, wants_db = (wanted and needed for needed in ctx.needs_input_grad[:3])
         z_loss, mu_loss, cap, _ = settings
         dtype = _head_dtype(weight, settings.logits)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -145,9 +151,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             entropy, squares = torch.zeros(2, dtype=precise, device=hidden.device)
             statistics = torch.zeros(len(STATISTICS), dtype=precise, device=hidden.device)
             dh, dw = torch.empty_like(hidden) if wants_dh else None, None
+            db = torch.zeros_like(bias, dtype=precise) if bias is not None and wants_db else None
             for at in range(0, len(h), CHUNK):
                 x, y = h[at : at + CHUNK], targets[at : at + CHUNK, None]
-                c = _product(x, w.T, dtype).to(precise)  # s = W h
+                c = _product(x, w.T, dtype).to(precise)  # s = W h + b
+                if bias is not None:
+                    c += bias
                 slope = None
                 if cap is not None:
                     torch.tanh(c.div_(cap), out=c)
@@ -161,7 +170,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 log_z = c_y + losses  # log Z = c_y − log p_y
                 entropy += losses.sum()
                 squares += log_z.square().sum()
-                if not (wants_dh or wants_dw):
+                if not (wants_dh or wants_dw or wants_db):
                     continue
                 # ∂total/∂c = p·(1 + 2λ·log Z) − onehot(target)
                 ds = log_p.exp_()
@@ -170,6 +179,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 ds.scatter_add_(1, y, torch.full_like(y, -1, dtype=precise))
                 if slope is not None:
                     ds.mul_(slope)
+                if db is not None:
+                    db += ds.sum(0)
                 ds = _rounded(ds, dtype)
                 if dh is not None:
                     dh[at : at + CHUNK] = _product(ds, w, dtype)
@@ -188,7 +199,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if dw is not None:
                     dw += (2 * mu_loss * len(h) / len(weight)) * mu  # ∂‖μ‖²/∂e_i = 2μ/V, for every row alike
         statistics[3] = squares
-        ctx.gradients, ctx.tied = (dh, dw), tied
+        if db is not None and bias is not None:
+            db = db.to(bias.dtype)
+        ctx.gradients, ctx.tied = (dh, dw, db), tied
         ctx.mark_non_differentiable(entropy, statistics)
         return total, entropy, statistics
 
@@ -196,14 +209,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, scale: Tensor, *unused: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy can be differentiated only once: compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
-        dh, dw = (None if x is None else x.mul_(scale) for x in gradients)
+        dh, dw, db = (None if x is None else x.mul_(scale) for x in gradients)
         if ctx.tied is not None and dh is not None:  # else there is no embedding below to take it
             ctx.tied.of_head, dw = dw, None
-        return dh, dw, None, None, None, None
+        return dh, dw, db, None, None, None, None
 
 
 def _statistics(c: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The language models: a GPT-2 and a LLaMA without biases, to be read in one sitting."""
+"""The language models: GPT-2, LLaMA and ModernBERT without biases in their blocks, to be read in one sitting."""
 
 import math
 from typing import overload
@@ -10,17 +10,18 @@ from torch.utils.checkpoint import checkpoint
 
 from coupled_adam.lm.config import Loss, Model
 from coupled_adam.lm.loss import Losses, TiedGradient, head_logits, linear_cross_entropy, tied_embedding
+from coupled_adam.lm.masking import IGNORED
 
 #: θ of the rotary positions, and ε of RMSNorm, as LLaMA has them.
 ROTARY_BASE, RMS_EPS = 10_000.0, 1e-5
 
 
 class Attention(nn.Module):
-    """Causal self-attention with several heads."""
+    """Self-attention with several heads: causal, or of a masked language model to both sides."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.n_heads = config.n_heads
+        self.n_heads, self.causal = config.n_heads, not config.masked
         size = config.hidden_size // config.n_heads
         self.q_norm, self.k_norm = (make_norm(config, size) if config.qk_norm else nn.Identity() for _ in range(2))
         self.qkv: nn.Module = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
@@ -41,7 +42,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.proj(attended.transpose(1, 2).reshape(batch, sequence, size))  # type: ignore[no-any-return]
 
 
@@ -74,29 +75,32 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Two layers, or with a gate the SwiGLU of LLaMA."""
+    """Two layers, or with a gate the SwiGLU of LLaMA or the GeGLU of ModernBERT."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
         size, inner = config.hidden_size, config.intermediate_size
-        self.gate = nn.Linear(size, inner, bias=False) if config.family == "llama" else None
+        self.gate = nn.Linear(size, inner, bias=False) if config.family != "gpt2" else None
         self.fc = nn.Linear(size, inner, bias=False)
         self.proj = nn.Linear(inner, size, bias=False)
-        self.approximate = "tanh" if config.gelu == "tanh" else "none"
+        self.approximate = "tanh" if config.family == "gpt2" and config.gelu == "tanh" else "none"
+        self.silu = config.family == "llama"
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, sequence, hidden_size) -> the same."""
-        if self.gate is not None:
-            return self.proj(F.silu(self.gate(x)) * self.fc(x))  # type: ignore[no-any-return]
-        return self.proj(F.gelu(self.fc(x), approximate=self.approximate))  # type: ignore[no-any-return]
+        inner = self.fc(x) if self.gate is None else self.gate(x)
+        activated = F.silu(inner) if self.silu else F.gelu(inner, approximate=self.approximate)
+        return self.proj(activated if self.gate is None else activated * self.fc(x))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
     """Attention and an MLP, each with a norm before it and a residual connection around it."""
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: Model, first: bool) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config, config.hidden_size)
+        # The embeddings of a ModernBERT are normalized already.
+        normalized = first and config.masked
+        self.attention_norm = nn.Identity() if normalized else make_norm(config, config.hidden_size)
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config, config.hidden_size)
         self.mlp = MLP(config)
@@ -114,10 +118,23 @@ def make_norm(config: Model, size: int) -> nn.Module:
     return nn.LayerNorm(size, bias=False)
 
 
-class LanguageModel(nn.Module):
-    """A decoder-only transformer: tokens in, logits of the next token out.
+class Transform(nn.Module):
+    """What stands between the blocks of a masked language model and its head."""
 
-    Weights are initialized as in GPT-2: N(0, 0.02²), residual projections smaller by 1/√(2·layers).
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.norm = make_norm(config, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, sequence, hidden_size) -> the same."""
+        return self.norm(F.gelu(self.dense(x)))  # type: ignore[no-any-return]
+
+
+class LanguageModel(nn.Module):
+    """A transformer: tokens in, logits of the next token out; or those of the token itself, if some are masked.
+
+    Weights are initialized as in GPT-2: N(0, 0.02²), residual projections smaller by 1/√(2·layers), and a bias of 0.
 
     Args:
         config: the architecture.
@@ -131,9 +148,14 @@ class LanguageModel(nn.Module):
         self.config, self.loss, self.activation_checkpointing = config, loss or Loss(), False
         self.token_embedding = nn.Embedding(vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(sequence_length, config.hidden_size) if config.family == "gpt2" else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.final_norm = make_norm(config, config.hidden_size)
-        self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
+        size = config.hidden_size
+        self.embedding_norm = make_norm(config, size) if config.masked else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.n_layers))
+        self.final_norm = make_norm(config, size)
+        self.transform = Transform(config) if config.masked else nn.Identity()
+        self.head = nn.Linear(size, vocab_size, bias=config.masked)
+        if self.head.bias is not None:
+            nn.init.zeros_(self.head.bias)
         if config.tied:
             self.head.weight = self.token_embedding.weight
         for name, parameter in self.named_parameters():
@@ -159,13 +181,14 @@ class LanguageModel(nn.Module):
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[: tokens.shape[1]]
         else:
+            x = self.embedding_norm(x)
             rope = rope_cache(tokens.shape[1], self.config.hidden_size // self.config.n_heads, tokens.device)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
                 x = block(x, rope)
-        return self.final_norm(x)  # type: ignore[no-any-return]
+        return self.transform(self.final_norm(x))  # type: ignore[no-any-return]
 
     @overload
     def forward(self, tokens: Tensor, targets: None = None) -> Tensor: ...
@@ -180,24 +203,30 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: IDs, int64 (batch, sequence).
-            targets: IDs of the next tokens, of the same shape; None for logits.
+            targets: IDs to predict, of the same shape: the next tokens, or of a masked language model the tokens that
+                were there, and ``IGNORED`` where nothing is to be predicted. None for logits.
 
         Returns:
-            (batch, sequence, vocabulary), capped and rounded as the experiment says; or sums over all positions: what
-            is minimized, the cross entropy in nats, and where gradients are off what the logits are like.
+            (batch, sequence, vocabulary), capped and rounded as the experiment says; or sums over all positions with a
+            target: what is minimized, the cross entropy in nats, and where gradients are off what the logits are like.
         """
-        weight, cap, rounding = self.head.weight, self.loss.softcap, self.config.logits
+        weight, bias, cap, rounding = self.head.weight, self.head.bias, self.loss.softcap, self.config.logits
         if targets is None:
             hidden = self.hidden(tokens)
             if cap is None and rounding is None:
                 return self.head(hidden)  # type: ignore[no-any-return]  # the module has the hooks of tensor parallelism
-            return head_logits(hidden, weight, cap, rounding)
+            return head_logits(hidden, weight, cap, rounding, bias)
         tied = TiedGradient() if self.config.tied else None
+        hidden, targets = self.hidden(tokens, tied).flatten(0, 1), targets.flatten()
+        if self.config.masked:
+            wanted = targets != IGNORED
+            hidden, targets = hidden[wanted], targets[wanted]
         return linear_cross_entropy(
-            self.hidden(tokens, tied).flatten(0, 1),
+            hidden,
             weight,
-            targets.flatten(),
+            targets,
             tied,
+            bias=bias,
             z_loss=self.loss.z_loss,
             mu_loss=self.loss.mu_loss,
             softcap=cap,

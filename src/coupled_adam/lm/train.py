@@ -35,6 +35,7 @@ from coupled_adam.lm.checkpoint import (
 from coupled_adam.lm.config import Experiment
 from coupled_adam.lm.corpus import Corpus
 from coupled_adam.lm.estimate import flops_per_token, peak_flops, speed
+from coupled_adam.lm.masking import IGNORED, masking_of
 from coupled_adam.lm.mean_drift import drift_figures, watch_drift
 from coupled_adam.lm.metrics_jsonl import MetricsLog
 from coupled_adam.lm.model import LanguageModel, build_model, parameter_count
@@ -183,7 +184,8 @@ def _prepared(
     optimizers = build_optimizers(model, experiment, corpus.unigram_counts)
     drawn = experiment.train.sampling == "replacement"
     shards = corpus.shards("train")
-    batches = Batches(shards, sequence_length, experiment.batch_size, seed, corpus.vocab_size, drawn)
+    masking = masking_of(experiment, corpus)
+    batches = Batches(shards, sequence_length, experiment.batch_size, seed, corpus.vocab_size, drawn, masking)
     start, state = 0, None
     if checkpoint := intact_checkpoint(run_dir / "checkpoints", world, corpus.fingerprint):
         start = step_of(checkpoint)
@@ -273,12 +275,12 @@ def micro_batch(experiment: Experiment, world: World) -> int:
 
 
 def backward(model: nn.Module, batch: tuple[Tensor, Tensor], micro: int, precision: str, world: World) -> Tensor:
-    """Compute gradients of the global batch's mean loss per token, its penalties included.
+    """Compute gradients of the global batch's mean loss per target, its penalties included.
 
     Returns:
         This rank's parts of the cross entropy and of the penalties, float64 (2,) on its device.
     """
-    count = batch[0].numel()
+    count = int((batch[1] != IGNORED).sum())
     tokens, targets = (x.chunk(world.size)[world.rank] for x in batch)
     parted = torch.zeros(2, dtype=torch.float64, device=world.device)
     parts = list(zip(torch.split(tokens, micro), torch.split(targets, micro), strict=True))

@@ -107,8 +107,7 @@ class Evaluated:
     @property
     def model(self) -> str:
         """Family and size, for a table."""
-        family = {"gpt2": "GPT-2", "llama": "LLaMA"}[self.experiment.model.family]
-        return f"{family} {short(self.parameters)}"
+        return f"{self.experiment.model.label} {short(self.parameters)}"
 
     @property
     def tokens(self) -> int:
