@@ -200,6 +200,7 @@ def test_the_families_name_experiments_that_exist() -> None:
             "words",
             "warm",
             "muon",
+            "masked",
             "decay",
         ),
     }

@@ -352,8 +352,8 @@ def reproduce_command(
         list[str] | None,
         typer.Option(
             help="A family: small, scaled, sgd, llama, long, drift, precision, tied, core, noise, "
-            "what-tied, what-untied, health, one-rate, batch, large-batch, steps, rest, rates, words, muon, decay, "
-            "warm. May be repeated.",
+            "what-tied, what-untied, health, one-rate, batch, large-batch, steps, rest, rates, words, masked, muon, "
+            "decay, warm. May be repeated.",
             autocompletion=completion.family,
         ),
     ] = None,
