@@ -182,3 +182,65 @@ def test_vectors_and_frozen_matrices_cannot_be_coupled() -> None:
     model.requires_grad_(False)
     with pytest.raises(ValueError, match=r"'0.weight' is frozen"):
         param_groups(model, coupled=[model[0]])
+
+
+class Declared(Plain):
+    """An untied model that says what its embeddings are."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def test_an_input_embedding_without_its_head_is_told() -> None:
+    told = (
+        r"table.weight is only the input embedding, and the output embedding, \S*head.weight \(7, 4\), is not coupled"
+    )
+    for model in (Declared(), nn.DataParallel(Declared()), nn.ModuleDict({"lm": Declared()})):
+        (inner,) = (m for m in model.modules() if isinstance(m, Declared))
+        with pytest.warns(UserWarning, match=told) as caught:
+            param_groups(model, coupled=inner.table)
+        assert caught[0].filename == __file__, "it points to the line that names the matrix"
+
+
+@pytest.mark.parametrize(
+    ("model", "coupled"),
+    [
+        (Declared(), None),
+        (Declared(), ["table", "head"]),
+        (Declared(), ["head"]),
+        (Declared(), ["up"]),
+        (Plain(), ["table"]),
+    ],
+)
+def test_nothing_is_told_of_what_may_be_right(model: nn.Module, coupled: list[str] | None) -> None:
+    """Both matrices, for instance for one learning rate, or a table of items that a softmax scores."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        param_groups(model, coupled=coupled)
+
+
+def test_a_table_that_is_tied_by_a_module_or_by_words_is_no_input_alone() -> None:
+    by_a_module, by_words = Declared(), Declared()
+    by_a_module.up.weight = by_a_module.table.weight  # another head than the one declared
+    by_words.get_output_embeddings = lambda: by_words.table
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model in (by_a_module, by_words):
+            param_groups(model, coupled="table")
+
+
+def test_a_single_row_is_told_and_steps_like_adamw() -> None:
+    with pytest.warns(UserWarning, match="score.weight has one row.*that of AdamW"):
+        groups = param_groups(nn.ModuleDict({"score": nn.Linear(4, 1)}), coupled="score")
+    (matrix,) = (p for _, p in groups[0]["params"])
+    alone = nn.Parameter(matrix.detach().clone())
+    optimizers = CoupledAdam(groups), torch.optim.AdamW([alone], weight_decay=0.0)
+    for _ in range(3):
+        matrix.grad = torch.randn(1, 4)
+        alone.grad = matrix.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(matrix, alone)

@@ -55,6 +55,12 @@ def test_a_model_says_what_its_embeddings_are() -> None:
     found = monitor.health(untied)
     output, entry = (monitor.health(e.weight) for e in (untied.lm_head, untied.model.embed_tokens))
     assert found == output | {f"input_{name}": figure for name, figure in entry.items()}
+    untied.get_output_embeddings = lambda: [untied.lm_head.weight]
+    assert monitor.health(untied) == found, "as a parameter, in a list"
+    untied.get_output_embeddings = lambda: nn.ModuleList([untied.lm_head, untied.lm_head])
+    untied.get_input_embeddings = lambda: None
+    with pytest.raises(ValueError, match=r"returns None or several\); pass the matrix itself"):
+        monitor.health(untied)
     tied = model(tied=True)
     assert monitor.health(nn.Sequential(tied)) == monitor.health(tied.lm_head.weight), "one matrix, once"
 

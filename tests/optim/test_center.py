@@ -335,6 +335,14 @@ def test_param_groups_warn_where_the_mean_tells() -> None:
         param_groups(Tied(tied=True), center=True)
     with pytest.warns(UserWarning, match="caps its logits .at 30.*Leave out one of the two"):
         param_groups(Tied(tied=False, cap=30.0), center=True)
+    by_words = Tied(tied=False)
+    by_words.get_output_embeddings = lambda: by_words.embedding
+    with pytest.warns(UserWarning, match="also shifts the input embeddings"):
+        param_groups(by_words, coupled="embedding", center=True)
+    with pytest.warns(UserWarning, match="shifts embedding.weight, the weight of an embedding: if the model reads"):
+        param_groups(Tied(tied=False), coupled=["embedding", "head"], center=True)
+    with pytest.warns(UserWarning, match="shifts item.weight.*They do not if rows are only scored"):
+        param_groups(nn.ModuleDict({"item": nn.Embedding(9, 4)}), coupled="item", center=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         param_groups(Tied(tied=True, cap=30.0))

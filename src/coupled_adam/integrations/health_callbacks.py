@@ -100,8 +100,8 @@ def _output_embedding(model: nn.Module) -> Tensor:
     weight = embedding_of(model)
     if weight is None:
         raise ValueError(
-            f"{type(model).__name__} does not say what its output embedding is (get_output_embeddings() is missing "
-            "or returns None); EmbeddingHealth needs a language model that does"
+            f"{type(model).__name__} does not say what its output embedding is (get_output_embeddings() is missing, "
+            "or returns None or several); EmbeddingHealth needs a language model with one"
         )
     return weight
 

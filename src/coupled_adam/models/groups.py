@@ -7,7 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from coupled_adam.models.output_heads import candidates, computed, flat, kind, name_of, output_matrices
+from coupled_adam.models.output_heads import (
+    candidates,
+    computed,
+    embeddings_of,
+    flat,
+    has_another_use,
+    kind,
+    listed,
+    name_of,
+    output_matrices,
+)
 from coupled_adam.optim.checks import check_factor, check_number
 from coupled_adam.optim.state_dict import bare
 
@@ -52,10 +62,13 @@ def param_groups(
             a classifier, or a frozen one, nothing is coupled, with a warning.
         weight_decay: λ ≥ 0 of the matrices.
         coupled: what to couple instead: a module with a 2-D ``weight``, a parameter, the name of either, or several of
-            them; ``[]`` for nothing, without a warning.
+            them; ``[]`` for nothing, without a warning. It should be matrices whose gradients sum to zero over the
+            rows, as those of a softmax do. There is a warning for a single row, and for a model's input embedding
+            without its output embedding.
         center: subtract the mean of the rows of coupled matrices in every step (μ-centering, arXiv 2601.02031). With an
-            untied output embedding and a softmax this changes no probability; otherwise there is a warning. The
-            optimizers of torch ignore this key too: call ``coupled_adam.center_`` after their step instead.
+            untied output embedding and a softmax over dot products this changes no probability. There is a warning for
+            input embeddings and capped logits, but the loss is not known here: with sigmoids or cosines, predictions
+            change too. The optimizers of torch ignore this key: call ``coupled_adam.center_`` after their step instead.
         lr: learning rate of all groups. Then leave it out in the optimizer; those of this package reject a different
             one.
         embedding_lr_factor: factor on the learning rate of the coupled matrices, positive and finite; needs ``lr``. An
@@ -100,6 +113,8 @@ def param_groups(
     matrices = output_matrices(model) if coupled is None else _chosen(coupled, model)
     for matrix in matrices:
         _check_matrix(matrix, model)
+    if coupled is not None:
+        _warn_where_coupling_is_vain(model, matrices)
     is_coupled = {id(matrix) for matrix in matrices}
     if center:
         _warn_where_centering_tells(model, matrices)
@@ -134,14 +149,50 @@ def param_groups(
     return [group for group in groups if group["params"]]
 
 
+def _warn_where_coupling_is_vain(model: nn.Module, matrices: Sequence[Tensor]) -> None:
+    """Warn of matrices that keep no mean in place when they are coupled, where that is certain.
+
+    That a matrix belongs to an ``nn.Embedding`` tells nothing: items that a softmax scores are looked up too.
+    """
+    for matrix in matrices:
+        if matrix.shape[0] == 1:
+            warnings.warn(
+                f"coupled: {name_of(matrix, model)} has one row, so there is nothing to share: its second moment is "
+                "that of AdamW. Leave it out, or pass coupled=[] to couple nothing",
+                UserWarning,
+                stacklevel=3,
+            )
+    heads = embeddings_of(model)
+    if not heads or any(matrix is head for matrix in matrices for head in heads):
+        return
+    for table in embeddings_of(model, "get_input_embeddings"):
+        if any(matrix is table for matrix in matrices) and not has_another_use(table, model):
+            warnings.warn(
+                f"coupled: {name_of(table, model)} is only the input embedding, and the output embedding, "
+                f"{listed([(name_of(head, model), head) for head in heads])}, is not coupled. Gradients of rows that "
+                "are looked up do not sum to zero, so their mean moves all the same. Name the output embedding, or "
+                "both",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
 def _warn_where_centering_tells(model: nn.Module, matrices: Sequence[Tensor]) -> None:
     """Warn of what makes predictions depend on the mean of an output embedding."""
     modules = list(model.modules())
-    inputs = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
-    if any(id(matrix) in inputs for matrix in matrices):
+    tables = {id(m.weight) for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    shifted = [matrix for matrix in matrices if id(matrix) in tables]
+    if any(has_another_use(matrix, model) for matrix in shifted):
         warnings.warn(
             "center=True also shifts the input embeddings, which are tied to the output: predictions change. Untie "
             "them, or leave center=False to keep predictions",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif shifted:
+        warnings.warn(
+            f"center=True shifts {name_of(shifted[0], model)}, the weight of an embedding: if the model reads its "
+            "rows as input, predictions change. They do not if rows are only scored by dot products, in a softmax",
             UserWarning,
             stacklevel=3,
         )

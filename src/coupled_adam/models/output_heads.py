@@ -134,14 +134,28 @@ def unwrapped(model: nn.Module, method: str = "get_output_embeddings") -> nn.Mod
     return inner if hasattr(inner, method) else None
 
 
-def embedding_of(model: nn.Module, method: str = "get_output_embeddings") -> Tensor | None:
-    """Return the weight of the embedding that ``method`` returns; None without one.
+def embeddings_of(model: nn.Module, method: str = "get_output_embeddings") -> list[Tensor]:
+    """Return the weights of all embeddings that ``method`` returns.
 
     The method is that of the model, or of the outermost part of it that has one, as in a LightningModule.
     """
     owner = unwrapped(model, method) or next((m for m in model.modules() if hasattr(m, method)), None)
-    weight = None if owner is None else getattr(_answer(owner, method), "weight", None)
-    return weight if isinstance(weight, Tensor) else None
+    items = () if owner is None else flat(_answer(owner, method))
+    weights = (item if isinstance(item, Tensor) else getattr(item, "weight", None) for item in items)
+    return [weight for weight in weights if isinstance(weight, Tensor)]
+
+
+def embedding_of(model: nn.Module, method: str = "get_output_embeddings") -> Tensor | None:
+    """Return the weight of the only embedding that ``method`` returns, found as by ``embeddings_of``; None without
+    one."""
+    found = embeddings_of(model, method)
+    return found[0] if len(found) == 1 else None
+
+
+def has_another_use(matrix: Tensor, model: nn.Module) -> bool:
+    """Whether a matrix also belongs to a module that is no embedding, or is said to be the output embedding."""
+    elsewhere = [p for _, p in _matrices_beside_embeddings(model)]
+    return any(matrix is p for p in (*elsewhere, *embeddings_of(model)))
 
 
 def _answer(owner: nn.Module, method: str) -> Any:

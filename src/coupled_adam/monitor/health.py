@@ -75,8 +75,8 @@ def _embeddings(model: nn.Module) -> dict[str, Tensor]:
             weights[prefix] = weight
     if not weights:
         raise ValueError(
-            f"{type(model).__name__} does not say what its embeddings are (get_output_embeddings() is missing or "
-            "returns None); pass the matrix itself"
+            f"{type(model).__name__} does not say what its embeddings are (get_output_embeddings() is missing, or "
+            "returns None or several); pass the matrix itself"
         )
     return weights
 
