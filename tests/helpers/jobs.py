@@ -36,6 +36,7 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "coupled": (CoupledAdam, {}),
     "clipped": (CoupledAdam, {"max_grad_norm": 0.5}),
     "factor": (CoupledAdam, {"coupling_factor": 0.1}),
+    "tempered": (CoupledAdam, {"row_exponent": 0.5, "max_grad_norm": 0.5}),
     "clipped factor": (CoupledAdam, {"coupling_factor": 0.1, "max_grad_norm": 0.5, "maximize": True}),
     "clipped 8bit": (CoupledAdam, {"max_grad_norm": 0.5, "exp_avg_dtype": "8bit"}),
     "adams": (Adams, {}),

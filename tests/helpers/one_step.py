@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coupled_adam.optim.eight_bit import EightBit, Moment
 from coupled_adam.optim.job import Job
-from coupled_adam.optim.moments import EIGHT_BIT
+from coupled_adam.optim.moments import EIGHT_BIT, ROWS
 from coupled_adam.optim.reference import DEFAULTS
 from coupled_adam.optim.spectral import RankOne
 from coupled_adam.optim.state import job_of
@@ -41,6 +41,8 @@ def job(
     else:
         state["exp_avg"] = exp_avg.clone()
     state["exp_avg_sq"] = exp_avg_sq.clone()
+    if group.get("row_exponent") and shared:
+        state[ROWS] = torch.linspace(0, 2, len(param), dtype=exp_avg_sq.dtype)[:, None] * exp_avg_sq.mean()
     if triple is not None:
         state["u"], group = torch.zeros(param.shape[:-1]), {"decay": "spectral", **group}
     moment = "vocabulary" if shared else "elementwise"

@@ -47,7 +47,9 @@ def test_the_step_is_that_of_the_groups_written_out() -> None:
 
 
 @pytest.mark.parametrize("factor", [0.1, 30.0])
-@pytest.mark.parametrize("options", [{}, {"eps": 1e-2}, {"coupling_scale": 0.25}, {"coupling_factor": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"eps": 1e-2}, {"coupling_scale": 0.25}, {"coupling_factor": 0.1}, {"row_exponent": 0.5}], ids=str
+)
 def test_longer_steps_of_the_embedding_are_those_of_another_learning_rate(options: dict, factor: float) -> None:
     """Though all groups are given the same rate in every step, as litgpt's loop does it."""
     ours, reference = model().double(), model().double()

@@ -53,6 +53,10 @@ def test_the_resolved_file_is_the_same_experiment(tiny: Experiment) -> None:
             "[run]\nname = 'x'\n[model]\nqkv = 'heads'\n[optimizer.core]\nname = 'muon'",
             "model.qkv 'heads' works only with .* 'adams', .*Muon takes one matrix at a time: choose 'split'",
         ),
+        (
+            "[run]\nname = 'x'\n[optimizer.embedding]\nrow_exponent = 0.5",
+            "row_exponent 0.5 applies only to .* 'coupled_adam' and 'adams', not to 'adamw': leave it out",
+        ),
         ("[run]\nname = 'x'\n[data]\nheld_out = 0.6", "data.held_out: .*less than or equal to 0.5.*0.6"),
         ("[run]\nname = 'x'\n[train]\nsampling = 'random'", "train.sampling: .*'permutation' or 'replacement'"),
         ("[run]\nname = 'x'\n[model]\nlogits = 'float16'", "model.logits: .*'float32' or 'bfloat16'.*'float16'"),

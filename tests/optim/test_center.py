@@ -24,6 +24,7 @@ SETTINGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "decay": (CoupledAdam, {"weight_decay": 0.3, "max_grad_norm": 0.5}),
     "maximize": (CoupledAdam, {"maximize": True, "coupling_scale": 0.25}),
     "factor": (CoupledAdam, {"coupling_factor": 0.3}),
+    "tempered": (CoupledAdam, {"row_exponent": 0.5}),
     "clipped factor": (CoupledAdam, {"coupling_factor": 0.3, "max_grad_norm": 0.5}),
     "tensor lr": (CoupledAdam, {"lr": torch.tensor(0.02), "max_grad_norm": 0.5}),
     "adams": (Adams, {"max_grad_norm": 0.5}),

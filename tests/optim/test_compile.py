@@ -12,6 +12,7 @@ KINDS = {
     "coupled": lambda groups, lr: CoupledAdam(groups, lr=lr),
     "clipped": lambda groups, lr: CoupledAdam(groups, lr=lr, max_grad_norm=0.5),
     "factor": lambda groups, lr: CoupledAdam(groups, lr=lr, coupling_factor=0.1),
+    "tempered": lambda groups, lr: CoupledAdam(groups, lr=lr, row_exponent=0.5),
     "narrow": lambda groups, lr: CoupledAdam(groups, lr=lr, exp_avg_dtype=torch.bfloat16),
     "adams": lambda groups, lr: Adams(groups, lr=lr),
 }

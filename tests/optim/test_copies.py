@@ -22,6 +22,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"exp_avg_dtype": "8bit"},
     {"max_grad_norm": 0.1, "error_if_nonfinite": True},
     {"coupling_factor": 0.1},
+    {"row_exponent": 0.5},
     {"maximize": True, "betas": (0.8, 0.9)},
 ]
 Pair = tuple[Model, AdamFamily]

@@ -63,6 +63,10 @@ SETTINGS: list[dict[str, Any]] = [
     COUPLED | {"coupling_scale": 2.0**5, "weight_decay": 0.1},
     COUPLED | {"coupling_factor": 0.1},
     COUPLED | {"coupling_factor": 1.0, "coupling_scale": 0.5, "weight_decay": 0.01},
+    COUPLED | {"row_exponent": 0.5},
+    COUPLED | {"row_exponent": 0.25, "coupling_factor": 0.3, "coupling_scale": 2.0, "weight_decay": 0.1},
+    COUPLED | {"row_exponent": 1.0, "center": True, "maximize": True},
+    COUPLED | {"row_exponent": 0.5, "direction": "atan2"},
     COUPLED | {"center": True, "weight_decay": 0.1, "maximize": True},
     COUPLED | {"direction": "atan2", "weight_decay": 0.1, "center": True},
     PLAIN | {"coupling_factor": 0.1},
@@ -422,6 +426,8 @@ MATRIX = torch.zeros(4, 3)
         ({"coupling_scale": -1.0}, ValueError, "coupling_scale: -1.0"),
         ({"coupling_factor": 1.5}, ValueError, "coupling_factor: 1.5.*between 0 and 1"),
         ({"coupling_factor": True}, TypeError, "True"),
+        ({"row_exponent": -0.5}, ValueError, "row_exponent: -0.5"),
+        ({"row_exponent": 1.5}, ValueError, "row_exponent: 1.5.*between 0 and 1"),
     ],
 )
 def test_bad_hyperparameters_are_refused_in_the_constructor_and_in_a_group(

@@ -50,6 +50,7 @@ def tensors(shape: tuple[int, ...], seed: int, count: int) -> list[Tensor]:
     weight_decay=st.sampled_from([0.0, 0.3]),
     coupling_factor=st.sampled_from([0.0, 0.1, 1.0]),
     coupling_scale=st.sampled_from([1.0, 2.0**-5, 2.0**5]),
+    row_exponent=st.sampled_from([0.0, 0.5, 1.0]),
     grad_factor=st.sampled_from([1.0, 0.37, -1.0]),
     zero=st.booleans(),
 )

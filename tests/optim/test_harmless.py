@@ -21,6 +21,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"exp_avg_dtype": "8bit"},
     {"max_grad_norm": 0.1},
     {"coupling_factor": 0.1},
+    {"row_exponent": 0.5},
 ]
 
 

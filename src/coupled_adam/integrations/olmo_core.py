@@ -70,6 +70,8 @@ class CoupledAdamConfig(OptimConfig[CoupledAdam]):  # type: ignore[misc]
     """s > 0, multiplies the coupled second moment."""
     coupling_factor: float = 0.0
     """κ in [0, 1], the share of the squared first moment in the second one."""
+    row_exponent: float = 0.0
+    """α in [0, 1] of a tempered second moment, as of ``CoupledAdam``."""
 
     @classmethod
     def optimizer(cls) -> type[CoupledAdam]:

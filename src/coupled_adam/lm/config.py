@@ -231,6 +231,9 @@ class EmbeddingOptimizer(Section):
     """s > 0, multiplies a coupled second moment."""
     coupling_factor: float = Field(default=0.0, ge=0, le=1)
     """κ in [0, 1], the share of the squared first moment in the second one."""
+    row_exponent: float = Field(default=0.0, ge=0, le=1)
+    """``coupled_adam`` and ``adams`` only: α in [0, 1]. A row's second moment is the shared one times a power of the
+    row's own relative to the others; 0 for the shared one alone."""
     lr_factor: PositiveFloat = 1.0
     """Factor > 0 on the learning rate of the schedule."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -238,12 +241,22 @@ class EmbeddingOptimizer(Section):
     center: bool = False
     """Subtract the mean of the rows after every step."""
 
+    @model_validator(mode="after")
+    def _rows_have_second_moments(self) -> Self:
+        if self.row_exponent and self.name not in ("coupled_adam", "adams"):
+            raise ValueError(
+                f"row_exponent {self.row_exponent:g} applies only to optimizer.embedding.name 'coupled_adam' and "
+                f"'adams', not to {self.name!r}: leave it out"
+            )
+        return self
+
     @property
     def label(self) -> str:
         """What people call the optimizer, with the settings that are not the defaults."""
         defaults = EmbeddingOptimizer()
         extra = [f"s={self.coupling_scale:g}"] if self.coupling_scale != defaults.coupling_scale else []
         extra += [f"κ={self.coupling_factor:g}"] if self.coupling_factor else []
+        extra += [f"α={self.row_exponent:g}"] if self.row_exponent else []
         extra += [f"lr×{self.lr_factor:g}"] if self.lr_factor != defaults.lr_factor else []
         if self.name == "adam_variant":
             tempered = {"frequency": "frequency", "factored": "v of the token"}.get(self.second_moment)

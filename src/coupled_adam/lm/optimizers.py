@@ -110,6 +110,7 @@ def _adam(
         eps=core.eps,
         coupling_scale=embedding.coupling_scale,
         coupling_factor=embedding.coupling_factor,
+        row_exponent=embedding.row_exponent,
         max_grad_norm=max_grad_norm,
     )
 
@@ -146,6 +147,7 @@ def _adams(
         betas=core.betas,
         coupling_scale=embedding.coupling_scale,
         coupling_factor=embedding.coupling_factor,
+        row_exponent=embedding.row_exponent,
         max_grad_norm=max_grad_norm,
     )
 
@@ -188,4 +190,5 @@ def state_bytes(experiment: Experiment, model: LanguageModel) -> int:
     ]
     inside = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     saved = inside if experiment.optimizer.core.name == "muon" else 0  # it has one moment
-    return torch.float32.itemsize * (moments * coupled + 2 * rest - saved)
+    rows = len(model.head.weight) if experiment.optimizer.embedding.row_exponent else 0
+    return torch.float32.itemsize * (moments * coupled + rows + 2 * rest - saved)

@@ -40,6 +40,7 @@ class Adams(AdamFamily):
         scalar_vector_weight_decay: decoupled decay of the parameters that take no spectral decay.
         coupling_scale: as in ``coupled_adam.CoupledAdam``, like all that follow.
         coupling_factor: κ in [0, 1], the share of the squared first moment in the second one.
+        row_exponent: α in [0, 1], as of ``CoupledAdam``.
         max_grad_norm: bound on the global norm of the gradients; None for none.
         error_if_nonfinite: raise RuntimeError before anything moves if that norm is infinite or NaN.
         maximize: maximize the objective.
@@ -78,6 +79,7 @@ class Adams(AdamFamily):
         *,
         coupling_scale: float = 1.0,
         coupling_factor: float = 0.0,
+        row_exponent: float = 0.0,
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
         maximize: bool = False,
@@ -100,6 +102,7 @@ class Adams(AdamFamily):
             "center": False,
             "coupling_scale": coupling_scale,
             "coupling_factor": coupling_factor,
+            "row_exponent": row_exponent,
             "max_grad_norm": max_grad_norm,
             "maximize": maximize,
             "exp_avg_dtype": exp_avg_dtype,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.equations import readable
-from coupled_adam.optim.moments import EIGHT_BIT, MOMENT_DTYPES, keys_of, shapes_of
+from coupled_adam.optim.moments import EIGHT_BIT, MOMENT_DTYPES, ROWS, has_rows, keys_of, shapes_of
 from coupled_adam.optim.reductions import is_dtensor, local
 from coupled_adam.optim.typed import parameter_name
 
@@ -87,6 +87,7 @@ def check_settings(group: Mapping[str, Any]) -> None:
     check_number("weight_decay", group["weight_decay"])
     check_number("coupling_factor", group["coupling_factor"], maximum=1.0)
     check_number("coupling_scale", group["coupling_scale"])
+    check_number("row_exponent", group["row_exponent"], maximum=1.0)
     if group["coupling_scale"] == 0:
         raise ValueError("Invalid coupling_scale: 0; it multiplies the second moment and must be positive")
     _check_betas(group["betas"])
@@ -178,6 +179,7 @@ def check_state(group: Mapping[str, Any], i: int, state: Mapping[str, Any], form
     master: torch.Size = state["master"].shape if "master" in state else made_for
     fits = shape == master == made_for and state["exp_avg_sq"].shape == row
     fits = fits and [tuple(state[key].shape) for key in first] == shapes_of(state, shape)
+    fits = fits and (ROWS not in form or state[ROWS].shape == (made_for[0], 1))
     if not fits or ("u" in state and state["u"].shape != made_for[:-1]):
         raise RuntimeError(
             f"{parameter_name(group, i)} has shape {tuple(shape)}, but its optimizer state is for {tuple(made_for)}: "
@@ -196,7 +198,9 @@ def _check_shards(group: Mapping[str, Any], i: int, state: Mapping[str, Any]) ->
         return
     shape = local(like).shape
     row = (1, *shape[1:]) if group["second_moment"] == "vocabulary" else shape
-    if local(first).shape != shape or local(square).shape != row:
+    rows = state.get(ROWS) if has_rows(group) else None
+    fits = local(first).shape == shape and local(square).shape == row
+    if not fits or (rows is not None and len(local(rows)) != len(local(like))):
         raise RuntimeError(
             f"{parameter_name(group, i)} has the local shape {tuple(shape)} in this process, but its moments have "
             f"{tuple(local(first).shape)} and {tuple(local(square).shape)}: they are sharded differently. {CONVERTS}"

@@ -49,6 +49,11 @@ class CoupledAdam(AdamFamily):
         coupling_scale: s > 0, multiplies a coupled second moment; 2^(−n) makes the effective learning rate 2^(n/2)
             times as large (section 6.1 of the paper). No effect on groups that are not coupled.
         coupling_factor: κ in [0, 1], the share of the squared first moment in the second one; 0 is the paper's Adam.
+        row_exponent: α in [0, 1] of a tempered second moment, between Coupled Adam's and Adam's: that of row i is
+            $\bar v\,(r_i/\bar r)^\alpha$, where $r_i$ is the second moment of the row, averaged over its columns, and
+            $\bar r$ the mean of all $r_i$. 0 is Coupled Adam, 1 the factored second moment of Adafactor (arXiv
+            1804.04235). It costs V more numbers of state; gradients that sum to zero then move the mean a little. No
+            effect on groups that are not coupled.
         max_grad_norm: bound on the global norm of the gradients, as with ``clip_grad_norm_`` before the step, but in
             fewer passes. ``optimizer.grad_norm`` holds the norm of the last step before clipping; ``p.grad`` is not
             modified. ``math.inf``: the norm is computed and nothing is clipped. None: neither.
@@ -105,6 +110,7 @@ class CoupledAdam(AdamFamily):
         *,
         coupling_scale: float = 1.0,
         coupling_factor: float = 0.0,
+        row_exponent: float = 0.0,
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
         maximize: bool = False,
@@ -126,6 +132,7 @@ class CoupledAdam(AdamFamily):
             "center": False,
             "coupling_scale": coupling_scale,
             "coupling_factor": coupling_factor,
+            "row_exponent": row_exponent,
             "max_grad_norm": max_grad_norm,
             "maximize": maximize,
             "exp_avg_dtype": exp_avg_dtype,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from coupled_adam.optim.equations import working_dtype
+from coupled_adam.optim.moments import has_rows
 from coupled_adam.optim.optimizer import AdamFamily, inner_optimizer
 from coupled_adam.optim.reductions import local, vocabulary_group
 from coupled_adam.optim.spectral import takes_spectral_decay
@@ -70,7 +71,9 @@ def _scales(member: Member) -> str:
     """Name what makes the steps of a parameter longer or shorter than those of others."""
     names = {"lr_factor": "learning rate factor", "coupling_scale": "coupling_scale"}
     found = {text: member[0].get(key, 1.0) for key, text in names.items()}
-    return "".join(f", {text} {value:g}" for text, value in found.items() if value != 1)
+    scales = "".join(f", {text} {value:g}" for text, value in found.items() if value != 1)
+    exponent = member[0]["row_exponent"]
+    return scales + (f", row_exponent {exponent:g}" if exponent else "")
 
 
 def _untrained(optimizer: AdamFamily, member: Member) -> str:
@@ -116,8 +119,8 @@ def _state(optimizer: AdamFamily, members: list[Member]) -> str:
     text = f"state: {_size(size)}"
     if not any(map(_is_coupled, trained)):
         return text
-    rows = sum(_row_bytes(member) * (len(local(_param(member))) - 1) for member in trained if _is_coupled(member))
-    return f"{text}; uncoupled it would be {_size(size + rows)}"
+    saved = sum(_saved_bytes(member) for member in trained if _is_coupled(member))
+    return f"{text}; uncoupled it would be {_size(size + saved)}"
 
 
 def _clipping(optimizer: AdamFamily) -> str:
@@ -162,10 +165,12 @@ def _bytes(state: dict[str, Any]) -> int:
     return sum(local(x).nbytes for x in state.values())
 
 
-def _row_bytes(member: Member) -> int:
-    """Return the bytes of a row of a second moment."""
+def _saved_bytes(member: Member) -> int:
+    """Return by how many bytes a coupled second moment, with those of the rows if any, is smaller than a full one."""
     param = _param(member)
-    return int(local(param).shape[-1] * working_dtype(param).itemsize)
+    rows, columns = local(param).shape
+    kept = columns + (rows if has_rows(member[0]) else 0)
+    return int((rows * columns - kept) * working_dtype(param).itemsize)
 
 
 def _size(count: int) -> str:

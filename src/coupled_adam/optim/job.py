@@ -27,6 +27,8 @@ class Job:
     """Where only other processes have one, 0."""
     exp_avg: Moment
     exp_avg_sq: Tensor
+    exp_avg_sq_rows: Tensor | None = None
+    """With a ``row_exponent``: the second moment of each row, (V, 1)."""
     shared_over: ProcessGroups = ()
     """The process groups over which the reductions of this parameter communicate."""
 
@@ -68,6 +70,11 @@ class Job:
         return parameter_name(self.group, self.index[1])
 
     @property
+    def first_row(self) -> int:
+        """The index of the first row of ``param`` in the matrix that it is a part of."""
+        return self.first // max(self.param.shape[1], 1)
+
+    @property
     def coupled(self) -> bool:
         return self.group["second_moment"] == "vocabulary"
 
@@ -86,7 +93,8 @@ class Job:
         """Whether the mean of the rows after the step is known before it, and can be subtracted as they move."""
         linear = DIRECTION[self.group["direction"]].linear
         summed = not isinstance(self.exp_avg, EightBit)  # column sums of codes cost as much as centering by itself
-        return self.group["center"] and self.coupled and linear and summed and not self.spectral
+        same = self.exp_avg_sq_rows is None  # else the rows do not share √ν̂
+        return self.group["center"] and self.coupled and linear and summed and same and not self.spectral
 
     @property
     def rests(self) -> Tensor | bool:
@@ -148,6 +156,9 @@ def check_shapes(job: Job) -> None:
     fit = shape == job.grad.shape == job.exp_avg.shape and not (rows and len(shape) != 2)
     fit = fit and job.exp_avg_sq.shape == ((1, shape[1]) if rows else shape)
     tensors = [job.param, job.grad, job.exp_avg, job.exp_avg_sq]
+    if job.exp_avg_sq_rows is not None:
+        fit = fit and rows and job.exp_avg_sq_rows.shape == (shape[0], 1)
+        tensors.append(job.exp_avg_sq_rows)
     if isinstance(job.exp_avg, EightBit):
         fit = fit and len(shape) == 2 and job.exp_avg.scales.shape == (shape[0], blocks_of(shape[1]))
         tensors.append(job.exp_avg.scales)

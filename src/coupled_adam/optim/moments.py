@@ -1,4 +1,4 @@
-"""What a first moment is kept in, by the ``exp_avg_dtype`` of a param group.
+"""What a first moment is kept in, by the ``exp_avg_dtype`` of a param group; and second moments of rows.
 
 A form is chosen, made, read and written here; rounding.py and eight_bit.py have the codes. Backends with
 kernels refuse a form that they have none for.
@@ -21,6 +21,28 @@ MOMENT_DTYPES: tuple[MomentDtype, ...] = (None, torch.bfloat16, "8bit")
 
 #: The keys of a state whose first moment is in 8 bits: codes and scales.
 EIGHT_BIT = ("exp_avg_codes", "exp_avg_scales")
+
+
+#: The key of the second moments of the rows, which a ``row_exponent`` needs.
+ROWS = "exp_avg_sq_rows"
+
+
+def has_rows(group: Mapping[str, Any]) -> bool:
+    """Return whether the rows of a group's matrices have second moments of their own beside the one that they share."""
+    return bool(group["second_moment"] == "vocabulary" and group["row_exponent"])
+
+
+def new_rows(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Make the second moments of the rows, 0; empty where the group needs none."""
+    if not has_rows(group):
+        return {}
+    if holders(param, 1):
+        raise ValueError(
+            f"a coupled parameter of shape {tuple(param.shape)} is sharded over its columns, and row_exponent needs "
+            "whole rows: shard it over the vocabulary, or set row_exponent=0"
+        )
+    part = local(param)
+    return {ROWS: rows_like(param, part.new_zeros((len(part), 1), dtype=working_dtype(param)))}
 
 
 def keys_of(state: Mapping[str, Any]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "center": False,
     "coupling_scale": 1.0,
     "coupling_factor": 0.0,
+    "row_exponent": 0.0,
     "maximize": False,
 }
 
@@ -33,8 +34,12 @@ def step(theta: Tensor, g: Tensor, state: dict[str, Any], **changed: Any) -> Ten
 
     m = state["m"] = beta1 * state.get("m", 0) + (1 - beta1) * g  # first moment
     square = g**2 + group["coupling_factor"] * m**2
+    of_row = square.mean(1, keepdim=True) if coupled else square
     square = square.mean(0, keepdim=True) if coupled else square  # Coupled Adam: one for all rows
     v = state["v"] = beta2 * state.get("v", 0) + (1 - beta2) * square  # second moment
+    if coupled and group["row_exponent"]:  # times a power of each row's own, relative to their mean
+        r = state["r"] = beta2 * state.get("r", 0) + (1 - beta2) * of_row
+        v = v * (r / v.mean()) ** group["row_exponent"]
     m_hat = m / (1 - beta1**t)
     root = (v / (1 - beta2**t) * (group["coupling_scale"] if coupled else 1)).sqrt()
     adam = m_hat / (root + group["eps"]) if group["direction"] == "ratio" else torch.atan2(m_hat, root.expand_as(m_hat))

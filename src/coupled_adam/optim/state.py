@@ -11,7 +11,7 @@ from coupled_adam.optim.backends.torch_adamw import is_plain_adamw
 from coupled_adam.optim.checks import Form
 from coupled_adam.optim.equations import has_numbers, working_dtype
 from coupled_adam.optim.job import Job, is_spectral
-from coupled_adam.optim.moments import dtypes_of, keys_of, local_moment, new_moment
+from coupled_adam.optim.moments import ROWS, dtypes_of, has_rows, keys_of, local_moment, new_moment, new_rows
 from coupled_adam.optim.reductions import ProcessGroups, holders, local, reduced_like, vocabulary_group
 from coupled_adam.optim.spectral import first_u, takes_spectral_decay
 from coupled_adam.optim.typed import ParamGroup, State
@@ -28,6 +28,7 @@ def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         "step": torch.tensor(0.0, dtype=torch.float32, device=step_device(param, group)),
         **new_moment(param, group),
         "exp_avg_sq": torch.zeros_like(param, dtype=dtype) if row is None else row,
+        **new_rows(param, group),
     }
     if group["decay"] == "spectral" and takes_spectral_decay(param):
         if vocabulary_group(param) is not None:
@@ -45,6 +46,8 @@ def job_of(whole: Tensor, grad: Tensor | None, state: State, group: ParamGroup) 
     held = torch.zeros_like(param) if grad is None else local(grad)
     made = Job(whole, state, group, param, held, local_moment(state), local(state["exp_avg_sq"]))
     made.shared_over, made.present = shared_over(whole, state, group), grad is not None
+    if has_rows(group):
+        made.exp_avg_sq_rows = local(state["exp_avg_sq_rows"])
     return made
 
 
@@ -70,6 +73,8 @@ def form_of_state(param: Tensor, group: Mapping[str, Any], state: Mapping[str, A
     form: Form = {"step": (torch.float32, step_device(param, group)), "exp_avg_sq": (dtype, device)}
     for key, kept_in in zip(keys_of(state), dtypes_of(state, param, group), strict=True):
         form[key] = (kept_in, device)
+    if has_rows(group):
+        form[ROWS] = (dtype, device)
     if "u" in state:
         form["u"] = (dtype, device)
     return form
@@ -78,10 +83,11 @@ def form_of_state(param: Tensor, group: Mapping[str, Any], state: Mapping[str, A
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:
     """Name the moments of a state that no step can use: infinite, NaN, or a negative second one."""
     found = []
-    for key in (keys_of(state)[-1], "exp_avg_sq"):  # of codes and scales, the scales
+    squares = {"exp_avg_sq", ROWS} & state.keys()
+    for key in (keys_of(state)[-1], *sorted(squares)):  # of codes and scales, the scales
         x = local(state[key])
         if not has_numbers(x):
             continue
-        fine = ((x >= 0) & (x < math.inf)).all() if key == "exp_avg_sq" else x.isfinite().all()
+        fine = ((x >= 0) & (x < math.inf)).all() if key in squares else x.isfinite().all()
         found += [] if fine else [key]
     return found

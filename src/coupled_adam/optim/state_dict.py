@@ -1,7 +1,7 @@
 """Checkpoints of the optimizers: what fits, folding of AdamW's second moment, and moments that keep their precision."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -11,11 +11,12 @@ from torch.optim.optimizer import Optimizer
 
 from coupled_adam.optim.checks import check_group
 from coupled_adam.optim.equations import working_dtype
-from coupled_adam.optim.moments import in_form_of, keys_of, shapes_of
+from coupled_adam.optim.moments import ROWS, has_rows, in_form_of, keys_of, shapes_of
 from coupled_adam.optim.reductions import (
     local,
     placed_like,
     reduced_like,
+    rows_like,
     run_one,
     vocabulary_group,
     vocabulary_mean,
@@ -32,7 +33,7 @@ ADAMW_FLAGS = frozenset({"amsgrad", "foreach", "capturable", "differentiable", "
 FORMER = frozenset({"state_dtype"})
 
 #: The keys of a group that say what is computed and kept, not with which numbers, and for which parameters.
-OWN = ("second_moment", "direction", "decay", "center", "exp_avg_dtype", "param_names")
+OWN = ("second_moment", "direction", "decay", "center", "exp_avg_dtype", "row_exponent", "param_names")
 
 #: What torch's wrappers add to the names of parameters, anywhere in them.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -138,17 +139,43 @@ def _fit(saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]
         if tuple(saved[key].shape) != shape:
             raise ValueError(_misfit(name, key, saved[key], shape))
     square = saved["exp_avg_sq"]
+    if has_rows(group):
+        fitted[ROWS] = _of_rows(saved, param)
+        if tuple(fitted[ROWS].shape) != (len(param), 1):
+            raise ValueError(_misfit(name, ROWS, fitted[ROWS], (len(param), 1)))
     if group["second_moment"] == "vocabulary":
         expected = (1, *param.shape[1:])
         if square.shape == param.shape:
             square = fitted["exp_avg_sq"] = _folded(square, param)
     else:
         expected = tuple(param.shape)
-        if param.ndim == 2 and tuple(square.shape) == (1, param.shape[1]):  # was coupled; so every row has the same
-            square = fitted["exp_avg_sq"] = whole(square).expand(param.shape)
+        if param.ndim == 2 and tuple(square.shape) == (1, param.shape[1]):  # was coupled
+            square = fitted["exp_avg_sq"] = of_elements(saved, param)
     if tuple(square.shape) != expected:
         raise ValueError(_misfit(name, "exp_avg_sq", square, expected))
     return fitted
+
+
+def _of_rows(saved: dict[str, Any], param: Tensor) -> Tensor:
+    """Return the second moments of the rows in a saved state, (V, 1); all alike where it had none."""
+    square = saved["exp_avg_sq"]
+    if ROWS in saved:
+        return saved[ROWS]  # type: ignore[no-any-return]
+    if square.shape == param.shape:
+        return rows_like(square, local(square).to(working_dtype(param)).mean(1, keepdim=True))
+    return whole(square).mean().expand(len(param), 1)
+
+
+def of_elements(state: Mapping[str, Any], param: Tensor) -> Tensor:
+    """Return a second moment of each element of a coupled matrix, (V, H): v_j, or v_j·r_i/r̄ where the rows have r.
+
+    The latter is the estimate of Adafactor (arXiv 1804.04235, equation 4).
+    """
+    square = whole(state["exp_avg_sq"])
+    if ROWS not in state:
+        return square.expand(param.shape)
+    r = whole(state[ROWS])
+    return square * (r / square.mean().clamp(min=torch.finfo(square.dtype).tiny))
 
 
 def _folded(square: Tensor, param: Tensor) -> Tensor:
@@ -180,15 +207,16 @@ def _resized(saved: dict[str, Any], group: dict[str, Any], i: int, sizes: dict[t
     if vocabulary_group(param) is not None:
         raise ValueError(f"{name} is a vocabulary shard (vocabulary_group), which resize_vocabulary=True cannot resize")
     sizes.setdefault((len(first), len(param)), name)
-    moments = {key: whole(saved[key]) for key in (*keys_of(saved), "exp_avg_sq", "master") if key in saved}
-    square = moments.pop("exp_avg_sq", None)
-    if square is not None and square.shape == first.shape:
-        square = _with_rows(square, square.mean(0, keepdim=True), len(param))
+    moments = {key: whole(saved[key]) for key in (*keys_of(saved), "exp_avg_sq", ROWS, "master") if key in saved}
+    squares = {key: moments.pop(key) for key in ("exp_avg_sq", ROWS) if key in moments}
+    for key, square in squares.items():
+        if len(square) == len(first):
+            squares[key] = _with_rows(square, square.mean(0, keepdim=True), len(param))
     if "master" in moments:
         moments["master"] = torch.cat([moments["master"].to(param.device), param.detach()[len(first) :]])[: len(param)]
     moments = {key: _with_rows(x, torch.zeros_like(x[:1]), len(param)) for key, x in moments.items()}
     # The singular vector is that of another matrix, and grows anew.
-    return {"step": saved.get("step"), **moments, **({} if square is None else {"exp_avg_sq": square})}
+    return {"step": saved.get("step"), **moments, **squares}
 
 
 def _with_rows(x: Tensor, new: Tensor, rows: int) -> Tensor:

@@ -10,8 +10,8 @@ from torch.optim.optimizer import Optimizer
 from coupled_adam.optim.equations import working_dtype
 from coupled_adam.optim.moments import numbers_of_moment
 from coupled_adam.optim.optimizer import AdamFamily
-from coupled_adam.optim.reductions import placed_like, whole
-from coupled_adam.optim.state_dict import names_in
+from coupled_adam.optim.reductions import placed_like
+from coupled_adam.optim.state_dict import names_in, of_elements
 from coupled_adam.optim.typed import parameter_name
 
 #: What schedulers of torch put into a group of any optimizer.
@@ -21,8 +21,9 @@ OF_SCHEDULERS = ("initial_lr", "swa_lr")
 def adamw_state_dict(optimizer: AdamFamily, adamw: Optimizer | None = None) -> dict[str, Any]:
     """Convert the state of a Coupled Adam to that of a ``torch.optim.AdamW``, for its ``load_state_dict``.
 
-    Every row gets a copy of a shared second moment; first moments in 8 bits or bfloat16 become float32. What AdamW does
-    not support is left out: coupling with its scale and factor, centering, clipping by the optimizer.
+    Every row gets a copy of a shared second moment, with ``row_exponent`` in proportion to its own. First moments in 8
+    bits or bfloat16 become float32. What AdamW does not support is left out: coupling with its scale and factor,
+    centering, clipping by the optimizer.
 
     Args:
         optimizer: ``coupled_adam.CoupledAdam``, or another optimizer of this package whose groups all have the
@@ -117,7 +118,7 @@ def _state(param: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
     """Return a state with moments of the parameter's shape and placement, float32 or float64."""
     square: Tensor = state["exp_avg_sq"]
     if square.shape != param.shape:
-        square = placed_like(param, whole(square).expand(param.shape))
+        square = placed_like(param, of_elements(state, param))
     moments = {"exp_avg": placed_like(param, numbers_of_moment(state)), "exp_avg_sq": placed_like(param, square)}
     # Expanded rows must become rows of memory, and nothing be shared with this optimizer.
     full = {key: x.to(working_dtype(x), copy=True).contiguous() for key, x in moments.items()}

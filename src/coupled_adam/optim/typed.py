@@ -44,6 +44,8 @@ class ParamGroup(TypedDict, total=False):
     """s > 0, multiplies a coupled second moment."""
     coupling_factor: float
     """κ in [0, 1], the share of the squared first moment in the second one."""
+    row_exponent: float
+    """α in [0, 1]: for row i a coupled second moment is multiplied by (r_i / r̄)^α, r_i being that of the row."""
     max_grad_norm: float | None
     """Bound on the global norm of all gradients, the same in all groups; None for none."""
     maximize: bool
@@ -69,6 +71,8 @@ class State(TypedDict, total=False):
     """Scales of the 8-bit first moment, (V, ⌈H / 256⌉), float32."""
     exp_avg_sq: Tensor
     """Second moment, (V, H), or (1, H) where the rows share it."""
+    exp_avg_sq_rows: Tensor
+    """Second moment of each row, (V, 1); with a ``row_exponent`` only."""
     u: Tensor
     """Left singular vector of spectral decay, (V,)."""
     master: Tensor

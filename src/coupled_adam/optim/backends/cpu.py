@@ -110,7 +110,7 @@ def move(jobs: Sequence[Job]) -> None:
         c = job.coefficients(job.step)
         if job.coupled:
             root = plain.root_of_rows_(job, c)
-            _move_rows_(job, c, root, plain.mean_row(job, root, c))
+            _move_rows_(job, c, root, plain.mean_row(job, root, c), plain.row_factors_(job, c))
         else:
             _move_elements_(job, c)
         # The kernels write past autograd, which must know, to refuse a backward pass through what has changed.
@@ -120,8 +120,11 @@ def move(jobs: Sequence[Job]) -> None:
         advance([job])
 
 
-def _move_rows_(job: Job, c: Coefficients, root: Tensor, mean: Tensor | None) -> None:
+def _move_rows_(job: Job, c: Coefficients, root: Tensor, mean: Tensor | None, factors: Tensor | None) -> None:
     check(job, root, mean)
+    if factors is not None and not (factors.shape == (len(job.param), 1) and factors.dtype == torch.float32):
+        raise RuntimeError(f"factors of shape {tuple(factors.shape)}, {factors.dtype}, for {len(job.param)} rows")
+    of_row = None if factors is None else factors.contiguous().numpy()[:, 0]
     numbers, threads = DIRECTION[job.group["direction"]].numbers, threads_for(job.param)
     moments, seed = _moment(job)
     arrays = (job.param.detach().numpy(), job.grad.detach().numpy(), *moments, root.numpy()[0], _float32(c), seed)
@@ -132,7 +135,7 @@ def _move_rows_(job: Job, c: Coefficients, root: Tensor, mean: Tensor | None) ->
     else:
         made = kernels().rows_kernel if len(moments) == 1 else kernels().eight_bit_rows_kernel
         column, row = _vectors(job)
-        launch(made(numbers), *arrays, column, None if row is None else row[0], threads=threads)
+        launch(made(numbers), *arrays, column, None if row is None else row[0], of_row, threads=threads)
 
 
 def _move_elements_(job: Job, c: Coefficients) -> None:

@@ -256,12 +256,13 @@ def rows_kernel(direction):
     """Make the kernel that does what plain.move does to rows, for the ``numbers`` of a Direction.
 
     param, grad, exp_avg: (R, C); root: (C,); c: Coefficients of float32; column: (R,) and row: (C,) of spectral
-    decay, or None; seed: int64, or None where the first moment is float32.
+    decay, or None; seed: int64, or None where the first moment is float32; factors: (R,), what the root of each row is
+    multiplied by, or None.
     """
     toward, version = inlined(direction), _version(direction)
 
     @njit(parallel=True, cache=True)
-    def move_rows(param, grad, exp_avg, root, c, seed, column, row, threads):
+    def move_rows(param, grad, exp_avg, root, c, seed, column, row, factors, threads):
         rows, columns = param.shape
         for t in prange(threads):
             first, last = rows * t // threads, rows * (t + 1) // threads
@@ -272,6 +273,8 @@ def rows_kernel(direction):
                     theta, moment, g = param[i], exp_avg[i], grad[i]
                     if column is not None:
                         factor = column[i]
+                    if factors is not None:
+                        of_row = factors[i]
                     if seed is not None:
                         start = i * columns
                         keys = _keys(start, seed)
@@ -280,8 +283,8 @@ def rows_kernel(direction):
                         m = first_moment(m, g[j], c.grad_factor, c.first_rate)
                         moment[j] = m if seed is None else _rounded(m, _dice(start, j, keys))
                         shrink = theta[j] if column is None else factor * row[j]
-                        way = toward(c.first_scale * m, root[j], c.eps)
-                        theta[j] = moved(theta[j], shrink, c.decay, c.lr, way)
+                        own = root[j] if factors is None else root[j] * of_row
+                        theta[j] = moved(theta[j], shrink, c.decay, c.lr, toward(c.first_scale * m, own, c.eps))
         return version
 
     return move_rows
@@ -297,7 +300,7 @@ def eight_bit_rows_kernel(direction):
     toward, version = inlined(direction), _version(direction)
 
     @njit(parallel=True, cache=True)
-    def move_rows(param, grad, exp_avg, scales, root, c, seed, column, row, threads):
+    def move_rows(param, grad, exp_avg, scales, root, c, seed, column, row, factors, threads):
         rows, columns = param.shape
         for t in prange(threads):
             first, last = rows * t // threads, rows * (t + 1) // threads
@@ -318,11 +321,14 @@ def eight_bit_rows_kernel(direction):
                         theta, g = param[i, left:right], grad[i, left:right]
                         if column is not None:
                             factor = column[i]
+                        if factors is not None:
+                            of_row = factors[i]
                         for j in range(right - left):
                             m = first_moment(_unpacked(codes[j], tile[SCALE, j]), g[j], c.grad_factor, c.first_rate)
                             tile[NUMBER, j] = m
                             shrink = theta[j] if column is None else factor * tile[DECAY, j]
-                            way = toward(c.first_scale * m, tile[ROOT, j], c.eps)
+                            own = tile[ROOT, j] if factors is None else tile[ROOT, j] * of_row
+                            way = toward(c.first_scale * m, own, c.eps)
                             theta[j] = moved(theta[j], shrink, c.decay, c.lr, way)
                         _pack(tile, codes, part, i * columns + left, seed)
         return version

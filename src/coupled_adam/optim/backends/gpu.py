@@ -52,6 +52,8 @@ def refuses(job: Job) -> str:
         return "GPU kernels need Triton, the extra 'triton'"
     if is_compiling() or param.numel() == 0:
         return "GPU kernels do not support empty tensors or traced steps"
+    if job.exp_avg_sq_rows is not None:
+        return "GPU kernels do not support row_exponent"
     if fault := _fault(job):
         return fault
     if not moves_together(job) and (param.ndim < 2 or param.shape[-1] > GRID * WIDTH):

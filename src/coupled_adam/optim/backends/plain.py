@@ -100,9 +100,11 @@ def move(jobs: Sequence[Job]) -> None:
             root = root_of_rows_(job, c)
             mean = mean_row(job, root, c)
             job, c = _live(job, c)
+            factors = row_factors_(job, c)
             kept = [x.clone() for x in job.exp_avg] if job.found_inf is not None and _packed(job) else []
             for part in _blocks(job):
-                _move_rows_(part, c, root, mean)
+                here = None if factors is None else factors[part.first_row : part.first_row + len(part.param)]
+                _move_rows_(part, c, root if here is None else root * here, mean)
             for now, before in zip(job.exp_avg if kept else (), kept, strict=True):  # codes were rounded again
                 now.copy_(torch.where(cast(Tensor, job.found_inf) > 0, before, now))
         else:
@@ -117,6 +119,24 @@ def root_of_rows_(job: Job, c: Coefficients) -> Tensor:
         square, c = torch.where(job.found_inf > 0, 0, square), c.halted(job.found_inf)
     v = second_moment(job.exp_avg_sq, square, c.second_rate)
     return c.root_scale * v.sqrt()  # type: ignore[no-any-return]
+
+
+def row_factors_(job: Job, c: Coefficients) -> Tensor | None:
+    """Update the second moments r of the rows. Returns (r_i / r̄)^(α/2), (V, 1), by which each row's √ν̂ is multiplied.
+
+    r̄ is the mean over all rows, and the mean over the columns of the shared second moment is the same number.
+    """
+    r = job.exp_avg_sq_rows
+    if r is None:
+        return None
+    if c.coupling_factor == 0:  # one pass, and nothing of the size of the matrix
+        norms = torch.linalg.vector_norm(job.grad, dim=1, keepdim=True, dtype=r.dtype)
+        squares = times_square(norms.square(), c.grad_factor)
+    else:
+        squares = torch.cat([_sum_of_squares(part, c, dim=1) for part in _blocks(job)]).to(r.dtype)
+    r = second_moment(r, squares / max(job.param.shape[1], 1), c.second_rate)
+    mean = job.exp_avg_sq.mean().clamp(min=torch.finfo(r.dtype).tiny)  # 0 before there was any gradient
+    return (r / mean).pow(job.group["row_exponent"] / 2)  # type: ignore[no-any-return]
 
 
 def mean_row(job: Job, root: Tensor, c: Coefficients) -> Tensor | None:
@@ -157,18 +177,18 @@ def _blocks(job: Job) -> Iterator[Job]:
         yield replace(job, param=theta, grad=g, exp_avg=m, triple=triple, first=i * rows * param.shape[1])
 
 
-def _sum_of_squares(job: Job, c: Coefficients) -> Tensor:
-    """Sum over the rows, in float32 or float64: (1, H)."""
+def _sum_of_squares(job: Job, c: Coefficients, dim: int = 0) -> Tensor:
+    """Sum over the rows, (1, H), or with ``dim`` = 1 over the columns, (V, 1); in float32 or float64."""
     dtype = torch.promote_types(job.grad.dtype, torch.float32)
     g = job.grad.to(dtype)
     if c.coupling_factor == 0:
-        return times_square(g.square().sum(0, keepdim=True), c.grad_factor)
+        return times_square(g.square().sum(dim, keepdim=True), c.grad_factor)
     m = first_moment(numbers_of(job.exp_avg).to(dtype, copy=True), g, c.grad_factor, c.first_rate)
-    return squared(g, m, c.grad_factor, c.coupling_factor).sum(0, keepdim=True)  # type: ignore[no-any-return]
+    return squared(g, m, c.grad_factor, c.coupling_factor).sum(dim, keepdim=True)  # type: ignore[no-any-return]
 
 
 def _move_rows_(job: Job, c: Coefficients, root: Tensor, mean: Tensor | None) -> None:
-    """Move rows that share √ν̂, (1, H), in whose dtype all is computed; then subtract ``mean``, (1, H), if any."""
+    """Move rows with √ν̂, (1, H) or (V, H), in whose dtype all is computed; then subtract ``mean``, (1, H), if any."""
     m = numbers_of(job.exp_avg).to(root.dtype)
     m = first_moment(m, job.grad.to(root.dtype), c.grad_factor, c.first_rate)
     keep_(job.exp_avg, m, job.step, job.first)
