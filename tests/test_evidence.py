@@ -215,6 +215,7 @@ def whole_study() -> list:
     also("mini-large-1e-2-{arm}-{factor}", both, lr=1e-2)
     also("mini-steps-1952-{arm}-{factor}", plain | {"token": "factored-0.5"}, steps=1952)
     also("mini-steps-b4k-976-{arm}-{factor}", plain | {"token": "factored-0.5"}, steps=976, batch_tokens=4096)
+    also("mini-masked-{arm}-{factor}", plain | {"token": "factored-0.5"}, steps=976, batch_tokens=4096)
     for matrices in ("split", "fused"):
         also(f"mini-muon-{matrices}-{{arm}}-{{factor}}", plain)
     also("mini-rates-{arm}-{factor}", plain)
@@ -256,6 +257,11 @@ def test_every_block_is_made_from_a_whole_study(evidence: ModuleType, root: Path
         ["| tied", "best for each", "3"],  # at factor 1 there is one pair, and no spread
         ["| untied", "1", "3"],
         ["| untied", "best for each", "3"],
+    ]
+    assert [line.split(" | ")[0] for line in made["masked"].splitlines()[2:]] == [
+        "| AdamW",
+        "| Coupled Adam",
+        "| tempered, α = 0.5",
     ]
     assert "| Coupled Adam, untied | 0.5000 | 0.3000 (60.0%) | 0.1000 (20.0%) | 0.1000 |" in made["health"]
     assert made["headline"].count("best for each") == 7 and "1.85M parameters, 4M tokens" in made["headline"]

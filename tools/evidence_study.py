@@ -30,7 +30,7 @@ DETECTABLE = 0.02
 #: Patterns of the grids' names, as experiments/mini.toml has them.
 WHAT, BATCH, REST = "mini-what-{tying}-{arm}-{factor}", "mini-{cell}-{arm}-{factor}", "mini-rest-{rate}-{arm}-{factor}"
 RATES, WORDS, WARM = "mini-rates-{arm}-{factor}", "mini-words-{arm}-{factor}", "mini-warm-{arm}-{factor}"
-LARGE = "mini-large-{rate}-{arm}-{factor}"
+LARGE, MASKED = "mini-large-{rate}-{arm}-{factor}", "mini-masked-{arm}-{factor}"
 
 STEPS, MUON = "mini-steps-{steps}-{arm}-{factor}", "mini-muon-{matrices}-{arm}-{factor}"
 
@@ -265,6 +265,20 @@ def steps_tempered(results: Results) -> str:
 @block("large-batch")
 def large_batch(results: Results) -> str:
     return _by_rate([*results.tuned(LARGE), *results.tuned(BATCH, LARGEST)])
+
+
+@block("masked")
+def masked(results: Results) -> str:
+    """All arms of the masked language model, against AdamW."""
+    rows = []
+    (found,) = results.tuned(MASKED)
+    for each in found.outcomes():
+        row = [each.arm.label, factor_text(each.choice), cell(each.mean("loss_report"), "{:.3f}")]
+        row += ["" if each.reference else difference_text(each.difference), p_text(each.adjusted)]
+        figures = (("ratio norm", "{:.3f}"), ("isotropy", "{:.2f}"), ("word_similarity_centered", "{:.1f}"))
+        rows.append([*row, str(len(each.losses)), *(cell(each.mean(name), form) for name, form in figures)])
+    headings = ["method", "factor", "loss", "minus AdamW [95%]", "p Holm", "seeds", "‖μ‖ʳ", "isotropy", "r̄ centered"]
+    return markdown(headings, rows)
 
 
 #: What updates the matrices beside the embedding, by the name in the grid; AdamW is in ``WHAT``.
