@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from coupled_adam.audit.centering import reason_against
+from coupled_adam.audit.word_vectors import is_word_format
 from coupled_adam.audit.embedding_files import Embeddings
 from coupled_adam.audit.verdict import (
     ISOTROPY,
@@ -90,6 +91,9 @@ def _about_a_shift(found: Embeddings, kind: str, measured: Measurements) -> Advi
             "Before you compare rows by cosine, subtract their mean (from queries too). If this is the output "
             f"embedding of an untied model, --center COPY writes a centered copy.{rest}",
         )
+    if (found.origin.static or is_word_format(found.origin.kind)) and reason_against(found) is None:
+        rest = f" {_dominating(measured)}" if helped_by_removal(measured) else ""
+        return Advice("Features", f"Add --center COPY: it writes the same vectors with their mean subtracted.{rest}")
     return Advice("Features", f"Leave the model as it is. {as_features}")
 
 

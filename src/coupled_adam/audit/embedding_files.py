@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coupled_adam.audit import gguf, model_directories, tensor_files, word_vectors
+from coupled_adam.audit import gguf, model_directories, static_embeddings, tensor_files, word_vectors
 from coupled_adam.audit.embedding_names import (
     find_input,
     find_output,
@@ -67,6 +67,8 @@ class Origin:
     """The file of each tensor of the model, by the tensor's name."""
     config: dict[str, Any] | None = None
     """The content of config.json; None without one."""
+    static: str | None = None
+    """The name of the tensor with the vectors of a model that only averages them; None for other models."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +142,7 @@ def _read(model: str, tensor: str | None, data: Path | None) -> Embeddings:
 def _read_directory(directory: Path, name: str, tensor: str | None) -> Embeddings:
     folder = model_directories.folder_of_weights(directory)
     tensors, missing = model_directories.weights_in(folder)
-    return _embeddings(tensors, name, _kind(tensors), folder, folder, tensor, missing)
+    return _embeddings(tensors, name, _kind(tensors), directory, folder, tensor, missing)
 
 
 def _read_file(path: Path, tensor: str | None) -> Embeddings:
@@ -185,7 +187,7 @@ def _embeddings(
     tensor: str | None,
     missing: str | None = None,
 ) -> Embeddings:
-    """Read those of a model whose configuration and tokenizer, if any, lie in ``directory``."""
+    """Read those of the model at ``path`` whose configuration and tokenizer, if any, lie in ``directory``."""
     config, base = model_directories.read_config(directory), model_directories.base_of_adapter(directory)
     words, no_words = model_directories.words_in(directory)
     notes = [note for note in (missing, no_words) if note]
@@ -204,7 +206,7 @@ def _embeddings(
             f"{path}: an adapter; its input embeddings are in its base model {base}: audit that, or name one of the "
             f"adapter's matrices ({largest_matrices(tensors)})"
         )
-    matrix, found, expanded = _expanded(tensors, found or _lone(tensors), path, missing)
+    matrix, found, expanded = _input(tensors, found or _lone(tensors), path, missing, config)
     head, output, note = _output(tensors, found, matrix)
     tied = _tied(said, head, matrix, output, config)
     if tied:
@@ -213,28 +215,22 @@ def _embeddings(
         note = _absent(said, config)
     notes += [*expanded, *(note for note in (note,) if note), *_adapted(found), *_adapted(head or "")]
     lacks = output is None and not tied and (note is not None or bool(missing))
-    origin = Origin(kind, path, head, tensors.files, config)
+    averages = head is None and static_embeddings.is_static(path if path.is_dir() else directory, config)
+    origin = Origin(kind, path, head, tensors.files, config, found if averages else None)
     return Embeddings(name, origin, matrix, output, False if note else tied, lacks, tuple(notes), words)
 
 
-def _expanded(tensors: Tensors, found: str | None, path: Path, missing: str | None) -> tuple[Tensor, str, list[str]]:
+def _input(
+    tensors: Tensors, found: str | None, path: Path, missing: str | None, config: dict[str, Any] | None = None
+) -> tuple[Tensor, str, list[str]]:
     """Read the token embedding. Returns it, its name, and what was done to it in sentences."""
-    if found is None and missing:
-        raise InputError(f"{path}: {missing} The token embedding is in a missing part; {_named(tensors)}")
-    matrix = _matrix(tensors, found, path)
-    assert found is not None
-    mapping = tensors.shape("mapping") if "mapping" in tensors.files else ()
-    if found.rpartition(".")[2] != "embeddings" or len(mapping) != 1:
-        return matrix, found, []
-    # model2vec with a quantized vocabulary: each token has the index of a vector, and a weight.
-    places, count = tensors.stored("mapping"), len(matrix)
-    if places.is_floating_point() or not len(places) or places.min() < 0 or places.max() >= count:
-        raise InputError(f"{path}: damaged: 'mapping' names rows that 'embeddings' does not have")
-    matrix = matrix[places.long()]
-    if "weights" in tensors.files and tensors.shape("weights") == mapping:
-        matrix = matrix * tensors.stored("weights").to(matrix.dtype)[:, None]
-    note = f"Its {len(matrix):,} tokens share {count:,} vectors (model2vec); there is one row per token."
-    return matrix, found, [note]
+    if found is None:
+        if missing:
+            raise InputError(f"{path}: {missing} The token embedding is in a missing part; {_named(tensors)}")
+        raise none_found(str(path), tensors)
+    stored = static_embeddings.stored_rows(tensors, found, config)
+    matrix, notes = static_embeddings.rows_per_token(tensors, found, stored, path)
+    return matrix, found, notes
 
 
 def _named(tensors: Tensors) -> str:
@@ -292,7 +288,7 @@ def _read_gguf(path: Path, name: str, tensor: str | None) -> Embeddings:
     origin = Origin("gguf", path, None, tensors.files)
     if tensor is not None:
         return Embeddings(name, origin, _matrix(tensors, tensor, path), words=words, notes=tuple(notes))
-    matrix, _, _ = _expanded(tensors, find_input(tensors), path, missing)
+    matrix, _, _ = _input(tensors, find_input(tensors), path, missing)
     output = None
     if has_output := "output.weight" in tensors.files:
         try:

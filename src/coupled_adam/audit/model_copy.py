@@ -21,7 +21,7 @@ def files_to_copy(source: Path, weights: Collection[str]) -> list[tuple[Path, Pa
 
     Args:
         source: directory of the model.
-        weights: names of the files in ``source`` that hold the weights.
+        weights: the files in ``source`` that hold the weights, relative to it.
 
     Raises:
         InputError: a link points at a directory, at nothing, at a hidden file, or out of the model; or there is
@@ -38,8 +38,7 @@ def _names(source: Path, below: Path, weights: Collection[str]) -> Iterator[Path
         raise InputError(f"{source / below}: not copied: {error.strerror}") from None
     for entry in entries:
         name = below / entry.name
-        kept_weights = not below.parts and entry.name in weights
-        if entry.name.startswith(".") or (entry.name.endswith(OTHER_WEIGHTS) and not kept_weights):
+        if entry.name.startswith(".") or (entry.name.endswith(OTHER_WEIGHTS) and name.as_posix() not in weights):
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from _names(source, name, weights)

@@ -11,7 +11,7 @@ from coupled_adam.audit.embedding_names import candidates
 from coupled_adam.audit.first_bytes import check_downloaded
 from coupled_adam.audit.pickles import pickle_in, pickles_in
 from coupled_adam.audit.tensor_files import Tensors, parsed, parts_beside, safetensors_in, safetensors_names
-from coupled_adam.errors import InputError, one_line
+from coupled_adam.errors import InputError, one_line, printable
 from coupled_adam.files import read_json
 from coupled_adam.lm.words import Words, words_of
 
@@ -31,6 +31,9 @@ DESCRIPTION = [
 #: Architectures whose name says that they predict tokens. Others read them, and have no output embedding.
 PREDICTS = re.compile(r"CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining|Seq2SeqLM")
 
+#: Files of sentence-transformers with the list of words of its WordEmbeddings.
+WORD_LISTS = ("whitespacetokenizer_config.json", "phrasetokenizer_config.json")
+
 #: Files of a tokenizer that transformers can put together.
 TOKENIZER_FILES = ("tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
@@ -42,6 +45,9 @@ SAFETENSORS, PICKLE, ADAPTER = "model.safetensors", "pytorch_model.bin", "adapte
 #: The list of the parts of a sentence encoder, of which the first has the embeddings, in a folder named there or here.
 MODULES = "modules.json"
 
+#: Modules whose rows are the vectors of tokens, and those that make no more of them than a mean of length one.
+STATIC, AVERAGING = ("StaticEmbedding", "WordEmbeddings"), ("Pooling", "Normalize")
+
 T = TypeVar("T")
 
 
@@ -51,17 +57,29 @@ def folder_of_weights(directory: Path) -> Path:
     Raises:
         InputError: modules.json is damaged, or names a folder that lies elsewhere.
     """
-    if not (directory / MODULES).exists() or any(
-        (directory / name).exists() for file in (SAFETENSORS, PICKLE) for name in (file, f"{file}.index.json")
-    ):
+    if _has_weights(directory):
         return directory
-    for module in _read(directory / MODULES, list[dict[str, Any]]):
+    for module in _modules(directory):
         folder = directory / str(module.get("path") or ".")
         if not folder.resolve().is_relative_to(directory.resolve()):
             raise InputError(f"{directory / MODULES}: names {str(folder)!r}, which lies outside the model")
-        if any((folder / name).exists() for name in (SAFETENSORS, PICKLE)):
+        if _has_weights(folder):
             return folder
     return directory
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).exists() for file in (SAFETENSORS, PICKLE) for name in (file, f"{file}.index.json"))
+
+
+def only_averages(directory: Path) -> bool:
+    """Return whether modules.json names the rows of tokens and their mean, and nothing that computes more of them."""
+    kinds = [str(module.get("type")).rpartition(".")[2] for module in _modules(directory)]
+    return bool(kinds) and kinds[0] in STATIC and all(kind in AVERAGING for kind in kinds[1:])
+
+
+def _modules(directory: Path) -> list[dict[str, Any]]:
+    return _read(directory / MODULES, list[dict[str, Any]]) if (directory / MODULES).exists() else []
 
 
 def weights_in(directory: Path) -> tuple[Tensors, str | None]:
@@ -196,6 +214,9 @@ def words_in(directory: Path) -> tuple[Words | None, str | None]:
     if path.exists():  # read by itself, it takes a tenth of the time that transformers takes
         with parsed(path, "damaged, or no tokenizer"):
             return words_of(Tokenizer.from_file(str(path))), None
+    for name in WORD_LISTS:
+        if (directory / name).exists():
+            return _listed_words(directory / name), None
     present = [directory / name for name in TOKENIZER_FILES if (directory / name).exists()]
     if not present:
         return None, None
@@ -213,6 +234,19 @@ def words_in(directory: Path) -> tuple[Words | None, str | None]:
         loaded.unk_token_id,
     )
     return words, None
+
+
+def _listed_words(path: Path) -> Words:
+    listed = _read(path, dict[str, Any]).get("vocab")
+    if not isinstance(listed, list) or not all(isinstance(word, str) for word in listed):
+        raise InputError(f"{path}: damaged (vocab is not a list of words)")
+    index = {word: number for number, word in enumerate(listed)}
+
+    def encode(text: str) -> list[int]:
+        found = index.get(text, index.get(text.lower()))  # as these tokenizers look a word up
+        return [] if found is None else [found]
+
+    return Words({number: printable(word) for word, number in index.items()}, encode, None)
 
 
 def from_hub(name: str) -> Path:
@@ -241,7 +275,8 @@ def from_hub(name: str) -> Path:
         if files := files_of_index(directory, index):
             return fetch(sorted({files[tensor].name for tensor in candidates(files) or files}))
     directory = fetch([PICKLE, ADAPTER])
-    if (directory / MODULES).exists() and not any((directory / name).exists() for name in (PICKLE, ADAPTER)):
-        folders = [path for module in _read(directory / MODULES, list[dict[str, Any]]) if (path := module.get("path"))]
-        return fetch([f"{folder}/{file}" for folder in folders for file in (*DESCRIPTION, SAFETENSORS, PICKLE)])
+    if not any((directory / name).exists() for name in (PICKLE, ADAPTER)) and (modules := _modules(directory)):
+        folders = [path for module in modules if (path := module.get("path"))]
+        files = (*DESCRIPTION, *WORD_LISTS, SAFETENSORS, PICKLE)
+        return fetch([f"{folder}/{file}" for folder in folders for file in files])
     return directory
