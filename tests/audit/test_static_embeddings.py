@@ -95,9 +95,7 @@ def test_a_copy_of_model2vec_gives_every_text_the_vector_without_mean_or_compone
     without = all_but_the_top(rows, principal_components(rows, 1)) if top else lambda texts: texts - rows.mean(0)
     old, new = (StaticModel.from_pretrained(tmp_path / name) for name in ("m", "copy"))
     wanted = without(old.encode(TEXTS, normalize=False).astype(np.float64))
-    np.testing.assert_allclose(
-        new.encode(TEXTS, normalize=False), wanted, atol=4e-3 if kind == "float16" else 1e-5
-    )
+    np.testing.assert_allclose(new.encode(TEXTS, normalize=False), wanted, atol=4e-3 if kind == "float16" else 1e-5)
     assert written.norm_of_mean == pytest.approx(np.linalg.norm(rows.mean(0)))
     assert new.embedding.dtype == old.embedding.dtype
     assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before

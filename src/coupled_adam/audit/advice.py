@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from coupled_adam.audit.centering import reason_against
-from coupled_adam.audit.word_vectors import is_word_format
 from coupled_adam.audit.embedding_files import Embeddings
 from coupled_adam.audit.verdict import (
     ISOTROPY,
@@ -13,6 +12,7 @@ from coupled_adam.audit.verdict import (
     too_few_for_isotropy,
     too_few_for_shift,
 )
+from coupled_adam.audit.word_vectors import is_word_format
 from coupled_adam.geometry import Measurements
 
 __all__ = ["Advice"]

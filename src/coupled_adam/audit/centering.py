@@ -131,8 +131,8 @@ def remove_top(embeddings: Embeddings, out: Path) -> WithoutTop:
     origin, source = embeddings.origin, embeddings.origin.path
     if not (is_word_format(origin.kind) or origin.kind == "numpy" or origin.static):
         raise InputError(
-            f"{embeddings.name}: All-but-the-Top is for word vectors, static embeddings and arrays; in a model it would "
-            "change predictions"
+            f"{embeddings.name}: All-but-the-Top is for word vectors, static embeddings and arrays; in a model it "
+            "would change predictions"
         )
     if reason := reason_against(embeddings):
         raise InputError(f"{embeddings.name}: not written: {reason}")
@@ -188,6 +188,8 @@ def reason_against(embeddings: Embeddings) -> str | None:
         return " ".join(embeddings.notes)
     if origin.path.is_file() and len(set(origin.files.values())) > 1:
         return "the file is one part of the model; pass the directory"
+    if origin.head in origin.merged:
+        return "its output embedding is a base and an adapter; merge them first (merge_and_unload)"
     if embeddings.output is None or origin.head is None:
         return "it has no output embedding"
     prefix = origin.head.removesuffix("weight")

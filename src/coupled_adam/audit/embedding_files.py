@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coupled_adam.audit import gguf, model_directories, static_embeddings, tensor_files, word_vectors
+from coupled_adam.audit import adapters, gguf, model_directories, static_embeddings, tensor_files, word_vectors
 from coupled_adam.audit.embedding_names import (
     find_input,
     find_output,
@@ -69,6 +69,8 @@ class Origin:
     """The content of config.json; None without one."""
     static: str | None = None
     """The name of the tensor with the vectors of a model that only averages them; None for other models."""
+    merged: tuple[str, ...] = ()
+    """The names of embeddings that are in no file as they are, but as a base and an adapter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +191,11 @@ def _embeddings(
 ) -> Embeddings:
     """Read those of the model at ``path`` whose configuration and tokenizer, if any, lie in ``directory``."""
     config, base = model_directories.read_config(directory), model_directories.base_of_adapter(directory)
+    merged = adapters.merged(tensors, directory) if tensor is None else adapters.Merged(tensors)
+    tensors = merged.tensors
     words, no_words = model_directories.words_in(directory)
+    if words is None and no_words is None and merged.base is not None:
+        words, no_words = model_directories.words_in(merged.base)
     notes = [note for note in (missing, no_words) if note]
     if base is not None:
         notes.append(f"An adapter: the rest of the model is in its base model {base} and was not measured.")
@@ -214,9 +220,10 @@ def _embeddings(
     if note is None and output is None and not tied and base is None:
         note = _absent(said, config)
     notes += [*expanded, *(note for note in (note,) if note), *_adapted(found), *_adapted(head or "")]
+    notes += [f"{name} was measured with its LoRA merged into it." for name in (found, head) if name in merged.names]
     lacks = output is None and not tied and (note is not None or bool(missing))
     averages = head is None and static_embeddings.is_static(path if path.is_dir() else directory, config)
-    origin = Origin(kind, path, head, tensors.files, config, found if averages else None)
+    origin = Origin(kind, path, head, tensors.files, config, found if averages else None, merged.names)
     return Embeddings(name, origin, matrix, output, False if note else tied, lacks, tuple(notes), words)
 
 

@@ -156,10 +156,14 @@ def read_config(directory: Path) -> dict[str, Any] | None:
 
 def base_of_adapter(directory: Path) -> str | None:
     """Return the name of the model that an adapter of PEFT belongs to; None if the directory holds no adapter."""
+    config = read_adapter_config(directory)
+    return None if config is None else str(config.get("base_model_name_or_path") or "which is not named")
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any] | None:
+    """Read adapter_config.json as it is; None if there is none."""
     path = directory / "adapter_config.json"
-    if not path.exists():
-        return None
-    return str(_read(path, dict[str, Any]).get("base_model_name_or_path") or "which is not named")
+    return _read(path, dict[str, Any]) if path.exists() else None
 
 
 def _read(path: Path, schema: type[T]) -> T:
@@ -277,6 +281,6 @@ def from_hub(name: str) -> Path:
     directory = fetch([PICKLE, ADAPTER])
     if not any((directory / name).exists() for name in (PICKLE, ADAPTER)) and (modules := _modules(directory)):
         folders = [path for module in modules if (path := module.get("path"))]
-        files = (*DESCRIPTION, *WORD_LISTS, SAFETENSORS, PICKLE)
-        return fetch([f"{folder}/{file}" for folder in folders for file in files])
+        needed = (*DESCRIPTION, *WORD_LISTS, SAFETENSORS, PICKLE)
+        return fetch([f"{folder}/{file}" for folder in folders for file in needed])
     return directory
