@@ -103,6 +103,11 @@ def weights_in(directory: Path) -> tuple[Tensors, str | None]:
             return pickle_in(directory / name), None
     if files := files_of_index(directory, PICKLE):
         return pickles_in(files), None
+    if (directory / ".metadata").exists():
+        raise InputError(
+            f"{directory}: a checkpoint in parts, of torch.distributed.checkpoint; make a file of it first: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {directory} model.pt"
+        )
     others = sorted(
         p.name for p in directory.iterdir() if p.suffix in (".gguf", ".npy", ".npz", ".pt", ".pth", ".bin", ".ckpt")
     )
