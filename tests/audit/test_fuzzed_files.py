@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gensim.models import KeyedVectors
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -32,6 +33,12 @@ def write_gguf(path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_gensim(path: Path) -> None:
+    vectors = KeyedVectors(12)
+    vectors.add_vectors([f"w{i}" for i in range(40)], MATRIX.numpy())
+    vectors.save(str(path))
 
 
 def write_model(directory: Path, described: str, text: str) -> None:
@@ -59,6 +66,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     "m.bin": lambda path: torch.save(STATE, path),
     "legacy.pt": lambda path: torch.save(STATE, path, _use_new_zipfile_serialization=False),
     "m.gguf": write_gguf,
+    "m.kv": write_gensim,
     "a/config.json": lambda path: write_model(path.parent, path.name, CONFIG),
     "b/model.safetensors.index.json": lambda path: write_model(path.parent, path.name, INDEX),
     "c/tokenizer.json": write_tokenizer,

@@ -10,7 +10,7 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor
 
-from coupled_adam.audit import model_directories, static_embeddings
+from coupled_adam.audit import gensim_files, model_directories, static_embeddings
 from coupled_adam.audit.embedding_files import Embeddings, Origin
 from coupled_adam.audit.rewriting import ROWS, write_copy
 from coupled_adam.audit.tensor_files import safetensors_in
@@ -176,6 +176,8 @@ def reason_against(embeddings: Embeddings) -> str | None:
     origin = embeddings.origin
     if origin.kind in UNWRITABLE:
         return UNWRITABLE[origin.kind]
+    if origin.kind == "gensim":
+        return gensim_files.reason_against_writing(origin.path)
     if is_word_format(origin.kind):
         return None
     if origin.kind == "numpy":

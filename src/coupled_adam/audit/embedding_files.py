@@ -12,7 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coupled_adam.audit import adapters, gguf, model_directories, static_embeddings, tensor_files, word_vectors
+from coupled_adam.audit import (
+    adapters,
+    gensim_files,
+    gguf,
+    model_directories,
+    static_embeddings,
+    tensor_files,
+    word_vectors,
+)
 from coupled_adam.audit.embedding_names import (
     find_input,
     find_output,
@@ -33,7 +41,7 @@ __all__ = ["Embeddings", "Origin", "read_embeddings"]
 
 Kind = Literal["safetensors", "pickle", "gguf", "numpy", "run"] | WordFormat
 """The format that embeddings were read from; ``"run"`` for a run of this package. Word vectors have one of the formats
-``"word2vec text"``, ``"word2vec binary"``, ``"GloVe"`` and ``"fastText"``."""
+``"word2vec text"``, ``"word2vec binary"``, ``"GloVe"``, ``"fastText"`` and ``"gensim"``."""
 
 #: What a file should be by its name, where its first bytes do not tell.
 SUFFIXES: dict[str, Format] = {
@@ -104,9 +112,9 @@ def read_embeddings(model: str, *, tensor: str | None = None, data: Path | None 
 
     Args:
         model: a Hugging Face model directory; the name of a model on the Hub; a .safetensors, .gguf, .npy or .npz file;
-            a file of torch.save; word vectors of word2vec, GloVe or fastText; or the directory of a run of this
-            package, of which the last checkpoint is read. The format of a file is recognized by its first bytes, else
-            by its name.
+            a file of torch.save; word vectors of word2vec, GloVe, fastText or gensim; or the directory of a run of
+            this package, of which the last checkpoint is read. The format of a file is recognized by its first bytes,
+            else by its name.
         tensor: the name of the tensor to read instead of the embeddings. It is returned as ``input``.
         data: the corpus, for a run of this package; None for where it was during training.
 
@@ -174,7 +182,10 @@ def _read_word_vectors(path: Path, name: str, kind: WordFormat, tensor: str | No
         notes.append(f"{repeated:,} of its {said:,} words occur a second time and were left out.")
     if kind == "fastText":
         notes.append("The vectors of the words in its vocabulary, each with those of its character n-grams.")
+    if kind == "gensim" and (holder := gensim_files.class_of(path)) not in gensim_files.VECTORS_ALONE:
+        notes.append(f"Of this {holder} of gensim, the vectors of its words.")
     matrix = torch.from_numpy(vectors.vectors)
+    matrix = matrix if matrix.dtype == torch.float64 else matrix.to(torch.float32)
     return Embeddings(
         name, Origin(kind, path), matrix, words=word_vectors.words_of_vectors(vectors), notes=tuple(notes)
     )

@@ -78,7 +78,7 @@ def format_of(path: Path) -> Format | None:
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
         return "safetensors"
     if PICKLE.match(head):
-        return "pickle"
+        return word_format_of(head) or "pickle"  # gensim's own, or of torch.save
     if head.startswith(b"PK\x03\x04"):
         return _format_of_archive(path)
     for beginning, what in FOREIGN.items():
@@ -96,8 +96,8 @@ def format_of(path: Path) -> Format | None:
 
 #: What is read, for messages.
 READ = (
-    "supported are .safetensors, .gguf, .npy, .npz, files written by torch.save, and word vectors of word2vec, GloVe "
-    "and fastText"
+    "supported are .safetensors, .gguf, .npy, .npz, files written by torch.save, and word vectors of word2vec, GloVe, "
+    "fastText and gensim"
 )
 
 
