@@ -91,7 +91,8 @@ def _about_a_shift(found: Embeddings, kind: str, measured: Measurements) -> Advi
             "Before you compare rows by cosine, subtract their mean (from queries too). If this is the output "
             f"embedding of an untied model, --center COPY writes a centered copy.{rest}",
         )
-    if (found.origin.static or is_word_format(found.origin.kind)) and reason_against(found) is None:
+    origin = found.origin
+    if (origin.static or origin.kind == "spaCy" or is_word_format(origin.kind)) and reason_against(found) is None:
         rest = f" {_dominating(measured)}" if helped_by_removal(measured) else ""
         return Advice("Features", f"Add --center COPY: it writes the same vectors with their mean subtracted.{rest}")
     return Advice("Features", f"Leave the model as it is. {as_features}")

@@ -10,7 +10,7 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor
 
-from coupled_adam.audit import gensim_files, model_directories, static_embeddings
+from coupled_adam.audit import gensim_files, model_directories, spacy_vectors, static_embeddings
 from coupled_adam.audit.embedding_files import Embeddings, Origin
 from coupled_adam.audit.rewriting import ROWS, write_copy
 from coupled_adam.audit.tensor_files import safetensors_in
@@ -129,7 +129,7 @@ def remove_top(embeddings: Embeddings, out: Path) -> WithoutTop:
         ```
     """
     origin, source = embeddings.origin, embeddings.origin.path
-    if not (is_word_format(origin.kind) or origin.kind == "numpy" or origin.static):
+    if not (is_word_format(origin.kind) or origin.kind in ("numpy", "spaCy") or origin.static):
         raise InputError(
             f"{embeddings.name}: All-but-the-Top is for word vectors, static embeddings and arrays; in a model it "
             "would change predictions"
@@ -178,6 +178,8 @@ def reason_against(embeddings: Embeddings) -> str | None:
         return UNWRITABLE[origin.kind]
     if origin.kind == "gensim":
         return gensim_files.reason_against_writing(origin.path)
+    if origin.kind == "spaCy":
+        return spacy_vectors.reason_against_writing(origin.path)
     if is_word_format(origin.kind):
         return None
     if origin.kind == "numpy":

@@ -17,6 +17,7 @@ from coupled_adam.audit import (
     gensim_files,
     gguf,
     model_directories,
+    spacy_vectors,
     static_embeddings,
     tensor_files,
     word_vectors,
@@ -39,7 +40,7 @@ from coupled_adam.lm.words import Words
 
 __all__ = ["Embeddings", "Origin", "read_embeddings"]
 
-Kind = Literal["safetensors", "pickle", "gguf", "numpy", "run"] | WordFormat
+Kind = Literal["safetensors", "pickle", "gguf", "numpy", "run", "spaCy"] | WordFormat
 """The format that embeddings were read from; ``"run"`` for a run of this package. Word vectors have one of the formats
 ``"word2vec text"``, ``"word2vec binary"``, ``"GloVe"``, ``"fastText"`` and ``"gensim"``."""
 
@@ -150,6 +151,8 @@ def _read(model: str, tensor: str | None, data: Path | None) -> Embeddings:
 
 
 def _read_directory(directory: Path, name: str, tensor: str | None) -> Embeddings:
+    if (vocabulary := spacy_vectors.vocabulary_in(directory)) is not None:
+        return _read_vocabulary(directory, vocabulary, name, tensor)
     folder = model_directories.folder_of_weights(directory)
     tensors, missing = model_directories.weights_in(folder)
     return _embeddings(tensors, name, _kind(tensors), directory, folder, tensor, missing)
@@ -189,6 +192,16 @@ def _read_word_vectors(path: Path, name: str, kind: WordFormat, tensor: str | No
     return Embeddings(
         name, Origin(kind, path), matrix, words=word_vectors.words_of_vectors(vectors), notes=tuple(notes)
     )
+
+
+def _read_vocabulary(directory: Path, folder: Path, name: str, tensor: str | None) -> Embeddings:
+    if tensor is not None:
+        raise InputError(f"{directory}: has no tensors, only the vectors of its words; leave out --tensor {tensor}")
+    found = spacy_vectors.read_vocabulary(folder)
+    (only,) = found.tensors.files
+    matrix = found.tensors.matrix(only)[found.rows]
+    origin = Origin("spaCy", directory, None, found.tensors.files)
+    return Embeddings(name, origin, matrix, words=found.words, notes=tuple(found.notes))
 
 
 def _embeddings(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coupled_adam.audit import static_embeddings, tensor_files, word_vectors
+from coupled_adam.audit import spacy_vectors, static_embeddings, tensor_files, word_vectors
 from coupled_adam.audit.embedding_files import Origin
 from coupled_adam.audit.model_copy import files_to_copy
 from coupled_adam.audit.word_vectors import is_word_format
@@ -47,6 +47,8 @@ def write_copy(origin: Origin, out: Path, made: Made) -> float:
             vectors.vectors[start : start + len(rows)] = rows.numpy()
         with written_whole(out) as aside:
             word_vectors.write_vectors(vectors, aside, origin.kind)
+    elif origin.kind == "spaCy":
+        _write_vocabulary(origin, out, rewritten)
     else:
         _write_model(origin, out, rewritten)
     return rewritten.rounding
@@ -75,6 +77,18 @@ def _write_array(source: Path, out: Path, rewritten: _Rewritten) -> None:
         result[start : start + len(rows)] = rows.numpy()
     with written_whole(out) as aside:
         write_array(aside, result)
+
+
+def _write_vocabulary(origin: Origin, out: Path, rewritten: _Rewritten) -> None:
+    ((name, file),) = origin.files.items()
+    found = spacy_vectors.read_vocabulary(file.parent)
+    all_rows = found.tensors.stored(name)
+    for start, rows in rewritten(all_rows[found.rows]):
+        all_rows[found.rows[start : start + len(rows)]] = rows
+    copied = files_to_copy(origin.path, None)
+    with written_whole(out) as aside:
+        _copy(copied, aside)
+        write_array(aside / file.relative_to(origin.path), all_rows.numpy())
 
 
 def _write_model(origin: Origin, out: Path, rewritten: _Rewritten) -> None:
