@@ -166,6 +166,7 @@ UNWRITABLE = {
     "fastText": "the vectors of n-grams in a model of fastText cannot be changed with those of words; save the latter "
     "as word2vec text with gensim (load_facebook_vectors(FILE).save_word2vec_format('words.vec')), and center that",
     "gguf": "a GGUF file cannot be written without loss; center the model it was made from, then convert that",
+    "onnx": "an ONNX file cannot be written; center the model it was exported from, then export that",
     "run": "a run must be exported first (coupled-adam export)",
     "pickle": "pickle files cannot be written; convert the model to safetensors",
 }

@@ -17,6 +17,7 @@ from coupled_adam.audit import (
     gensim_files,
     gguf,
     model_directories,
+    onnx_files,
     spacy_vectors,
     static_embeddings,
     tensor_files,
@@ -40,7 +41,7 @@ from coupled_adam.lm.words import Words
 
 __all__ = ["Embeddings", "Origin", "read_embeddings"]
 
-Kind = Literal["safetensors", "pickle", "gguf", "numpy", "run", "spaCy"] | WordFormat
+Kind = Literal["safetensors", "pickle", "gguf", "onnx", "numpy", "run", "spaCy"] | WordFormat
 """The format that embeddings were read from; ``"run"`` for a run of this package. Word vectors have one of the formats
 ``"word2vec text"``, ``"word2vec binary"``, ``"GloVe"``, ``"fastText"`` and ``"gensim"``."""
 
@@ -48,6 +49,7 @@ Kind = Literal["safetensors", "pickle", "gguf", "numpy", "run", "spaCy"] | WordF
 SUFFIXES: dict[str, Format] = {
     ".safetensors": "safetensors",
     ".gguf": "gguf",
+    ".onnx": "onnx",
     **dict.fromkeys((".npy", ".npz"), "numpy"),
     **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), "pickle"),
 }
@@ -162,6 +164,8 @@ def _read_file(path: Path, tensor: str | None) -> Embeddings:
     name, kind = _short_name(path), format_of(path) or SUFFIXES.get(path.suffix.lower())
     if kind == "gguf":
         return _read_gguf(path, name, tensor)
+    if kind == "onnx":
+        return _read_onnx(path, name, tensor)
     if kind in ("safetensors", "pickle"):
         tensors, missing = model_directories.weights_of_part(path, kind == "pickle")
         return _embeddings(tensors, name, kind, path, path.parent, tensor, missing)
@@ -330,6 +334,47 @@ def _read_gguf(path: Path, name: str, tensor: str | None) -> Embeddings:
     # Without a matrix of its own llama.cpp takes the token embedding, but encoders, which pool, predict nothing.
     tied = None if lacks else output is None and not gguf.is_encoder(metadata)
     return Embeddings(name, origin, matrix, output, tied, lacks, tuple(notes), words)
+
+
+def _read_onnx(path: Path, name: str, tensor: str | None) -> Embeddings:
+    model = onnx_files.Model(path)
+    # Exporters put the graph into a folder of the model.
+    described = (directory for directory in (path.parent, path.parent.parent) if _describes(directory))
+    directory = next(described, path.parent)
+    config = model_directories.read_config(directory)
+    words, no_words = model_directories.words_in(directory)
+    notes, origin = [no_words] if no_words else [], Origin("onnx", path, None, model.tensors.files, config)
+    if tensor is not None:
+        return Embeddings(name, origin, _matrix(model.tensors, tensor, path), words=words, notes=tuple(notes))
+    table, output, lacks = model.find_input(), None, False
+    if table is None:
+        lone = only_matrix(model.tensors)
+        if lone is None:
+            raise none_found(str(path), model.tensors)
+        table = onnx_files.Table(lone)
+    matrix = model.matrix(table)
+    try:
+        head = model.find_output(*matrix.shape)
+        if head is not None and head.name != table.name:
+            output = model.matrix(head)
+    except PackedError as error:
+        lacks, head = True, None
+        notes.append(f"Its output embedding was not measured: {error}.")
+    notes += [
+        f"{found.name} is quantized, and was measured as the model dequantizes it."
+        for found in dict.fromkeys((table, head))
+        if found is not None and found.scale is not None
+    ]
+    tied: bool | None = False
+    if head is not None:
+        tied = output is None or (output.shape == matrix.shape and bool((output == matrix).all()))
+    elif not lacks and (config is None or model_directories.predicts(config) is not False):
+        tied = None
+    return Embeddings(name, origin, matrix, None if tied else output, tied, lacks, tuple(notes), words)
+
+
+def _describes(directory: Path) -> bool:
+    return any((directory / name).exists() for name in ("config.json", "tokenizer.json"))
 
 
 def _read_run(directory: Path, tensor: str | None, data: Path | None) -> Embeddings:

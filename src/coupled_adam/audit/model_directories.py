@@ -48,6 +48,9 @@ MODULES = "modules.json"
 #: Modules whose rows are the vectors of tokens, and those that make no more of them than a mean of length one.
 STATIC, AVERAGING = ("StaticEmbedding", "WordEmbeddings"), ("Pooling", "Normalize")
 
+#: Files that are read by their own name alone.
+OTHER_FILES = (".gguf", ".onnx", ".npy", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".kv", ".vec")
+
 T = TypeVar("T")
 
 
@@ -108,9 +111,8 @@ def weights_in(directory: Path) -> tuple[Tensors, str | None]:
             f"{directory}: a checkpoint in parts, of torch.distributed.checkpoint; make a file of it first: python -m "
             f"torch.distributed.checkpoint.format_utils dcp_to_torch {directory} model.pt"
         )
-    others = sorted(
-        p.name for p in directory.iterdir() if p.suffix in (".gguf", ".npy", ".npz", ".pt", ".pth", ".bin", ".ckpt")
-    )
+    beside = [path for folder in (directory, directory / "onnx") if folder.is_dir() for path in folder.iterdir()]
+    others = sorted(path.relative_to(directory).as_posix() for path in beside if path.suffix in OTHER_FILES)
     hint = f"; name the file to read: {', '.join(others[:5])}" if others else ""
     raise InputError(
         f"{directory}: no weights in it: neither a model of transformers ({SAFETENSORS} or {PICKLE}), nor a run of "
