@@ -58,6 +58,7 @@ MODEL2VEC: dict[str, Callable[[], StaticModel]] = {
     "int8": lambda: quantize_model(model2vec(), quantize_to="int8"),
     "shared": lambda: model2vec(token_mapping=np.arange(V) % 40),
     "quantized": lambda: quantize_model(model2vec(), vocabulary_quantization=30),
+    "int8 without a type": lambda: StaticModel((E * 20).astype(np.int8), tokenizer()),
     "quantized int8": lambda: quantize_model(model2vec(), vocabulary_quantization=30, quantize_to="int8"),
 }
 

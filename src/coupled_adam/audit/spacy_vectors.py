@@ -88,7 +88,7 @@ def _rows_of_words(folder: Path, count: int) -> dict[str, int]:
             raise ValueError("no map of numbers")
         if rows and not 0 <= min(rows.values()) <= max(rows.values()) < count:
             raise ValueError(f"rows that are not among the {count:,}")
-        store = StringStore(strings)
+        store: Any = StringStore(strings)
         return {store[key]: row for key, row in rows.items() if key in store}
 
 

@@ -20,7 +20,8 @@ def is_static(directory: Path, config: dict[str, Any] | None) -> bool:
 
 
 def of_model2vec(config: dict[str, Any] | None) -> bool:
-    return config is not None and config.get("model_type") == "model2vec"
+    # Models that were put together without its distillation have no type, but what it writes about the vectors.
+    return config is not None and (config.get("model_type") == "model2vec" or "embedding_dtype" in config)
 
 
 def stored_rows(tensors: Tensors, name: str, config: dict[str, Any] | None) -> Tensor:
