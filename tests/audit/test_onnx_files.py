@@ -78,7 +78,7 @@ def test_an_exported_encoder_has_its_embedding_and_the_words_of_its_folder(tmp_p
     assert torch.equal(found.input, model.get_input_embeddings().weight) and found.origin.kind == "onnx"
     assert found.output is None and found.notes == () and found.words is not None
     assert found.words.token_of("dog") == 1
-    with pytest.raises(InputError, match=r"name the file to read: onnx/model\.onnx"):
+    with pytest.raises(InputError, match=r"name what to read of it: onnx/model\.onnx"):
         read_embeddings(str(tmp_path))
 
 

@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.modules import (
     Dense,
     Normalize,
     Pooling,
+    Router,
     StaticEmbedding,
     WordEmbeddings,
 )
@@ -179,6 +180,14 @@ def test_an_encoder_that_computes_more_is_not_static(tmp_path: Path) -> None:
     assert np.array_equal(found.input, E) and found.origin.static is None
     with pytest.raises(InputError, match="no output embedding"):
         center(found, tmp_path / "copy")
+
+
+def test_the_routes_of_an_encoder_are_named(tmp_path: Path) -> None:
+    routes = {"query": SENTENCES["static"](), "document": SENTENCES["static"]()}
+    SentenceTransformer(modules=[Router(routes)], device="cpu").save(str(tmp_path / "m"))
+    with pytest.raises(InputError, match=r"name what to read of it: document_0_StaticEmbedding, query_0_Static"):
+        read_embeddings(str(tmp_path / "m"))
+    assert np.array_equal(read_embeddings(str(tmp_path / "m" / "query_0_StaticEmbedding")).input, E)
 
 
 def test_pickles_of_static_embeddings_are_not_written(tmp_path: Path) -> None:

@@ -112,8 +112,12 @@ def weights_in(directory: Path) -> tuple[Tensors, str | None]:
             f"torch.distributed.checkpoint.format_utils dcp_to_torch {directory} model.pt"
         )
     beside = [path for folder in (directory, directory / "onnx") if folder.is_dir() for path in folder.iterdir()]
-    others = sorted(path.relative_to(directory).as_posix() for path in beside if path.suffix in OTHER_FILES)
-    hint = f"; name the file to read: {', '.join(others[:5])}" if others else ""
+    others = sorted(
+        path.relative_to(directory).as_posix()
+        for path in beside
+        if path.suffix in OTHER_FILES or (path.is_dir() and _has_weights(path))  # such as the routes of an encoder
+    )
+    hint = f"; name what to read of it: {', '.join(others[:5])}" if others else ""
     raise InputError(
         f"{directory}: no weights in it: neither a model of transformers ({SAFETENSORS} or {PICKLE}), nor a run of "
         f"coupled-adam train, nor an array{hint}"
