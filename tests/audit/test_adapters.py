@@ -1,4 +1,4 @@
-"""LoRA on embeddings, written by PEFT: what is measured is what its merge_and_unload makes."""
+"""Adapters on embeddings, written by PEFT: what is measured is what its merge_and_unload makes."""
 
 import json
 import warnings
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -35,14 +35,20 @@ def gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=H, n_layer=1, n_head=2, tie_word_embeddings=False))
 
 
-def adapted(directory: Path, model: PreTrainedModel, embedding_layers: Any = "auto", **options: Any) -> PeftModel:
-    """A model with random LoRA, saved; its base model beside it."""
+def adapted(
+    directory: Path, model: PreTrainedModel, embedding_layers: Any = "auto", kind: Any = LoraConfig, **options: Any
+) -> PeftModel:
+    """A model with a random adapter, saved; its base model beside it."""
     torch.manual_seed(0)
     model.save_pretrained(directory / "base")
     model.name_or_path = str(directory / "base")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's remarks on embeddings
-        made = get_peft_model(model, LoraConfig(**{"r": 4, "init_lora_weights": False, **options}))
+        lora = {"r": 4, "init_lora_weights": False} if kind is LoraConfig else {}
+        made = get_peft_model(model, kind(**lora | options))
+        for name, parameter in made.named_parameters():
+            if "trainable_tokens_delta" in name:
+                torch.nn.init.normal_(parameter)
         made.peft_config["default"].base_model_name_or_path = str(directory / "base")
         made.save_pretrained(directory / "adapter", save_embedding_layers=embedding_layers)
     return made
@@ -81,9 +87,48 @@ def test_lora_on_embeddings_is_merged_as_peft_does(
     ):
         torch.testing.assert_close(found, module.weight.detach())
         assert not torch.allclose(found, base, atol=0.1)
-    assert sum("with its LoRA merged into it" in note for note in read.notes) == 2
+    assert sum("with its adapter merged into it" in note for note in read.notes) == 2
     with pytest.raises(InputError, match="a base and an adapter; merge them first"):
         center(read, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (TrainableTokensConfig, {"target_modules": ["embed_tokens"], "token_indices": [1, 5]}),
+        (LoraConfig, {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]}),
+        (
+            LoraConfig,
+            {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 1], "lm_head": [2]}},
+        ),
+    ],
+    ids=["alone", "with-lora", "two-modules"],
+)
+def test_trained_tokens_have_their_rows(kind: Any, options: dict[str, Any], tied: bool, tmp_path: Path) -> None:
+    model = adapted(tmp_path, llama(tied), False, kind, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = model.merge_and_unload()
+    before, read = read_embeddings(str(tmp_path / "base")), read_embeddings(str(tmp_path / "adapter"))
+    if not tied:  # merged, the two modules of a tied model are one, which they are not before
+        torch.testing.assert_close(read.input, whole.get_input_embeddings().weight.detach())
+    assert (read.input != before.input).any(1).nonzero().flatten().tolist() == [1, 5]
+    if "lm_head" in str(options):
+        assert read.output is not None
+        old = before.input if before.output is None else before.output
+        assert (read.output != old).any(1).nonzero().flatten().tolist() == [2]
+
+
+def test_tokens_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
+    options = {"target_modules": ["embed_tokens"], "token_indices": [1, 5]}
+    adapted(tmp_path, llama(), False, TrainableTokensConfig, **options)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    said = json.loads(config.read_text())
+    for tokens, message in (([1], "for 1 tokens does not fit"), ([1, V], "does not fit"), ("x", "does not say which")):
+        config.write_text(json.dumps(said | {"token_indices": tokens}))
+        with pytest.raises(InputError, match=message):
+            read_embeddings(str(tmp_path / "adapter"))
 
 
 def test_a_tied_base_gives_both_matrices(tmp_path: Path) -> None:
@@ -132,12 +177,12 @@ def test_a_base_that_the_adapter_has_moved_is_not_added_to(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base_model_name_or_path": None}, "does not name the base model"),
+        ({"base_model_name_or_path": None}, "does not name its base model"),
         (
             {"base_model_name_or_path": "some/base"},
-            "which is added to its base model, but that cannot be read: some/ba",
+            "with an adapter, but the base cannot be read: some/ba",
         ),
-        ({"base_model_name_or_path": "../../x"}, "that cannot be read"),
+        ({"base_model_name_or_path": "../../x"}, "the base cannot be read"),
         ({"r": None}, r"adapter_config\.json: damaged: no scaling"),
         ({"r": 0}, r"adapter_config\.json: damaged: no scaling"),
         ({"alpha_pattern": 5}, r"adapter_config\.json: damaged: no scaling"),

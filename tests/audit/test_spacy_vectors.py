@@ -1,10 +1,13 @@
 """Word vectors of spaCy, written and read by spaCy."""
 
+import fnmatch
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import spacy
@@ -164,6 +167,25 @@ def test_without_spacy_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "spacy" else find(name))
     done = command("audit", tmp_path / "m")
     assert done.returncode == 2 and "spacy not installed" in done.stderr and ".[spacy]" in done.stderr
+
+
+def test_of_a_pipeline_on_the_hub_the_vocabulary_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline("tagger").to_disk(tmp_path / "remote")
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        for path in (path for path in (tmp_path / "remote").rglob("*") if path.is_file()):
+            place = path.relative_to(tmp_path / "remote")
+            if any(fnmatch.fnmatch(place.as_posix(), pattern) for pattern in allow_patterns):
+                (tmp_path / "local" / place.parent).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, tmp_path / "local" / place)
+        return str(tmp_path / "local")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    found = read_embeddings("spacy/en_core_web_md")
+    assert len(found.input) == 20 and found.name == "spacy/en_core_web_md"
+    assert not (tmp_path / "local" / "tagger").exists()
+    with pytest.raises(InputError, match="only its vocabulary is here; download the whole pipeline"):
+        center(found, tmp_path / "copy")
 
 
 def test_pipelines_of_spacy_2_are_read_and_kept(tmp_path: Path) -> None:

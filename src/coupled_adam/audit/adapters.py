@@ -1,4 +1,4 @@
-"""LoRA on embeddings: the matrices that an adapter of PEFT and its base model make together."""
+"""Adapters on embeddings: the matrices that an adapter of PEFT and its base model make together."""
 
 import math
 import re
@@ -10,12 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from coupled_adam.audit import model_directories
-from coupled_adam.audit.embedding_names import candidates, find_input, find_output, plain_name
+from coupled_adam.audit.embedding_names import OUTPUT, candidates, find_input, find_output, plain_name
 from coupled_adam.audit.tensor_files import Shape, Tensors
 from coupled_adam.errors import InputError
 
-#: The matrix A of an adapter, after the name of the module that it is added to: of an embedding, or of a linear layer.
+#: The matrix A of LoRA, after the name of the module that it is added to: of an embedding, or of a linear layer.
 A = re.compile(r"(.+)\.lora_(embedding_)?A(\.weight)?")
+
+#: The rows of the tokens that are trained, after the name of the module that has these tokens.
+ROWS = re.compile(r"(.+?)(\.token_adapter)?\.trainable_tokens_delta")
 
 #: Options of LoRA, beside DoRA, with which the module computes something else than with W + s·BA.
 OTHERWISE = (
@@ -33,24 +36,29 @@ OTHERWISE = (
 KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
+#: Kinds of adapters that can have trained tokens.
+WITH_ROWS = ("LORA", "TRAINABLE_TOKENS")
+
+
 @dataclass(frozen=True)
 class Merged:
-    """The tensors of an adapter whose LoRA on embeddings is merged."""
+    """The tensors of an adapter, merged into embeddings."""
 
     tensors: Tensors
-    """W + s·BA, computed when it is read, under the name that each such embedding has in the model, in the place of W;
-    and all other tensors."""
+    """Each embedding with its adapter, computed when it is read, under the name that it has in the model, in the place
+    of the embedding without; and all other tensors."""
     names: tuple[str, ...] = ()
     """The names of these embeddings."""
     base: Path | None = None
-    """The directory of the base model, if a W came from there."""
+    """The directory of the base model, if an embedding came from there."""
 
 
 def merged(tensors: Tensors, directory: Path) -> Merged:
-    """Merge the LoRA on the embeddings of a model, as PEFT's ``merge_and_unload`` does, but in float32.
+    """Merge LoRA and trained tokens into the embeddings of a model, as PEFT's ``merge_and_unload`` does, in float32.
 
-    W is the base layer that PEFT saves with an adapter on an embedding, else the embedding of the base model, which is
-    opened only then. Adapters of other kinds, and LoRA that is more than W + s·BA (DoRA, QALoRA, …), stay as they are.
+    LoRA makes W + s·BA; trained tokens have rows of their own in the place of those of W. W is the base layer that PEFT
+    saves with LoRA on an embedding, else the embedding of the base model, which is opened only then. Adapters of other
+    kinds, and LoRA that is more than that (DoRA, QALoRA, …), stay as they are.
 
     Args:
         tensors: in ``directory``.
@@ -61,22 +69,28 @@ def merged(tensors: Tensors, directory: Path) -> Merged:
             cannot be opened.
     """
     config = model_directories.read_adapter_config(directory)
-    if config is None or config.get("peft_type") != "LORA" or any(config.get(option) for option in OTHERWISE):
+    if config is None or any(config.get(option) for option in OTHERWISE):
         return Merged(tensors)
-    found = {match[1]: bool(match[2]) for name in tensors.files if (match := A.fullmatch(name))}
-    embeddings = set(candidates(f"{module}.weight" for module in found))
-    made: dict[str, _Sum] = {}
+    kind = config.get("peft_type")
+    added = {match[1]: bool(match[2]) for name in tensors.files if kind == "LORA" and (match := A.fullmatch(name))}
+    rows = {match[1]: name for name in tensors.files if kind in WITH_ROWS and (match := ROWS.fullmatch(name))}
+    embeddings = set(candidates(f"{module}.weight" for module in (*added, *rows)))
+    made: dict[str, _Sum | _Replaced] = {}
     base: _Base | None = None
-    for module in (module for module in found if f"{module}.weight" in embeddings):
+    for module in (module for module in (*added, *rows) if f"{module}.weight" in embeddings):
         name, source, stored = f"{module}.weight", tensors, f"{module}.base_layer.weight"
         if name in tensors.files:  # saved as a whole too
             continue
         if stored not in tensors.files:
-            if config.get("init_lora_weights") not in KEEPS_BASE:
+            if module in added and config.get("init_lora_weights") not in KEEPS_BASE:
                 continue
             base = base or _Base.of(directory, config, name)
-            source, stored = base.tensors, base.name_of(found[module])
-        made[name] = _Sum.of(tensors, module, found[module], (source, stored), _scaling(config, module, directory))
+            source, stored = base.tensors, base.name_of(embedding=not name.endswith(OUTPUT))
+        if module in added:
+            scaling = _scaling(config, module, directory)
+            made[name] = _Sum.of(tensors, module, added[module], (source, stored), scaling)
+        else:
+            made[name] = _Replaced.of(tensors, rows[module], (source, stored), _tokens(config, module, directory))
 
     def shape(name: str) -> Shape:
         return made[name].shape if name in made else tensors.shape(name)
@@ -86,9 +100,8 @@ def merged(tensors: Tensors, directory: Path) -> Merged:
 
     parts = {f"{name.removesuffix('weight')}base_layer.weight" for name in made}
     files = {name: file for name, file in tensors.files.items() if name not in parts}
-    files |= {name: total.file for name, total in made.items()}
-    whole = Tensors(files, shape, stored_as)
-    return Merged(whole, tuple(made), base.directory if base else None)
+    files |= {name: whole.file for name, whole in made.items()}
+    return Merged(Tensors(files, shape, stored_as), tuple(made), base.directory if base else None)
 
 
 @dataclass(frozen=True)
@@ -102,14 +115,16 @@ class _Base:
     def of(cls, directory: Path, config: Mapping[str, Any], needed: str) -> "_Base":
         name = config.get("base_model_name_or_path")
         if not isinstance(name, str) or not name:
-            raise InputError(f"{directory}: {needed} has a LoRA, but adapter_config.json does not name the base model")
+            raise InputError(
+                f"{directory}: {needed} has an adapter, but adapter_config.json does not name its base model"
+            )
         try:
             path = Path(name) if Path(name).is_dir() else model_directories.from_hub(name)
             folder = model_directories.folder_of_weights(path)
             return cls(folder, model_directories.weights_in(folder)[0])
         except InputError as error:
             raise InputError(
-                f"{directory}: {needed} has a LoRA, which is added to its base model, but that cannot be read: {error}"
+                f"{directory}: {needed} is its base model's with an adapter, but the base cannot be read: {error}"
             ) from None
 
     def name_of(self, embedding: bool) -> str:
@@ -152,10 +167,47 @@ class _Sum:
         return self.base[0].matrix(self.base[1]) + self.scaling * (product.T if self.embedding else product)
 
 
+@dataclass(frozen=True)
+class _Replaced:
+    """W, of which some rows are replaced."""
+
+    file: Path
+    shape: Shape
+    base: tuple[Tensors, str]
+    rows: tuple[Tensors, str]
+    tokens: list[int]
+
+    @classmethod
+    def of(cls, tensors: Tensors, name: str, base: tuple[Tensors, str], tokens: list[int]) -> "_Replaced":
+        shape, rows = base[0].shape(base[1]), tensors.shape(name)
+        if rows != (len(tokens), *shape[1:]) or not all(0 <= token < shape[0] for token in tokens):
+            raise InputError(
+                f"{tensors.files[name]}: {name!r} {rows} for {len(tokens)} tokens does not fit {base[1]!r} {shape}; "
+                "the base model may be another"
+            )
+        return cls(tensors.files[name], shape, base, (tensors, name), tokens)
+
+    def computed(self) -> Tensor:
+        whole = self.base[0].matrix(self.base[1]).clone()
+        whole[self.tokens] = self.rows[0].matrix(self.rows[1]).to(whole.dtype)
+        return whole
+
+
 def _matrix_shape(tensors: Tensors, name: str) -> tuple[int, int]:
     if len(shape := tensors.shape(name)) != 2 or not shape[0]:
         raise InputError(f"{tensors.files[name]}: damaged: {name!r} has shape {shape}; it was not gathered when saved")
     return shape[0], shape[1]
+
+
+def _tokens(config: Mapping[str, Any], module: str, directory: Path) -> list[int]:
+    """Return the tokens that an adapter has rows for, which may be others for each module."""
+    said = config.get("trainable_token_indices") or config.get("token_indices")
+    if isinstance(said, dict):
+        said = next((tokens for name, tokens in said.items() if f".{module}".endswith(f".{name}")), None)
+    if not isinstance(said, list) or not all(isinstance(token, int) for token in said):
+        path = directory / "adapter_config.json"
+        raise InputError(f"{path}: damaged: it does not say which tokens of {module} are trained")
+    return said
 
 
 def _scaling(config: Mapping[str, Any], module: str, directory: Path) -> float:

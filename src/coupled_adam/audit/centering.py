@@ -234,5 +234,5 @@ def _mean(weights: Tensor, name: str) -> Tensor:
         mean += weights[start : start + ROWS].double().sum(0)
     mean /= len(weights)
     if not mean.isfinite().all():
-        raise InputError(f"{name}: not centered: its output embedding contains non-finite values")
+        raise InputError(f"{name}: not centered: its embedding contains non-finite values")
     return mean

@@ -248,7 +248,7 @@ def _embeddings(
     if note is None and output is None and not tied and base is None:
         note = _absent(said, config)
     notes += [*expanded, *(note for note in (note,) if note), *_adapted(found), *_adapted(head or "")]
-    notes += [f"{name} was measured with its LoRA merged into it." for name in (found, head) if name in merged.names]
+    notes += [f"{name} was measured with its adapter merged into it." for name in (found, head) if name in merged.names]
     lacks = output is None and not tied and (note is not None or bool(missing))
     averages = head is None and static_embeddings.is_static(path if path.is_dir() else directory, config)
     origin = Origin(kind, path, head, tensors.files, config, found if averages else None, merged.names)

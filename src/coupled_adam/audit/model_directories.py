@@ -290,8 +290,10 @@ def from_hub(name: str) -> Path:
         if files := files_of_index(directory, index):
             return fetch(sorted({files[tensor].name for tensor in candidates(files) or files}))
     directory = fetch([PICKLE, ADAPTER])
-    if not any((directory / name).exists() for name in (PICKLE, ADAPTER)) and (modules := _modules(directory)):
+    if any((directory / name).exists() for name in (PICKLE, ADAPTER)):
+        return directory
+    if modules := _modules(directory):
         folders = [path for module in modules if (path := module.get("path"))]
         needed = (*DESCRIPTION, *WORD_LISTS, SAFETENSORS, PICKLE)
         return fetch([f"{folder}/{file}" for folder in folders for file in needed])
-    return directory
+    return fetch(["vocab/vectors*", "vocab/key2row", "vocab/strings.json"])  # a pipeline of spaCy

@@ -39,6 +39,8 @@ class _Ignored:
 
     def __setstate__(self, _: object) -> None: ...
 
+    def __setitem__(self, _: object, value: object) -> None: ...
+
 
 class _IgnoredDict:
     """The same for dictionaries that are more than that: torch sets items of none but these."""

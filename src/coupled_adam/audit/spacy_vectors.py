@@ -99,8 +99,10 @@ def reason_against_writing(directory: Path) -> str | None:
     if read_vocabulary(folder).words is None:
         return "the vectors of floret are those of n-grams, of which words have several; center the vectors of words"
     pipeline = folder.parent
-    if folder == directory or not (pipeline / "meta.json").exists():
+    if folder == directory:
         return None
+    if not (pipeline / "meta.json").exists():
+        return "only its vocabulary is here; download the whole pipeline (hf download NAME --local-dir DIR)"
     components = read_json(pipeline / "meta.json", dict[str, Any]).get("pipeline")
     config = pipeline / "config.cfg"
     if components and (not config.exists() or TAKEN_IN.search(config.read_text(encoding="utf-8", errors="replace"))):
