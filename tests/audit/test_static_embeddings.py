@@ -1,5 +1,6 @@
 """Static embeddings, written and read by the packages they come from: model2vec and sentence-transformers."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -173,13 +174,29 @@ def test_a_copy_of_an_encoder_gives_every_text_the_vector_without_mean_or_compon
     np.testing.assert_allclose(new.encode(TEXTS), wanted, atol=1e-5)
 
 
-def test_an_encoder_that_computes_more_is_not_static(tmp_path: Path) -> None:
-    modules = [*SENTENCES["words"](), Dense(H, 4)]
+MORE: dict[str, Callable[[], list[Any]]] = {
+    "another layer": lambda: [*SENTENCES["words"](), Dense(H, 4)],
+    "sums": lambda: [word_embeddings(), Pooling(H, pooling_mode="mean_sqrt_len_tokens")],
+    "two ways": lambda: [word_embeddings(), Pooling(H, pooling_mode=("mean", "max"))],
+}
+
+
+@pytest.mark.parametrize("more", MORE)
+def test_an_encoder_that_computes_more_is_not_static(more: str, tmp_path: Path) -> None:
+    modules = MORE[more]()
     SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "m"))
     found = read_embeddings(str(tmp_path / "m"))
     assert np.array_equal(found.input, E) and found.origin.static is None
     with pytest.raises(InputError, match="no output embedding"):
         center(found, tmp_path / "copy")
+
+
+def test_the_mean_is_known_in_the_configuration_of_earlier_versions(tmp_path: Path) -> None:
+    path = saved("words", tmp_path / "m")
+    config = path / "1_Pooling" / "config.json"
+    for mode, static in (("mean_tokens", True), ("max_tokens", False)):
+        config.write_text(json.dumps({"word_embedding_dimension": H, f"pooling_mode_{mode}": True}))
+        assert (read_embeddings(str(path)).origin.static is not None) == static
 
 
 def test_the_routes_of_an_encoder_are_named(tmp_path: Path) -> None:

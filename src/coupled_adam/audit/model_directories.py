@@ -45,8 +45,10 @@ SAFETENSORS, PICKLE, ADAPTER = "model.safetensors", "pytorch_model.bin", "adapte
 #: The list of the parts of a sentence encoder, of which the first has the embeddings, in a folder named there or here.
 MODULES = "modules.json"
 
-#: Modules whose rows are the vectors of tokens, and those that make no more of them than a mean of length one.
+#: Modules whose rows are the vectors of tokens, and those that make no more of them than a mean of length one; how the
+#: former is said to be taken.
 STATIC, AVERAGING = ("StaticEmbedding", "WordEmbeddings"), ("Pooling", "Normalize")
+MEANS = ("mean", "pooling_mode_mean_tokens")
 
 #: Files that are read by their own name alone.
 OTHER_FILES = (".gguf", ".onnx", ".npy", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".kv", ".vec")
@@ -62,13 +64,15 @@ def folder_of_weights(directory: Path) -> Path:
     """
     if _has_weights(directory):
         return directory
-    for module in _modules(directory):
-        folder = directory / str(module.get("path") or ".")
-        if not folder.resolve().is_relative_to(directory.resolve()):
-            raise InputError(f"{directory / MODULES}: names {str(folder)!r}, which lies outside the model")
-        if _has_weights(folder):
-            return folder
-    return directory
+    folders = (_folder_of(module, directory) for module in _modules(directory))
+    return next((folder for folder in folders if _has_weights(folder)), directory)
+
+
+def _folder_of(module: dict[str, Any], directory: Path) -> Path:
+    folder = directory / str(module.get("path") or ".")
+    if not folder.resolve().is_relative_to(directory.resolve()):
+        raise InputError(f"{directory / MODULES}: names {str(folder)!r}, which lies outside the model")
+    return folder
 
 
 def _has_weights(folder: Path) -> bool:
@@ -77,8 +81,23 @@ def _has_weights(folder: Path) -> bool:
 
 def only_averages(directory: Path) -> bool:
     """Return whether modules.json names the rows of tokens and their mean, and nothing that computes more of them."""
-    kinds = [str(module.get("type")).rpartition(".")[2] for module in _modules(directory)]
-    return bool(kinds) and kinds[0] in STATIC and all(kind in AVERAGING for kind in kinds[1:])
+    modules = _modules(directory)
+    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    if not kinds or kinds[0] not in STATIC or any(kind not in AVERAGING for kind in kinds[1:]):
+        return False
+    pooled = [_folder_of(module, directory) for module, kind in zip(modules, kinds, strict=True) if kind == "Pooling"]
+    return all(_pooling(folder) <= {*MEANS} for folder in pooled)
+
+
+def _pooling(folder: Path) -> set[str]:
+    """Return the ways in which a module pools, by the configuration of this version of it or an earlier one."""
+    path = folder / "config.json"
+    said = _read(path, dict[str, Any]) if path.exists() else {}
+    return {
+        str(value) if value is not True else key
+        for key, value in said.items()
+        if key.startswith("pooling_mode") and value
+    }
 
 
 def _modules(directory: Path) -> list[dict[str, Any]]:
