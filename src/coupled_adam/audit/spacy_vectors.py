@@ -56,8 +56,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     (name,) = tensors.files
     if len(shape := tensors.shape(name)) != 2 or 0 in shape:
         raise InputError(f"{folder}: a pipeline of spaCy without word vectors, as its small ones are (…_sm)")
-    settings = read_json(folder / SETTINGS, dict[str, Any]) if (folder / SETTINGS).exists() else {}
-    if settings.get("mode") == "floret":
+    if _is_floret(folder):
         note = "Vectors of floret: each row is that of a hash of n-grams, not of a word, so words were left out."
         return Vocabulary(tensors, torch.arange(shape[0]), None, [note])
     row_of = _rows_of_words(folder, shape[0])
@@ -68,10 +67,16 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     index = {word: place[row] for word, row in row_of.items()}
     tokens: dict[int, str] = {}
     for word, i in index.items():
-        tokens.setdefault(i, printable(word))
+        if i not in tokens:
+            tokens[i] = printable(word)
     notes = [f"Its {len(index):,} words share {len(rows):,} vectors."] if len(rows) < len(index) else []
     words = Words(tokens, lambda text: [index[text]] if text in index else [], None)
     return Vocabulary(tensors, torch.tensor(rows), words, notes)
+
+
+def _is_floret(folder: Path) -> bool:
+    path = folder / SETTINGS
+    return path.exists() and read_json(path, dict[str, Any]).get("mode") == "floret"
 
 
 def _rows_of_words(folder: Path, count: int) -> dict[str, int]:
@@ -96,7 +101,7 @@ def reason_against_writing(directory: Path) -> str | None:
     """Return why no copy with other vectors can be written; None if one can."""
     folder = vocabulary_in(directory)
     assert folder is not None
-    if read_vocabulary(folder).words is None:
+    if _is_floret(folder):
         return "the vectors of floret are those of n-grams, of which words have several; center the vectors of words"
     pipeline = folder.parent
     if folder == directory:
