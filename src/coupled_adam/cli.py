@@ -495,8 +495,8 @@ def audit_command(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="Directory or name of a transformers model, .safetensors, .gguf, .npy, .npz, word vectors of "
-            "word2vec, GloVe or fastText, or a run."
+            help="Directory or name of a transformers model, a file of tensors (.safetensors, .gguf, .onnx, .pt, .npy, "
+            "…), word or static vectors (word2vec, GloVe, fastText, gensim, spaCy, model2vec), or a run."
         ),
     ],
     benchmarks: Annotated[Path | None, typer.Option(help="Directory of word-similarity benchmarks.")] = None,
@@ -507,14 +507,15 @@ def audit_command(
         Path | None,
         typer.Option(
             "--center",
-            help="Write a copy with a centered output embedding (predictions unchanged), or centered word vectors.",
+            help="Write a copy with a centered output embedding (predictions unchanged), or centered word or static "
+            "vectors.",
         ),
     ] = None,
     without_top_to: Annotated[
         Path | None,
         typer.Option(
             "--all-but-the-top",
-            help="Write a copy of word vectors, or of an array, without mean and first principal components.",
+            help="Write a copy of word or static vectors, or of an array, without mean and first principal components.",
         ),
     ] = None,
     quiet: Quiet = False,

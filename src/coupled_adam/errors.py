@@ -96,6 +96,8 @@ def printable(text: str, keep: str = "") -> str:
         >>> printable("a\x1b[31mb\n")
         'a\\x1b[31mb\\n'
     """
+    if text.isprintable():  # the words of a vocabulary nearly always are
+        return text
     return "".join(c if c in keep or not _is_control(c) else ascii(c)[1:-1] for c in text)
 
 

@@ -526,7 +526,7 @@ def test_folders_of_which_something_is_wrong(tmp_path: Path) -> None:
     only_gguf = tmp_path / "only"
     only_gguf.mkdir()
     (only_gguf / "m.Q4.gguf").touch()
-    with pytest.raises(InputError, match=r"name the file to read: m\.Q4\.gguf"):
+    with pytest.raises(InputError, match=r"name what to read of it: m\.Q4\.gguf"):
         read_embeddings(str(only_gguf))
 
 

@@ -120,6 +120,7 @@ def test_files_are_known_by_their_content(name: str, write: Callable[[Path], obj
         (pathlib.PurePosixPath("x"), "pathlib.PurePosixPath"),
         (torch.nn.Embedding(3, 2), "torch.nn.modules.sparse.Embedding"),
         (collections.deque([1]), "collections.deque"),
+        (slice(1, 2), "builtins.slice"),
         (np.random.default_rng(0), r"numpy\.random\._pickle\.\w+"),
     ],
 )

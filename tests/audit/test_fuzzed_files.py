@@ -9,9 +9,13 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import onnx
 import pytest
 import torch
+from gensim.models import KeyedVectors
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
+from spacy.vocab import Vocab
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from coupled_adam.audit.embedding_files import read_embeddings
@@ -32,6 +36,35 @@ def write_gguf(path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_gensim(path: Path) -> None:
+    vectors = KeyedVectors(12)
+    vectors.add_vectors([f"w{i}" for i in range(40)], MATRIX.numpy())
+    vectors.save(str(path))
+
+
+def write_onnx(path: Path) -> None:
+    ids, out = (
+        helper.make_tensor_value_info(name, kind, None)
+        for name, kind in (("input_ids", TensorProto.INT64), ("out", TensorProto.FLOAT))
+    )
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "s"], ["x"]),
+        helper.make_node("Gather", ["e", "input_ids"], ["h"]),
+        helper.make_node("MatMul", ["h", "x"], ["out"]),
+    ]
+    constants = {"e": MATRIX.numpy(), "q": np.ones((12, 40), np.int8), "s": np.float32(0.5)}
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [ids], [out], tensors)), path)
+
+
+def write_vocabulary(path: Path) -> None:
+    made = Vocab()
+    for number, row in enumerate(MATRIX.numpy()):
+        made.set_vector(f"w{number}", row)
+    made.vectors.resize(MATRIX.shape)
+    made.to_disk(path.parent)
 
 
 def write_model(directory: Path, described: str, text: str) -> None:
@@ -59,6 +92,9 @@ FILES: dict[str, Callable[[Path], object]] = {
     "m.bin": lambda path: torch.save(STATE, path),
     "legacy.pt": lambda path: torch.save(STATE, path, _use_new_zipfile_serialization=False),
     "m.gguf": write_gguf,
+    "m.kv": write_gensim,
+    "m.onnx": write_onnx,
+    "v/key2row": write_vocabulary,
     "a/config.json": lambda path: write_model(path.parent, path.name, CONFIG),
     "b/model.safetensors.index.json": lambda path: write_model(path.parent, path.name, INDEX),
     "c/tokenizer.json": write_tokenizer,

@@ -12,6 +12,7 @@ from coupled_adam.audit.verdict import (
     too_few_for_isotropy,
     too_few_for_shift,
 )
+from coupled_adam.audit.word_vectors import is_word_format
 from coupled_adam.geometry import Measurements
 
 __all__ = ["Advice"]
@@ -90,6 +91,10 @@ def _about_a_shift(found: Embeddings, kind: str, measured: Measurements) -> Advi
             "Before you compare rows by cosine, subtract their mean (from queries too). If this is the output "
             f"embedding of an untied model, --center COPY writes a centered copy.{rest}",
         )
+    origin = found.origin
+    if (origin.static or origin.kind == "spaCy" or is_word_format(origin.kind)) and reason_against(found) is None:
+        rest = f" {_dominating(measured)}" if helped_by_removal(measured) else ""
+        return Advice("Features", f"Add --center COPY: it writes the same vectors with their mean subtracted.{rest}")
     return Advice("Features", f"Leave the model as it is. {as_features}")
 
 

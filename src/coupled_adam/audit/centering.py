@@ -1,35 +1,26 @@
 """A copy of a model whose output embedding has its mean at the origin, where that changes no prediction."""
 
-import json
 import re
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 from zipfile import is_zipfile
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from coupled_adam.audit import model_directories, tensor_files, word_vectors
+from coupled_adam.audit import gensim_files, model_directories, spacy_vectors, static_embeddings
 from coupled_adam.audit.embedding_files import Embeddings, Origin
-from coupled_adam.audit.model_copy import files_to_copy
-from coupled_adam.audit.word_vectors import WordFormat, is_word_format
+from coupled_adam.audit.rewriting import ROWS, write_copy
+from coupled_adam.audit.tensor_files import safetensors_in
+from coupled_adam.audit.word_vectors import is_word_format
 from coupled_adam.errors import InputError
-from coupled_adam.files import output_path, write_array, written_whole
+from coupled_adam.files import output_path
 from coupled_adam.geometry import Statistics
 from coupled_adam.geometry.post_processing import all_but_the_top, isotropy_components, principal_components
 
 __all__ = ["Centered", "WithoutTop", "center", "remove_top"]
-
-if TYPE_CHECKING:
-    from gensim.models import KeyedVectors
-
-#: Rows that are held in float64 at a time.
-ROWS = 4096
 
 #: Keys of a configuration that cap the logits, and those that cap something else.
 CAPS, OTHER_CAPS = re.compile(r"soft_?cap|logits?_cap"), re.compile(r"att(entio)?n|router|mlp")
@@ -74,7 +65,8 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
     change as much as by rounding the weights once more. Everything else is copied byte for byte, except that weights in
     other formats than the one that was read are left out.
 
-    Of word vectors, which predict nothing, it is all that a comparison by cosine needs.
+    Word vectors, and static embeddings (model2vec, sentence-transformers), predict nothing: subtracting their mean is
+    what a comparison by cosine needs. The mean of static embeddings is subtracted from the vector of every text too.
 
     Args:
         embeddings: of the model, from ``coupled_adam.audit.embedding_files.read_embeddings``.
@@ -96,40 +88,31 @@ def center(embeddings: Embeddings, out: Path) -> Centered:
     if reason := reason_against(embeddings):
         raise InputError(f"{embeddings.name}: not centered: {reason}")
     out = _place_of_copy(out, source)
+    matrix = embeddings.input if embeddings.output is None else embeddings.output
+    mean = _mean(matrix, embeddings.name)
+    rounding = write_copy(origin, out, lambda rows: rows - mean)
+    name = origin.head or origin.static or ("embedding" if origin.kind == "numpy" else "vectors")
+    return Centered(out, name, mean.norm().item(), rounding, _condition(origin))
+
+
+def _condition(origin: Origin) -> str | None:
     if origin.kind == "numpy":
-        return _center_array(source, out)
-    if is_word_format(origin.kind):
-        return _center_words(source, origin.kind, out)
-    assert origin.head is not None
-    if missing := sorted({path.name for path in origin.files.values() if not path.exists()}):
-        raise InputError(
-            f"{source}: lacks {', '.join(missing[:3])}; download the whole model (hf download NAME --local-dir DIR)"
-        )
-    held = {path.name for path in origin.files.values()}
-    copied = files_to_copy(source, held) if source.is_dir() else []
-    file = origin.files[origin.head]
-    weights = tensor_files.safetensors_in({origin.head: file}).stored(origin.head)
-    mean = _mean(weights, embeddings.name)
-    with written_whole(out) as aside:
-        if source.is_dir():
-            _copy(copied, aside)
-        else:
-            shutil.copyfile(source, aside)
-        rounding = _overwrite(aside / file.name if source.is_dir() else aside, origin.head, weights, mean)
-    condition = None
-    if origin.config is None:
-        condition = "no config.json next to the file: the model must not cap its logits (soft-capping)"
-    return Centered(out, origin.head, mean.norm().item(), rounding, condition)
+        return "it must be the output embedding of an untied model that does not cap its logits"
+    if origin.head is not None and origin.config is None:
+        return "no config.json next to the file: the model must not cap its logits (soft-capping)"
+    return None
 
 
 def remove_top(embeddings: Embeddings, out: Path) -> WithoutTop:
-    """Write a copy of word vectors, or of an array, without their mean and first ⌈H/100⌉ principal components.
+    """Write a copy of word vectors, static embeddings or an array without mean and first ⌈H/100⌉ principal components.
 
     It changes what a model predicts, so it is for vectors that are compared, not for the embeddings inside of a model.
 
     Args:
-        embeddings: from ``coupled_adam.audit.embedding_files.read_embeddings``, of word2vec, GloVe or .npy.
-        out: the copy, which must not exist, with the suffix of the original; written completely or not at all.
+        embeddings: from ``coupled_adam.audit.embedding_files.read_embeddings``, of word2vec, GloVe, model2vec, static
+            modules of sentence-transformers, or .npy.
+        out: the copy, which must not exist: a directory if the model is one, else a file with the suffix of the
+            original. It is written completely or not at all.
 
     Returns:
         What was written and removed.
@@ -146,9 +129,10 @@ def remove_top(embeddings: Embeddings, out: Path) -> WithoutTop:
         ```
     """
     origin, source = embeddings.origin, embeddings.origin.path
-    if not (is_word_format(origin.kind) or origin.kind == "numpy"):
+    if not (is_word_format(origin.kind) or origin.kind in ("numpy", "spaCy") or origin.static):
         raise InputError(
-            f"{embeddings.name}: All-but-the-Top is for word vectors and arrays; in a model it would change predictions"
+            f"{embeddings.name}: All-but-the-Top is for word vectors, static embeddings and arrays; in a model it "
+            "would change predictions"
         )
     if reason := reason_against(embeddings):
         raise InputError(f"{embeddings.name}: not written: {reason}")
@@ -158,22 +142,14 @@ def remove_top(embeddings: Embeddings, out: Path) -> WithoutTop:
     without = all_but_the_top(shared, top)
     before = after = 0.0
 
-    def made(rows: NDArray[Any]) -> NDArray[np.float64]:
+    def made(rows: Tensor) -> Tensor:
         nonlocal before, after
-        new: NDArray[np.float64] = without(rows.astype(np.float64))
-        before += float(((rows - mean.numpy()) ** 2).sum())
+        new = torch.from_numpy(without(rows.numpy()))
+        before += float(((rows - mean) ** 2).sum())
         after += float((new**2).sum())
         return new
 
-    if origin.kind == "numpy":
-        stored = np.load(source, allow_pickle=False, mmap_mode="r")
-        result = np.empty_like(stored)
-        for start in range(0, len(stored), ROWS):
-            result[start : start + ROWS] = made(stored[start : start + ROWS])
-        with written_whole(out) as aside:
-            write_array(aside, result)
-    else:
-        _rewrite_words(word_vectors.read_vectors(source, origin.kind)[0], origin.kind, out, made)
+    write_copy(origin, out, made)
     return WithoutTop(out, mean.norm().item(), top.shape[1], 1 - after / before if before > 0 else 0.0)
 
 
@@ -190,6 +166,7 @@ UNWRITABLE = {
     "fastText": "the vectors of n-grams in a model of fastText cannot be changed with those of words; save the latter "
     "as word2vec text with gensim (load_facebook_vectors(FILE).save_word2vec_format('words.vec')), and center that",
     "gguf": "a GGUF file cannot be written without loss; center the model it was made from, then convert that",
+    "onnx": "an ONNX file cannot be written; center the model it was exported from, then export that",
     "run": "a run must be exported first (coupled-adam export)",
     "pickle": "pickle files cannot be written; convert the model to safetensors",
 }
@@ -200,16 +177,24 @@ def reason_against(embeddings: Embeddings) -> str | None:
     origin = embeddings.origin
     if origin.kind in UNWRITABLE:
         return UNWRITABLE[origin.kind]
+    if origin.kind == "gensim":
+        return gensim_files.reason_against_writing(origin.path)
+    if origin.kind == "spaCy":
+        return spacy_vectors.reason_against_writing(origin.path)
     if is_word_format(origin.kind):
         return None
     if origin.kind == "numpy":
         return ".npz files cannot be written; save the output embedding as .npy" if is_zipfile(origin.path) else None
+    if origin.static is not None:
+        return _reason_in_static(origin, origin.static)
     if embeddings.tied:
         return "its input and output embeddings are one matrix, so its inputs would change too"
     if embeddings.lacks_output:
         return " ".join(embeddings.notes)
     if origin.path.is_file() and len(set(origin.files.values())) > 1:
         return "the file is one part of the model; pass the directory"
+    if origin.head in origin.merged:
+        return "its output embedding is a base and an adapter; merge them first (merge_and_unload)"
     if embeddings.output is None or origin.head is None:
         return "it has no output embedding"
     prefix = origin.head.removesuffix("weight")
@@ -218,8 +203,14 @@ def reason_against(embeddings: Embeddings) -> str | None:
     return None if origin.config is None else _reason_in_config(origin, origin.config)
 
 
+def _reason_in_static(origin: Origin, name: str) -> str | None:
+    file = origin.files[name]
+    tensors = safetensors_in({n: path for n, path in origin.files.items() if path == file})
+    return static_embeddings.reason_against_writing(tensors, name)
+
+
 def _reason_in_config(origin: Origin, stated: dict[str, Any]) -> str | None:
-    config = model_directories.full_config(origin.path if origin.path.is_dir() else origin.path.parent)
+    config = model_directories.full_config(next(iter(origin.files.values())).parent)
     if config is None:
         kind = stated.get("model_type")
         return f"transformers does not know the model type {kind!r}, so it is unknown how its logits are computed"
@@ -236,44 +227,6 @@ def _caps(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _center_array(source: Path, out: Path) -> Centered:
-    stored = np.load(source, allow_pickle=False, mmap_mode="r")
-    weights = tensor_files.arrays_in(source).stored("embedding")
-    mean = _mean(weights, source.name)
-    result, rounding = np.empty_like(stored), 0.0
-    for start, rows, error in _centered(weights, mean):
-        result[start : start + len(rows)] = rows.numpy()
-        rounding = max(rounding, error)
-    with written_whole(out) as aside:
-        write_array(aside, result)
-    condition = "it must be the output embedding of an untied model that does not cap its logits"
-    return Centered(out, "embedding", mean.norm().item(), rounding, condition)
-
-
-def _center_words(source: Path, kind: WordFormat, out: Path) -> Centered:
-    vectors, _ = word_vectors.read_vectors(source, kind)
-    mean, rounding = _mean(torch.from_numpy(vectors.vectors), source.name), 0.0
-
-    def made(rows: NDArray[Any]) -> NDArray[np.float64]:
-        nonlocal rounding
-        exact: NDArray[np.float64] = rows.astype(np.float64) - mean.numpy()
-        rounding = max(rounding, float(np.linalg.norm(exact.astype(np.float32) - exact, axis=1).max()))
-        return exact
-
-    _rewrite_words(vectors, kind, out, made)
-    return Centered(out, "vectors", mean.norm().item(), rounding, None)
-
-
-def _rewrite_words(
-    vectors: "KeyedVectors", kind: WordFormat, out: Path, made: Callable[[NDArray[Any]], NDArray[np.float64]]
-) -> None:
-    """Write words with other vectors, which replace the given ones some rows at a time."""
-    for start in range(0, len(vectors), ROWS):
-        vectors.vectors[start : start + ROWS] = made(vectors.vectors[start : start + ROWS])
-    with written_whole(out) as aside:
-        word_vectors.write_vectors(vectors, aside, kind)
-
-
 def _mean(weights: Tensor, name: str) -> Tensor:
     """Compute the mean row, float64 (H,)."""
     mean = torch.zeros(weights.shape[1], dtype=torch.float64)
@@ -281,42 +234,5 @@ def _mean(weights: Tensor, name: str) -> Tensor:
         mean += weights[start : start + ROWS].double().sum(0)
     mean /= len(weights)
     if not mean.isfinite().all():
-        raise InputError(f"{name}: not centered: its output embedding contains non-finite values")
+        raise InputError(f"{name}: not centered: its embedding contains non-finite values")
     return mean
-
-
-def _centered(weights: Tensor, mean: Tensor) -> Iterator[tuple[int, Tensor, float]]:
-    """Yield W − μ in the type of W, some rows at a time: index of the first, the rows, largest rounding error."""
-    for start in range(0, len(weights), ROWS):
-        exact = weights[start : start + ROWS].double() - mean
-        rows = exact.to(weights.dtype)
-        yield start, rows, (rows.double() - exact).norm(dim=1).max().item()
-
-
-def _copy(files: Sequence[tuple[Path, Path]], target: Path) -> None:
-    """Copy contents without their permissions: what the cache of the hub holds is not to be written to."""
-    for name, content in files:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(content, target / name, follow_symlinks=False)
-
-
-def _overwrite(path: Path, name: str, weights: Tensor, mean: Tensor) -> float:
-    """Put W − μ in the place of a tensor of a safetensors file. Returns the largest error of rounding of a row.
-
-    In place, so that the order, the metadata and all other tensors stay as they are, and none of them is read.
-    """
-    rounding = 0.0
-    with path.open("r+b") as file:
-        begin = _place(file, name)
-        file.seek(begin)
-        for _, rows, error in _centered(weights, mean):
-            file.write(rows.contiguous().view(torch.uint8).numpy().tobytes())
-            rounding = max(rounding, error)
-    return rounding
-
-
-def _place(file: IO[bytes], name: str) -> int:
-    """Find where the bytes of a tensor begin: after the header's length (8 bytes), the header, and its offset there."""
-    length = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(length))
-    return 8 + length + int(header[name]["data_offsets"][0])

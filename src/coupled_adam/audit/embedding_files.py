@@ -12,7 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coupled_adam.audit import gguf, model_directories, tensor_files, word_vectors
+from coupled_adam.audit import (
+    adapters,
+    gensim_files,
+    gguf,
+    model_directories,
+    onnx_files,
+    spacy_vectors,
+    static_embeddings,
+    tensor_files,
+    word_vectors,
+)
 from coupled_adam.audit.embedding_names import (
     find_input,
     find_output,
@@ -31,14 +41,15 @@ from coupled_adam.lm.words import Words
 
 __all__ = ["Embeddings", "Origin", "read_embeddings"]
 
-Kind = Literal["safetensors", "pickle", "gguf", "numpy", "run"] | WordFormat
+Kind = Literal["safetensors", "pickle", "gguf", "onnx", "numpy", "run", "spaCy"] | WordFormat
 """The format that embeddings were read from; ``"run"`` for a run of this package. Word vectors have one of the formats
-``"word2vec text"``, ``"word2vec binary"``, ``"GloVe"`` and ``"fastText"``."""
+``"word2vec text"``, ``"word2vec binary"``, ``"GloVe"``, ``"fastText"`` and ``"gensim"``."""
 
 #: What a file should be by its name, where its first bytes do not tell.
 SUFFIXES: dict[str, Format] = {
     ".safetensors": "safetensors",
     ".gguf": "gguf",
+    ".onnx": "onnx",
     **dict.fromkeys((".npy", ".npz"), "numpy"),
     **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), "pickle"),
 }
@@ -67,6 +78,10 @@ class Origin:
     """The file of each tensor of the model, by the tensor's name."""
     config: dict[str, Any] | None = None
     """The content of config.json; None without one."""
+    static: str | None = None
+    """The name of the tensor with the vectors of a model that only averages them; None for other models."""
+    merged: tuple[str, ...] = ()
+    """The names of embeddings that are in no file as they are, but as a base and an adapter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +115,9 @@ def read_embeddings(model: str, *, tensor: str | None = None, data: Path | None 
 
     Args:
         model: a Hugging Face model directory; the name of a model on the Hub; a .safetensors, .gguf, .npy or .npz file;
-            a file of torch.save; word vectors of word2vec, GloVe or fastText; or the directory of a run of this
-            package, of which the last checkpoint is read. The format of a file is recognized by its first bytes, else
-            by its name.
+            a file of torch.save; word vectors of word2vec, GloVe, fastText or gensim; or the directory of a run of
+            this package, of which the last checkpoint is read. The format of a file is recognized by its first bytes,
+            else by its name.
         tensor: the name of the tensor to read instead of the embeddings. It is returned as ``input``.
         data: the corpus, for a run of this package; None for where it was during training.
 
@@ -138,15 +153,19 @@ def _read(model: str, tensor: str | None, data: Path | None) -> Embeddings:
 
 
 def _read_directory(directory: Path, name: str, tensor: str | None) -> Embeddings:
+    if (vocabulary := spacy_vectors.vocabulary_in(directory)) is not None:
+        return _read_vocabulary(directory, vocabulary, name, tensor)
     folder = model_directories.folder_of_weights(directory)
     tensors, missing = model_directories.weights_in(folder)
-    return _embeddings(tensors, name, _kind(tensors), folder, folder, tensor, missing)
+    return _embeddings(tensors, name, _kind(tensors), directory, folder, tensor, missing)
 
 
 def _read_file(path: Path, tensor: str | None) -> Embeddings:
     name, kind = _short_name(path), format_of(path) or SUFFIXES.get(path.suffix.lower())
     if kind == "gguf":
         return _read_gguf(path, name, tensor)
+    if kind == "onnx":
+        return _read_onnx(path, name, tensor)
     if kind in ("safetensors", "pickle"):
         tensors, missing = model_directories.weights_of_part(path, kind == "pickle")
         return _embeddings(tensors, name, kind, path, path.parent, tensor, missing)
@@ -170,10 +189,23 @@ def _read_word_vectors(path: Path, name: str, kind: WordFormat, tensor: str | No
         notes.append(f"{repeated:,} of its {said:,} words occur a second time and were left out.")
     if kind == "fastText":
         notes.append("The vectors of the words in its vocabulary, each with those of its character n-grams.")
+    if kind == "gensim" and (holder := gensim_files.class_of(path)) not in gensim_files.VECTORS_ALONE:
+        notes.append(f"Of this {holder} of gensim, the vectors of its words.")
     matrix = torch.from_numpy(vectors.vectors)
+    matrix = matrix if matrix.dtype == torch.float64 else matrix.to(torch.float32)
     return Embeddings(
         name, Origin(kind, path), matrix, words=word_vectors.words_of_vectors(vectors), notes=tuple(notes)
     )
+
+
+def _read_vocabulary(directory: Path, folder: Path, name: str, tensor: str | None) -> Embeddings:
+    if tensor is not None:
+        raise InputError(f"{directory}: has no tensors, only the vectors of its words; leave out --tensor {tensor}")
+    found = spacy_vectors.read_vocabulary(folder)
+    (only,) = found.tensors.files
+    matrix = found.tensors.matrix(only)[found.rows]
+    origin = Origin("spaCy", directory, None, found.tensors.files)
+    return Embeddings(name, origin, matrix, words=found.words, notes=tuple(found.notes))
 
 
 def _embeddings(
@@ -185,9 +217,13 @@ def _embeddings(
     tensor: str | None,
     missing: str | None = None,
 ) -> Embeddings:
-    """Read those of a model whose configuration and tokenizer, if any, lie in ``directory``."""
+    """Read those of the model at ``path`` whose configuration and tokenizer, if any, lie in ``directory``."""
     config, base = model_directories.read_config(directory), model_directories.base_of_adapter(directory)
+    merged = adapters.merged(tensors, directory) if tensor is None else adapters.Merged(tensors)
+    tensors = merged.tensors
     words, no_words = model_directories.words_in(directory)
+    if words is None and no_words is None and merged.base is not None:
+        words, no_words = model_directories.words_in(merged.base)
     notes = [note for note in (missing, no_words) if note]
     if base is not None:
         notes.append(f"An adapter: the rest of the model is in its base model {base} and was not measured.")
@@ -204,7 +240,7 @@ def _embeddings(
             f"{path}: an adapter; its input embeddings are in its base model {base}: audit that, or name one of the "
             f"adapter's matrices ({largest_matrices(tensors)})"
         )
-    matrix, found, expanded = _expanded(tensors, found or _lone(tensors), path, missing)
+    matrix, found, expanded = _input(tensors, found or _lone(tensors), path, missing, config)
     head, output, note = _output(tensors, found, matrix)
     tied = _tied(said, head, matrix, output, config)
     if tied:
@@ -212,29 +248,24 @@ def _embeddings(
     if note is None and output is None and not tied and base is None:
         note = _absent(said, config)
     notes += [*expanded, *(note for note in (note,) if note), *_adapted(found), *_adapted(head or "")]
+    notes += [f"{name} was measured with its adapter merged into it." for name in (found, head) if name in merged.names]
     lacks = output is None and not tied and (note is not None or bool(missing))
-    origin = Origin(kind, path, head, tensors.files, config)
+    averages = head is None and static_embeddings.is_static(path if path.is_dir() else directory, config)
+    origin = Origin(kind, path, head, tensors.files, config, found if averages else None, merged.names)
     return Embeddings(name, origin, matrix, output, False if note else tied, lacks, tuple(notes), words)
 
 
-def _expanded(tensors: Tensors, found: str | None, path: Path, missing: str | None) -> tuple[Tensor, str, list[str]]:
+def _input(
+    tensors: Tensors, found: str | None, path: Path, missing: str | None, config: dict[str, Any] | None = None
+) -> tuple[Tensor, str, list[str]]:
     """Read the token embedding. Returns it, its name, and what was done to it in sentences."""
-    if found is None and missing:
-        raise InputError(f"{path}: {missing} The token embedding is in a missing part; {_named(tensors)}")
-    matrix = _matrix(tensors, found, path)
-    assert found is not None
-    mapping = tensors.shape("mapping") if "mapping" in tensors.files else ()
-    if found.rpartition(".")[2] != "embeddings" or len(mapping) != 1:
-        return matrix, found, []
-    # model2vec with a quantized vocabulary: each token has the index of a vector, and a weight.
-    places, count = tensors.stored("mapping"), len(matrix)
-    if places.is_floating_point() or not len(places) or places.min() < 0 or places.max() >= count:
-        raise InputError(f"{path}: damaged: 'mapping' names rows that 'embeddings' does not have")
-    matrix = matrix[places.long()]
-    if "weights" in tensors.files and tensors.shape("weights") == mapping:
-        matrix = matrix * tensors.stored("weights").to(matrix.dtype)[:, None]
-    note = f"Its {len(matrix):,} tokens share {count:,} vectors (model2vec); there is one row per token."
-    return matrix, found, [note]
+    if found is None:
+        if missing:
+            raise InputError(f"{path}: {missing} The token embedding is in a missing part; {_named(tensors)}")
+        raise none_found(str(path), tensors)
+    stored = static_embeddings.stored_rows(tensors, found, config)
+    matrix, notes = static_embeddings.rows_per_token(tensors, found, stored, path)
+    return matrix, found, notes
 
 
 def _named(tensors: Tensors) -> str:
@@ -292,7 +323,7 @@ def _read_gguf(path: Path, name: str, tensor: str | None) -> Embeddings:
     origin = Origin("gguf", path, None, tensors.files)
     if tensor is not None:
         return Embeddings(name, origin, _matrix(tensors, tensor, path), words=words, notes=tuple(notes))
-    matrix, _, _ = _expanded(tensors, find_input(tensors), path, missing)
+    matrix, _, _ = _input(tensors, find_input(tensors), path, missing)
     output = None
     if has_output := "output.weight" in tensors.files:
         try:
@@ -303,6 +334,47 @@ def _read_gguf(path: Path, name: str, tensor: str | None) -> Embeddings:
     # Without a matrix of its own llama.cpp takes the token embedding, but encoders, which pool, predict nothing.
     tied = None if lacks else output is None and not gguf.is_encoder(metadata)
     return Embeddings(name, origin, matrix, output, tied, lacks, tuple(notes), words)
+
+
+def _read_onnx(path: Path, name: str, tensor: str | None) -> Embeddings:
+    model = onnx_files.Model(path)
+    # Exporters put the graph into a folder of the model.
+    described = (directory for directory in (path.parent, path.parent.parent) if _describes(directory))
+    directory = next(described, path.parent)
+    config = model_directories.read_config(directory)
+    words, no_words = model_directories.words_in(directory)
+    notes, origin = [no_words] if no_words else [], Origin("onnx", path, None, model.tensors.files, config)
+    if tensor is not None:
+        return Embeddings(name, origin, _matrix(model.tensors, tensor, path), words=words, notes=tuple(notes))
+    table, output, lacks = model.find_input(), None, False
+    if table is None:
+        lone = only_matrix(model.tensors)
+        if lone is None:
+            raise none_found(str(path), model.tensors)
+        table = onnx_files.Table(lone)
+    matrix = model.matrix(table)
+    try:
+        head = model.find_output(*matrix.shape)
+        if head is not None and head.name != table.name:
+            output = model.matrix(head)
+    except PackedError as error:
+        lacks, head = True, None
+        notes.append(f"Its output embedding was not measured: {error}.")
+    notes += [
+        f"{found.name} is quantized, and was measured as the model dequantizes it."
+        for found in dict.fromkeys((table, head))
+        if found is not None and found.scale is not None
+    ]
+    tied: bool | None = False
+    if head is not None:
+        tied = output is None or (output.shape == matrix.shape and bool((output == matrix).all()))
+    elif not lacks and (config is None or model_directories.predicts(config) is not False):
+        tied = None
+    return Embeddings(name, origin, matrix, None if tied else output, tied, lacks, tuple(notes), words)
+
+
+def _describes(directory: Path) -> bool:
+    return any((directory / name).exists() for name in ("config.json", "tokenizer.json"))
 
 
 def _read_run(directory: Path, tensor: str | None, data: Path | None) -> Embeddings:

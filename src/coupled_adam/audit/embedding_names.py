@@ -22,6 +22,7 @@ INPUT = (
     "embeddings.weight",  # Mamba, RWKV in transformers, XLM
     "embedding.weight",  # Mamba as its authors published it, static embeddings
     "emb.weight",  # RWKV as its authors published it
+    "emb_layer.weight",  # WordEmbeddings of sentence-transformers
 )
 
 #: How the name of an output embedding ends.

@@ -10,7 +10,7 @@ from coupled_adam.audit.word_vectors import WordFormat, word_format_of
 from coupled_adam.errors import InputError, printable
 from coupled_adam.files import check_no_pointer
 
-Format = Literal["safetensors", "gguf", "numpy", "pickle"] | WordFormat
+Format = Literal["safetensors", "gguf", "onnx", "numpy", "pickle"] | WordFormat
 
 #: Bytes that are looked at: the first line of a text file with thousands of figures.
 HEAD = 16384
@@ -29,6 +29,9 @@ FOREIGN = {
 
 #: How pickles begin: by the number of their protocol, or, in protocol 0, with a dictionary, a list or a class in text.
 PICKLE = re.compile(rb"\x80[\x01-\x05]|\([dl]p\d+\n|c[\w.]+\n[\w.]+\n")
+
+#: How an ONNX model begins: with the version of the format, and one of the fields that come next.
+ONNX = re.compile(rb"\x08[\x01-\x1f](\x12.[\w. -]|\x1a.[\w. -]|[\x22\x28\x32\x3a\x42])", re.DOTALL)
 
 #: How a page of a web site begins.
 PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml")
@@ -78,7 +81,9 @@ def format_of(path: Path) -> Format | None:
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
         return "safetensors"
     if PICKLE.match(head):
-        return "pickle"
+        return word_format_of(head) or "pickle"  # gensim's own, or of torch.save
+    if ONNX.match(head):
+        return "onnx"
     if head.startswith(b"PK\x03\x04"):
         return _format_of_archive(path)
     for beginning, what in FOREIGN.items():
@@ -96,8 +101,8 @@ def format_of(path: Path) -> Format | None:
 
 #: What is read, for messages.
 READ = (
-    "supported are .safetensors, .gguf, .npy, .npz, files written by torch.save, and word vectors of word2vec, GloVe "
-    "and fastText"
+    "supported are .safetensors, .gguf, .onnx, .npy, .npz, files written by torch.save, and word vectors of word2vec, "
+    "GloVe, fastText and gensim"
 )
 
 

@@ -13,7 +13,7 @@ OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ggu
 REMEDY = "delete it, or replace it with the file itself"
 
 
-def files_to_copy(source: Path, weights: Collection[str]) -> list[tuple[Path, Path]]:
+def files_to_copy(source: Path, weights: Collection[str] | None) -> list[tuple[Path, Path]]:
     """List what a copy of a model consists of: each file's name relative to ``source``, and where its content lies.
 
     Hidden files and weights in other forms than those named are left out. A link counts as the file that it points at,
@@ -21,7 +21,7 @@ def files_to_copy(source: Path, weights: Collection[str]) -> list[tuple[Path, Pa
 
     Args:
         source: directory of the model.
-        weights: names of the files in ``source`` that hold the weights.
+        weights: the files in ``source`` that hold the weights, relative to it; None to leave out nothing.
 
     Raises:
         InputError: a link points at a directory, at nothing, at a hidden file, or out of the model; or there is
@@ -31,15 +31,16 @@ def files_to_copy(source: Path, weights: Collection[str]) -> list[tuple[Path, Pa
     return [(name, _content(source / name, root)) for name in _names(source, Path(), weights)]
 
 
-def _names(source: Path, below: Path, weights: Collection[str]) -> Iterator[Path]:
+def _names(source: Path, below: Path, weights: Collection[str] | None) -> Iterator[Path]:
     try:
         entries = sorted(os.scandir(source / below), key=lambda entry: entry.name)
     except OSError as error:
         raise InputError(f"{source / below}: not copied: {error.strerror}") from None
     for entry in entries:
         name = below / entry.name
-        kept_weights = not below.parts and entry.name in weights
-        if entry.name.startswith(".") or (entry.name.endswith(OTHER_WEIGHTS) and not kept_weights):
+        if entry.name.startswith("."):
+            continue
+        if weights is not None and entry.name.endswith(OTHER_WEIGHTS) and name.as_posix() not in weights:
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from _names(source, name, weights)

@@ -11,7 +11,7 @@ from coupled_adam.audit.embedding_names import candidates
 from coupled_adam.audit.first_bytes import check_downloaded
 from coupled_adam.audit.pickles import pickle_in, pickles_in
 from coupled_adam.audit.tensor_files import Tensors, parsed, parts_beside, safetensors_in, safetensors_names
-from coupled_adam.errors import InputError, one_line
+from coupled_adam.errors import InputError, one_line, printable
 from coupled_adam.files import read_json
 from coupled_adam.lm.words import Words, words_of
 
@@ -31,6 +31,9 @@ DESCRIPTION = [
 #: Architectures whose name says that they predict tokens. Others read them, and have no output embedding.
 PREDICTS = re.compile(r"CausalLM|LMHead|MaskedLM|ConditionalGeneration|PreTraining|Seq2SeqLM")
 
+#: Files of sentence-transformers with the list of words of its WordEmbeddings.
+WORD_LISTS = ("whitespacetokenizer_config.json", "phrasetokenizer_config.json")
+
 #: Files of a tokenizer that transformers can put together.
 TOKENIZER_FILES = ("tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
@@ -42,6 +45,14 @@ SAFETENSORS, PICKLE, ADAPTER = "model.safetensors", "pytorch_model.bin", "adapte
 #: The list of the parts of a sentence encoder, of which the first has the embeddings, in a folder named there or here.
 MODULES = "modules.json"
 
+#: Modules whose rows are the vectors of tokens, and those that make no more of them than a mean of length one; how the
+#: former is said to be taken.
+STATIC, AVERAGING = ("StaticEmbedding", "WordEmbeddings"), ("Pooling", "Normalize")
+MEANS = ("mean", "pooling_mode_mean_tokens")
+
+#: Files that are read by their own name alone.
+OTHER_FILES = (".gguf", ".onnx", ".npy", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".kv", ".vec")
+
 T = TypeVar("T")
 
 
@@ -51,17 +62,46 @@ def folder_of_weights(directory: Path) -> Path:
     Raises:
         InputError: modules.json is damaged, or names a folder that lies elsewhere.
     """
-    if not (directory / MODULES).exists() or any(
-        (directory / name).exists() for file in (SAFETENSORS, PICKLE) for name in (file, f"{file}.index.json")
-    ):
+    if _has_weights(directory):
         return directory
-    for module in _read(directory / MODULES, list[dict[str, Any]]):
-        folder = directory / str(module.get("path") or ".")
-        if not folder.resolve().is_relative_to(directory.resolve()):
-            raise InputError(f"{directory / MODULES}: names {str(folder)!r}, which lies outside the model")
-        if any((folder / name).exists() for name in (SAFETENSORS, PICKLE)):
-            return folder
-    return directory
+    folders = (_folder_of(module, directory) for module in _modules(directory))
+    return next((folder for folder in folders if _has_weights(folder)), directory)
+
+
+def _folder_of(module: dict[str, Any], directory: Path) -> Path:
+    folder = directory / str(module.get("path") or ".")
+    if not folder.resolve().is_relative_to(directory.resolve()):
+        raise InputError(f"{directory / MODULES}: names {str(folder)!r}, which lies outside the model")
+    return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).exists() for file in (SAFETENSORS, PICKLE) for name in (file, f"{file}.index.json"))
+
+
+def only_averages(directory: Path) -> bool:
+    """Return whether modules.json names the rows of tokens and their mean, and nothing that computes more of them."""
+    modules = _modules(directory)
+    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    if not kinds or kinds[0] not in STATIC or any(kind not in AVERAGING for kind in kinds[1:]):
+        return False
+    pooled = [_folder_of(module, directory) for module, kind in zip(modules, kinds, strict=True) if kind == "Pooling"]
+    return all(_pooling(folder) <= {*MEANS} for folder in pooled)
+
+
+def _pooling(folder: Path) -> set[str]:
+    """Return the ways in which a module pools, by the configuration of this version of it or an earlier one."""
+    path = folder / "config.json"
+    said = _read(path, dict[str, Any]) if path.exists() else {}
+    return {
+        str(value) if value is not True else key
+        for key, value in said.items()
+        if key.startswith("pooling_mode") and value
+    }
+
+
+def _modules(directory: Path) -> list[dict[str, Any]]:
+    return _read(directory / MODULES, list[dict[str, Any]]) if (directory / MODULES).exists() else []
 
 
 def weights_in(directory: Path) -> tuple[Tensors, str | None]:
@@ -85,10 +125,18 @@ def weights_in(directory: Path) -> tuple[Tensors, str | None]:
             return pickle_in(directory / name), None
     if files := files_of_index(directory, PICKLE):
         return pickles_in(files), None
+    if (directory / ".metadata").exists():
+        raise InputError(
+            f"{directory}: a checkpoint in parts, of torch.distributed.checkpoint; make a file of it first: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {directory} model.pt"
+        )
+    beside = [path for folder in (directory, directory / "onnx") if folder.is_dir() for path in folder.iterdir()]
     others = sorted(
-        p.name for p in directory.iterdir() if p.suffix in (".gguf", ".npy", ".npz", ".pt", ".pth", ".bin", ".ckpt")
+        path.relative_to(directory).as_posix()
+        for path in beside
+        if path.suffix in OTHER_FILES or (path.is_dir() and _has_weights(path))  # such as the routes of an encoder
     )
-    hint = f"; name the file to read: {', '.join(others[:5])}" if others else ""
+    hint = f"; name what to read of it: {', '.join(others[:5])}" if others else ""
     raise InputError(
         f"{directory}: no weights in it: neither a model of transformers ({SAFETENSORS} or {PICKLE}), nor a run of "
         f"coupled-adam train, nor an array{hint}"
@@ -138,10 +186,14 @@ def read_config(directory: Path) -> dict[str, Any] | None:
 
 def base_of_adapter(directory: Path) -> str | None:
     """Return the name of the model that an adapter of PEFT belongs to; None if the directory holds no adapter."""
+    config = read_adapter_config(directory)
+    return None if config is None else str(config.get("base_model_name_or_path") or "which is not named")
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any] | None:
+    """Read adapter_config.json as it is; None if there is none."""
     path = directory / "adapter_config.json"
-    if not path.exists():
-        return None
-    return str(_read(path, dict[str, Any]).get("base_model_name_or_path") or "which is not named")
+    return _read(path, dict[str, Any]) if path.exists() else None
 
 
 def _read(path: Path, schema: type[T]) -> T:
@@ -196,6 +248,9 @@ def words_in(directory: Path) -> tuple[Words | None, str | None]:
     if path.exists():  # read by itself, it takes a tenth of the time that transformers takes
         with parsed(path, "damaged, or no tokenizer"):
             return words_of(Tokenizer.from_file(str(path))), None
+    for name in WORD_LISTS:
+        if (directory / name).exists():
+            return _listed_words(directory / name), None
     present = [directory / name for name in TOKENIZER_FILES if (directory / name).exists()]
     if not present:
         return None, None
@@ -213,6 +268,19 @@ def words_in(directory: Path) -> tuple[Words | None, str | None]:
         loaded.unk_token_id,
     )
     return words, None
+
+
+def _listed_words(path: Path) -> Words:
+    listed = _read(path, dict[str, Any]).get("vocab")
+    if not isinstance(listed, list) or not all(isinstance(word, str) for word in listed):
+        raise InputError(f"{path}: damaged (vocab is not a list of words)")
+    index = {word: number for number, word in enumerate(listed)}
+
+    def encode(text: str) -> list[int]:
+        found = index.get(text, index.get(text.lower()))  # as these tokenizers look a word up
+        return [] if found is None else [found]
+
+    return Words({number: printable(word) for word, number in index.items()}, encode, None)
 
 
 def from_hub(name: str) -> Path:
@@ -241,7 +309,10 @@ def from_hub(name: str) -> Path:
         if files := files_of_index(directory, index):
             return fetch(sorted({files[tensor].name for tensor in candidates(files) or files}))
     directory = fetch([PICKLE, ADAPTER])
-    if (directory / MODULES).exists() and not any((directory / name).exists() for name in (PICKLE, ADAPTER)):
-        folders = [path for module in _read(directory / MODULES, list[dict[str, Any]]) if (path := module.get("path"))]
-        return fetch([f"{folder}/{file}" for folder in folders for file in (*DESCRIPTION, SAFETENSORS, PICKLE)])
-    return directory
+    if any((directory / name).exists() for name in (PICKLE, ADAPTER)):
+        return directory
+    if modules := _modules(directory):
+        folders = [path for module in modules if (path := module.get("path"))]
+        needed = (*DESCRIPTION, *WORD_LISTS, SAFETENSORS, PICKLE)
+        return fetch([f"{folder}/{file}" for folder in folders for file in needed])
+    return fetch(["vocab/vectors*", "vocab/key2row", "vocab/strings.json"])  # a pipeline of spaCy

@@ -6,6 +6,7 @@ import pickletools
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 #: What torch says of a class or function that it does not call.
 NAMED = re.compile(r"(?:GLOBAL|class|got) <?(?:class )?'?([\w.]+\.\w+)")
+BUILTIN = re.compile(r"GLOBAL (\w+) was")
 
 
 #: What it says of the pickles of others.
@@ -37,10 +39,35 @@ class _Ignored:
 
     def __setstate__(self, _: object) -> None: ...
 
+    def __setitem__(self, _: object, value: object) -> None: ...
+
+
+class _IgnoredDict:
+    """The same for dictionaries that are more than that: torch sets items of none but these."""
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        return OrderedDict()
+
+
+class _IgnoredList:
+    """The same for lists."""
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        return []
+
 
 _FUNCTIONS = [f"{module}.multiarray.{f}" for module in ("core", "_core") for f in ("scalar", "_reconstruct")]
 HARMLESS = [f"numpy.{name}" for name in ("dtype", "ndarray", *_FUNCTIONS)]
-IGNORED: list[Any] = [(_Ignored, name) for name in HARMLESS]
+IGNORED: dict[str, type] = dict.fromkeys(HARMLESS, _Ignored)
+
+#: What torch says of an instance that is no list or dictionary, but is filled as one.
+FILLED = {"Can only SETITEM": _IgnoredDict, "Can only append": _IgnoredList, "Can only extend": _IgnoredList}
+
+#: A key of Lightning's checkpoints, one of the first; and how far into the file it is looked for.
+LIGHTNING, HEAD = b"pytorch-lightning_version", 1 << 16
+
+#: Classes that are skipped in one checkpoint at most.
+MOST_CLASSES = 200
 
 
 def pickles_in(files: Mapping[str, Path]) -> Tensors:
@@ -95,15 +122,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         InputError: it is missing, damaged, holds no tensors, or more than tensors and plain values.
     """
     with readable(path, "file of torch.save"):
-        mapped = _check_archive(path)
-        try:
-            with warnings.catch_warnings(), torch.serialization.safe_globals(IGNORED):
-                warnings.simplefilter("ignore")  # torch's remarks on pickles that others made
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            if reason := _reason_of(error, path):
-                raise InputError(f"{path}: {reason}") from None
-            raise
+        content = _content(path)
     if isinstance(content, Tensor):
         return {"weight": content.detach()}
     for key in NESTED:
@@ -115,6 +134,55 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise InputError(f"{path}: contains no tensors")
     return tensors
+
+
+def _content(path: Path) -> Any:
+    """Load a pickle without the classes of others: those of NumPy are skipped, and in a checkpoint of Lightning all.
+
+    Lightning keeps the weights apart from hyperparameters and states of callbacks, which may be anything. Stand-ins
+    take the place of what is skipped: none of it is imported or called.
+    """
+    mapped, ignored = _check_archive(path), dict(IGNORED)
+    while True:
+        try:
+            with (
+                warnings.catch_warnings(),
+                torch.serialization.safe_globals([(stand_in, name) for name, stand_in in ignored.items()]),
+            ):
+                warnings.simplefilter("ignore")  # torch's remarks on pickles that others made
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            if (more := _stand_in(error, ignored)) is not None and _is_of_lightning(path):
+                ignored |= more
+                continue
+            if reason := _reason_of(error, path):
+                raise InputError(f"{path}: {reason}") from None
+            raise
+
+
+def _stand_in(error: Exception, ignored: Mapping[str, type]) -> dict[str, type] | None:
+    """Return what should stand for the class that torch has stopped at, by its name; None if nothing can."""
+    named = _named(error)
+    if named is None or len(ignored) >= MOST_CLASSES:
+        return None
+    module, _, name = named.rpartition(".")
+    if named not in ignored:  # of the same name, which torch says if it stops there again
+        return {named: type(name, (_Ignored,), {"__module__": module})}
+    filled = next((kind for sign, kind in FILLED.items() if sign in str(error)), None)
+    return None if filled is None or ignored[named] is filled else {named: filled}
+
+
+def _named(error: Exception) -> str | None:
+    """Return the class or function that torch has stopped at."""
+    if builtin := BUILTIN.search(str(error)):
+        return f"builtins.{builtin[1]}"
+    named = NAMED.search(str(error))
+    return named[1] if named else None
+
+
+def _is_of_lightning(path: Path) -> bool:
+    with path.open("rb") as file:
+        return LIGHTNING in file.read(HEAD)
 
 
 def _check_archive(path: Path) -> bool:
@@ -137,8 +205,7 @@ def _check_archive(path: Path) -> bool:
 
 def _reason_of(error: Exception, path: Path) -> str | None:
     """Return why torch does not load a pickle that is whole; None if it is damaged."""
-    named = NAMED.search(str(error))
-    foreign = named[1] if named else None
+    foreign = _named(error)
     if foreign is None and not any(sign in str(error) for sign in NOT_OF_TORCH):
         return None
     try:

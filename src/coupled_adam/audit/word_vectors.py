@@ -1,16 +1,17 @@
-"""Word vectors in the formats of word2vec, GloVe and fastText, read and written by gensim."""
+"""Word vectors in the formats of word2vec, GloVe, fastText and gensim, read and written by gensim."""
 
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
 
+from coupled_adam.audit import gensim_files
 from coupled_adam.errors import InputError, one_line, printable
 from coupled_adam.lm.words import Words
 
 if TYPE_CHECKING:
     from gensim.models import KeyedVectors
 
-WordFormat = Literal["word2vec text", "word2vec binary", "GloVe", "fastText"]
+WordFormat = Literal["word2vec text", "word2vec binary", "GloVe", "fastText", "gensim"]
 
 #: What stands at the beginning of a model of fastText.
 FASTTEXT = b"\xba\x16\x4f\x2f"
@@ -24,6 +25,8 @@ def word_format_of(head: bytes) -> WordFormat | None:
     """Return which of the formats a file is in by how it begins; None if in none of them."""
     if head.startswith(FASTTEXT):
         return "fastText"
+    if gensim_files.class_in(head) is not None:
+        return "gensim"
     if header := WORD2VEC_HEADER.match(head):
         return "word2vec text" if WORD_AND_NUMBERS.match(head, header.end()) else "word2vec binary"
     return "GloVe" if WORD_AND_NUMBERS.match(head) else None
@@ -34,7 +37,7 @@ def is_word_format(kind: str | None) -> TypeGuard[WordFormat]:
 
 
 def read_vectors(path: Path, kind: WordFormat) -> "tuple[KeyedVectors, int]":
-    """Read the words of a file and their vectors, float32; and how many it says to have.
+    """Read the words of a file and their vectors, as stored; and how many it says to have.
 
     Words that are no UTF-8, as word2vec cuts long ones anywhere, are read with U+FFFD for what is not. Of a word that
     occurs twice the first vector counts.
@@ -49,12 +52,14 @@ def read_vectors(path: Path, kind: WordFormat) -> "tuple[KeyedVectors, int]":
     try:
         if kind == "fastText":
             found = load_facebook_vectors(str(path))
+        elif kind == "gensim":
+            found = gensim_files.load(path)
         else:
             binary, no_header = kind == "word2vec binary", kind == "GloVe"
             found = KeyedVectors.load_word2vec_format(
                 str(path), binary=binary, no_header=no_header, unicode_errors="replace"
             )
-    except MemoryError:
+    except (MemoryError, InputError):
         raise
     except NotImplementedError as error:  # classifiers, whose rows are not trained as word vectors
         raise InputError(f"{path}: {one_line(error)}") from None
@@ -92,4 +97,7 @@ def words_of_vectors(vectors: "KeyedVectors") -> Words:
 
 def write_vectors(vectors: "KeyedVectors", path: Path, kind: WordFormat) -> None:
     """Write words and vectors in the format of the file they come from, in its order."""
+    if kind == "gensim":
+        gensim_files.save(vectors, path)
+        return
     vectors.save_word2vec_format(str(path), binary=kind == "word2vec binary", write_header=kind != "GloVe")
