@@ -216,6 +216,7 @@ def whole_study() -> list:
     also("mini-steps-1952-{arm}-{factor}", plain | {"token": "factored-0.5"}, steps=1952)
     also("mini-steps-b4k-976-{arm}-{factor}", plain | {"token": "factored-0.5"}, steps=976, batch_tokens=4096)
     also("mini-masked-{arm}-{factor}", plain | {"token": "factored-0.5"}, steps=976, batch_tokens=4096)
+    also("mini-longer-masked-{arm}-{factor}", plain, steps=1952, batch_tokens=4096)
     for matrices in ("split", "fused"):
         also(f"mini-muon-{matrices}-{{arm}}-{{factor}}", plain)
     also("mini-rates-{arm}-{factor}", plain)
@@ -258,10 +259,12 @@ def test_every_block_is_made_from_a_whole_study(evidence: ModuleType, root: Path
         ["| untied", "1", "3"],
         ["| untied", "best for each", "3"],
     ]
-    assert [line.split(" | ")[0] for line in made["masked"].splitlines()[2:]] == [
-        "| AdamW",
-        "| Coupled Adam",
-        "| tempered, α = 0.5",
+    assert [line.split(" | ")[:2] for line in made["masked"].splitlines()[2:]] == [
+        ["| 976 × 4,096", "AdamW"],
+        ["| 976 × 4,096", "Coupled Adam"],
+        ["| 976 × 4,096", "tempered, α = 0.5"],
+        ["| 1,952 × 4,096", "AdamW"],
+        ["| 1,952 × 4,096", "Coupled Adam"],
     ]
     assert "| Coupled Adam, untied | 0.5000 | 0.3000 (60.0%) | 0.1000 (20.0%) | 0.1000 |" in made["health"]
     assert made["headline"].count("best for each") == 7 and "1.85M parameters, 4M tokens" in made["headline"]

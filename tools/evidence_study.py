@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +30,8 @@ DETECTABLE = 0.02
 #: Patterns of the grids' names, as experiments/mini.toml has them.
 WHAT, BATCH, REST = "mini-what-{tying}-{arm}-{factor}", "mini-{cell}-{arm}-{factor}", "mini-rest-{rate}-{arm}-{factor}"
 RATES, WORDS, WARM = "mini-rates-{arm}-{factor}", "mini-words-{arm}-{factor}", "mini-warm-{arm}-{factor}"
-LARGE, MASKED = "mini-large-{rate}-{arm}-{factor}", "mini-masked-{arm}-{factor}"
+LARGE = "mini-large-{rate}-{arm}-{factor}"
+MASKED, LONGER_MASKED = "mini-masked-{arm}-{factor}", "mini-longer-masked-{arm}-{factor}"
 
 STEPS, MUON = "mini-steps-{steps}-{arm}-{factor}", "mini-muon-{matrices}-{arm}-{factor}"
 
@@ -269,16 +270,21 @@ def large_batch(results: Results) -> str:
 
 @block("masked")
 def masked(results: Results) -> str:
-    """All arms of the masked language model, against AdamW."""
+    """All arms of the masked language models, against AdamW."""
     rows = []
-    (found,) = results.tuned(MASKED)
+    for found in (*results.tuned(MASKED), *results.tuned(LONGER_MASKED)):
+        rows += _masked_rows(found)
+    headings = ["steps × tokens", "method", "factor", "loss", "minus AdamW [95%]", "p Holm", "seeds", "‖μ‖ʳ"]
+    return markdown([*headings, "isotropy", "r̄ centered"], rows, left=2)
+
+
+def _masked_rows(found: Cell) -> Iterator[list[str]]:
+    length = _setting(found).partition("; ")[2]
     for each in found.outcomes():
-        row = [each.arm.label, factor_text(each.choice), cell(each.mean("loss_report"), "{:.3f}")]
+        row = [length, each.arm.label, factor_text(each.choice), cell(each.mean("loss_report"), "{:.3f}")]
         row += ["" if each.reference else difference_text(each.difference), p_text(each.adjusted)]
         figures = (("ratio norm", "{:.3f}"), ("isotropy", "{:.2f}"), ("word_similarity_centered", "{:.1f}"))
-        rows.append([*row, str(len(each.losses)), *(cell(each.mean(name), form) for name, form in figures)])
-    headings = ["method", "factor", "loss", "minus AdamW [95%]", "p Holm", "seeds", "‖μ‖ʳ", "isotropy", "r̄ centered"]
-    return markdown(headings, rows)
+        yield [*row, str(len(each.losses)), *(cell(each.mean(name), form) for name, form in figures)]
 
 
 #: What updates the matrices beside the embedding, by the name in the grid; AdamW is in ``WHAT``.
