@@ -412,8 +412,9 @@ class AdamFamily(Optimizer):
         without[name] = without.get(name, 0) + 1 if never else 0
         if without[name] == PATIENCE:
             warnings.warn(
-                f"coupled {name} has had no gradient in the first {PATIENCE} steps. If the model was resized or tied "
-                "after the optimizer was built, this is no longer its embedding: build the optimizer afterwards",
+                f"coupled {name} has had no gradient in the first {PATIENCE} steps. If the model was resized, tied "
+                "or wrapped by FSDP1 after the optimizer was built, this is no longer its embedding: build the "
+                "optimizer afterwards",
                 UserWarning,
                 stacklevel=5,
             )
