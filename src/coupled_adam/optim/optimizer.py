@@ -511,14 +511,14 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer:
 
 def move(jobs: Sequence[Job]) -> None:
     """Move parameters, those of a group that one backend takes in one call."""
-    waiting: dict[tuple[int, int], tuple[backends.Backend, list[Job]]] = {}
+    waiting: dict[tuple[str, int], tuple[backends.Backend, list[Job]]] = {}
     for job in jobs:
         backend = backends.of(job)
         if job.coupled or job.spectral:
             finish(job)
             backend.move([job])
         else:
-            waiting.setdefault((id(backend), job.index[0]), (backend, []))[1].append(job)
+            waiting.setdefault((backend.__name__, job.index[0]), (backend, []))[1].append(job)
     for backend, alike in waiting.values():
         backend.move(alike)
 
