@@ -142,5 +142,6 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name: str, tmp_path: Path
         except InputError as error:
             refused += 1
             assert "\n" not in str(error) and len(str(error)) <= 1000
-    assert 0 < refused < MUTATIONS
+    assert refused > 0
+    assert refused < MUTATIONS or name.endswith(".npz"), "an archive has a checksum of nearly every byte"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"

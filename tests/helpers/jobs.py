@@ -430,7 +430,9 @@ def centered_by_hand(rows: list[int], alone: bool = False) -> list[Tensor]:
     whole_matrix = values(sum(rows), 0)["embedding"] + 3
     if alone:
         return [center_(whole_matrix)]
-    spreads = [center_(nn.Parameter(spreader((cut,))(whole_matrix))).full_tensor().detach() for cut in PLACEMENTS]
+    spreads = [
+        center_(nn.Parameter(spreader((cut,))(whole_matrix.clone()))).full_tensor().detach() for cut in PLACEMENTS
+    ]
     first = sum(rows[: dist.get_rank()])
     shard = whole_matrix[first : first + rows[dist.get_rank()]].clone()
     shard.vocabulary_group = dist.group.WORLD

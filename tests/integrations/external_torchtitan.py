@@ -148,6 +148,20 @@ def test_what_would_go_wrong_is_told() -> None:
         config.build(model_parts=[llama()])
 
 
+def test_its_default_implementation_is_no_demand() -> None:
+    def fused(**kwargs: Any) -> list[bool | None]:
+        config = coupled_adamw()
+        config.param_groups[1].optimizer_kwargs |= kwargs
+        return [group["fused"] for group in config.build(model_parts=[llama()]).optimizers[0].param_groups]
+
+    assert fused() == [None, None]
+    assert fused(fused=True) == [None, True], "but what a group says counts"
+    config = coupled_adamw()
+    config.implementation = "for-loop"
+    (optimizer,) = config.build(model_parts=[llama()]).optimizers
+    assert [group["fused"] for group in optimizer.param_groups] == [False, False]
+
+
 def test_clipping_is_left_to_torchtitan() -> None:
     with pytest.raises(ValueError, match=r"set training\.max_norm, and leave max_grad_norm out"):
         coupled_adamw(max_grad_norm=1.0)

@@ -6,7 +6,7 @@ from datasets import Dataset
 from fsdp2_jobs import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from coupled_adam.integrations.transformers import trainer_optimizer
 
@@ -70,6 +70,18 @@ def test_dpo_takes_it_afterwards(tmp_path, tokenizer) -> None:
     args = DPOConfig(str(tmp_path), max_length=8, **OPTIONS)
     pairs = Dataset.from_dict({"prompt": ["w1 w2"] * 8, "chosen": ["w3 w4"] * 8, "rejected": ["w5"] * 8})
     trainer = DPOTrainer(llama(), llama(), args=args, train_dataset=pairs, processing_class=tokenizer)
+    trainer.optimizer_cls_and_kwargs = trainer_optimizer(trainer.args)
+    trainer.train()
+    assert_coupled(trainer)
+
+
+def test_grpo_takes_it_afterwards(tmp_path, tokenizer) -> None:
+    def reward(completions, **columns) -> list[float]:
+        return [float(i % 2) for i, _ in enumerate(completions)]  # no two of a prompt alike: there is an advantage
+
+    args = GRPOConfig(str(tmp_path), num_generations=2, max_completion_length=4, **OPTIONS)
+    prompts = Dataset.from_dict({"prompt": ["w1 w2", "w3 w4"] * 4})
+    trainer = GRPOTrainer(llama(), reward, args=args, train_dataset=prompts, processing_class=tokenizer)
     trainer.optimizer_cls_and_kwargs = trainer_optimizer(trainer.args)
     trainer.train()
     assert_coupled(trainer)

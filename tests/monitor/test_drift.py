@@ -209,7 +209,8 @@ def test_what_does_not_split_is_refused() -> None:
         drift(AdamW(parameters), weight)
 
 
-PLACEMENTS = {"rows": [Shard(0)], "columns": [Shard(1)], "whole": [Replicate()]}
+PLACEMENTS = {"rows": [Shard(0)], "columns": [Shard(1)], "whole": [Replicate()], "plain": None}
+ROWS = [4, 0, 3]  # of the vocabulary shards that are plain tensors
 
 
 def sharded(layout: str, ours: bool) -> list[Tensor]:
@@ -220,13 +221,18 @@ def sharded(layout: str, ours: bool) -> list[Tensor]:
     def spread(x: Tensor) -> Tensor:
         if not dist.is_initialized():
             return x.clone()
+        if PLACEMENTS[layout] is None:
+            return x.split(ROWS)[dist.get_rank()].clone()
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         return distribute_tensor(x, mesh, PLACEMENTS[layout], src_data_rank=None)
 
     weight = nn.Parameter(spread(start))
+    if layout == "plain" and dist.is_initialized():
+        weight.vocabulary_group = dist.group.WORLD
     group = {"params": [weight], "second_moment": "vocabulary", "weight_decay": 0.1}
     optimizer = CoupledAdam([group], lr=0.1) if ours else AdamW([weight], lr=0.1, weight_decay=0.1)
     monitor = DriftMonitor(optimizer, weight)
+    torch.testing.assert_close(monitor.total.mean, start.mean(0))
     for grad in grads:
         weight.grad = spread(grad)
         optimizer.step()

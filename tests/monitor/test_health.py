@@ -98,6 +98,54 @@ def test_three_processes_find_what_one_does(layout: str, rows: int, processes: A
         assert gathers == (layout == "columns")
 
 
+def vocabulary_shards(rows: list[int]) -> tuple[dict[str, float], dict[str, float]]:
+    """What a process finds of a tied model and of its matrix, of which each process holds so many rows."""
+    first = sum(rows[: dist.get_rank()])
+    tied = model(tied=True)
+    shard = nn.Parameter(torch.tensor(made_up(sum(rows))[first : first + rows[dist.get_rank()]]))
+    shard.vocabulary_group = dist.group.WORLD
+    tied.lm_head.weight = tied.model.embed_tokens.weight = shard
+    with CommDebugMode() as sent:
+        found = monitor.health(shard, isotropy=True)
+    assert not any("gather" in str(name) for name in sent.get_comm_counts()), "the matrix stays where it is"
+    return found, monitor.health(nn.Sequential(tied), isotropy=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [[300, 1, 399], [2, 0, 0], [1, 0, 1]], ids=str)
+def test_three_processes_find_of_vocabulary_shards_what_one_does_of_the_matrix(rows: list[int], processes: Any) -> None:
+    alone = monitor.health(made_up(sum(rows)), isotropy=True)
+    for found in processes(3).run(vocabulary_shards, rows):
+        assert found == (pytest.approx(alone, rel=1e-9), pytest.approx(alone, rel=1e-9))
+
+
+def odd_shards() -> list[str]:
+    """What a process is told of vocabulary shards that cannot be measured."""
+    untied = model(tied=False)
+    untied.lm_head.weight.vocabulary_group = dist.group.WORLD
+    one_row = nn.Parameter(torch.zeros(int(dist.get_rank() == 1), 16))
+    one_row.vocabulary_group = dist.group.WORLD
+    flat = nn.Parameter(torch.zeros(16))
+    flat.vocabulary_group = dist.group.WORLD
+    errors = []
+    for odd in (untied, one_row, flat):
+        with pytest.raises(ValueError) as error:
+            monitor.health(odd)
+        errors.append(str(error.value))
+    untied.model.embed_tokens.weight.vocabulary_group = dist.group.WORLD
+    assert len(monitor.health(untied)) == 8
+    return errors
+
+
+@pytest.mark.long
+def test_vocabulary_shards_that_cannot_be_measured_are_refused_in_every_process(processes: Any) -> None:
+    for half_marked, one_row, flat in processes(3).run(odd_shards):
+        assert "two embeddings of shape (120, 16), only one is marked" in half_marked
+        assert "weight.vocabulary_group" in half_marked
+        assert "two rows or more, not of shape (1, 16)" in one_row
+        assert "two rows or more, not of shape (16,)" in flat
+
+
 def spread(ratio: float, rows: int = 900, width: int = 40) -> torch.Tensor:
     """Rows whose spread falls to this share from the first to the last direction, which are no axes."""
     g = torch.Generator().manual_seed(0)
@@ -124,9 +172,9 @@ def precisions(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     used: list[torch.dtype] = []
     products = HEALTH._spectra
 
-    def recorded(e: torch.Tensor, mean: torch.Tensor, dtype: torch.dtype) -> Any:
+    def recorded(e: torch.Tensor, height: int, mean: torch.Tensor, dtype: torch.dtype) -> Any:
         used.append(dtype)
-        return products(e, mean, dtype)
+        return products(e, height, mean, dtype)
 
     monkeypatch.setattr(HEALTH, "LARGE", 0)
     monkeypatch.setattr(HEALTH, "_spectra", recorded)

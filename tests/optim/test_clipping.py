@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from old_torch import tells_errors_of_compiled_steps
 from torch import nn
 from torch.nn import functional as F
 
@@ -210,11 +211,15 @@ def test_a_step_that_grad_scaler_skips_raises_nothing() -> None:
         optimizer.step()
 
 
+def test_what_is_no_flag_is_refused() -> None:
+    with pytest.raises(TypeError, match="error_if_nonfinite: 1"):
+        make("coupled", model(), error_if_nonfinite=1)
+
+
+@tells_errors_of_compiled_steps
 def test_what_cannot_read_the_norm_is_refused_with_the_remedy() -> None:
     m = model()
     optimizer = make("coupled", m, error_if_nonfinite=True)
     backward(m, 0)
     with pytest.raises(Exception, match=r"torch.compile.*error_if_nonfinite = False"):
         torch.compile(optimizer.step, backend="eager", fullgraph=True)()
-    with pytest.raises(TypeError, match="error_if_nonfinite: 1"):
-        make("coupled", m, error_if_nonfinite=1)

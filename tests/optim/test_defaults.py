@@ -1,5 +1,7 @@
 """torch's default dtype and device say nothing about what an optimizer computes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -38,6 +40,20 @@ def default(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+@contextmanager
+def under(default: Any) -> Iterator[None]:
+    """With this dtype as torch's default, or with tensors made on that device."""
+    if not isinstance(default, torch.dtype):
+        with torch.device(default):  # torch 2.8 has no default device after set_default_device(None)
+            yield
+        return
+    torch.set_default_dtype(default)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -46,15 +62,8 @@ def test_defaults_of_torch_change_nothing(cls: type, options: dict, dtype: torch
         options = {**options, "fused": fused}
         expected = snapshot(*trained(cls, center, dtype, options, Model()))
         model = Model()
-        try:
-            if default == "meta":
-                torch.set_default_device("meta")
-            else:
-                torch.set_default_dtype(default)
+        with under(default):
             model, optimizer = trained(cls, center, dtype, options, model)
-        finally:
-            torch.set_default_device(None)
-            torch.set_default_dtype(torch.float32)
         assert same(expected, snapshot(model, optimizer))
 
 
@@ -64,16 +73,9 @@ def test_a_checkpoint_with_plain_numbers_for_steps_loads_under_any_default(cls: 
     train(model, optimizer)
     saved = optimizer.state_dict()
     saved["state"] = {key: {**state, "step": 3} for key, state in saved["state"].items()}
-    try:
-        if default == "meta":
-            torch.set_default_device("meta")
-        else:
-            torch.set_default_dtype(default)
+    with under(default):
         optimizer.load_state_dict(saved)
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(torch.float32)
     assert {state["step"].item() for state in optimizer.state.values()} == {4}

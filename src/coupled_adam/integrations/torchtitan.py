@@ -4,7 +4,7 @@ optimizer=coupled_adamw(lr=3e-4)  # in a Trainer.Config
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -27,7 +27,8 @@ OURS = {"CoupledAdam": CoupledAdam, "Adams": Adams}
 class CoupledOptimizers(OptimizersContainer):  # type: ignore[misc]
     """The ``OptimizersContainer`` of torchtitan, which also accepts the optimizer names "CoupledAdam" and "Adams".
 
-    The keys of their param groups (``second_moment``, ``decay``, …) go into ``optimizer_kwargs``.
+    The keys of their param groups (``second_moment``, ``decay``, …) go into ``optimizer_kwargs``. With torchtitan's
+    default, ``implementation="fused"``, they choose the fastest kernels that support a parameter (``fused=None``).
 
     Args:
         config: of torchtitan, for instance that of ``coupled_adamw``.
@@ -52,6 +53,9 @@ class CoupledOptimizers(OptimizersContainer):  # type: ignore[misc]
                 'implementation="fused_opt_states_bf16" supports only Adam and AdamW; put "exp_avg_dtype": '
                 'torch.bfloat16 into optimizer_kwargs and use implementation="fused"'
             )
+        if config.implementation == "fused":  # for torchtitan the default, for ours a demand that may fail
+            groups = [_as_fast_as_can_be(group) for group in config.param_groups]
+            config = replace(config, param_groups=groups)  # type: ignore[call-arg]
         super().__init__(config, model_parts=model_parts)
         for optimizer in self.optimizers:
             if isinstance(optimizer, CoupledAdam | Adams):
@@ -62,6 +66,12 @@ class CoupledOptimizers(OptimizersContainer):  # type: ignore[misc]
         factory: Callable[..., Optimizer]
         factory = OURS[name] if name in OURS else OptimizersContainer._resolve_optimizer_factory(name)
         return factory
+
+
+def _as_fast_as_can_be(group: ParamGroupConfig) -> ParamGroupConfig:
+    if group.optimizer_name not in OURS:
+        return group
+    return replace(group, optimizer_kwargs={"fused": None, **group.optimizer_kwargs})
 
 
 def coupled_adamw(

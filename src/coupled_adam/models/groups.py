@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from coupled_adam.models.output_heads import (
+    FLATTENED,
     candidates,
     computed,
     embeddings_of,
     flat,
     has_another_use,
+    in_flat_parameter,
     kind,
     listed,
     name_of,
@@ -247,6 +249,8 @@ def _matrix(item: Any, model: nn.Module) -> Tensor:
     if isinstance(matrix, Tensor) and id(matrix) in parameters:
         return matrix
     if isinstance(item, nn.Module) and isinstance(matrix, Tensor) and _path(item, model):
+        if in_flat_parameter(model):
+            raise ValueError(f"coupled: the weight of {_path(item, model)!r} is part of a flat parameter: {FLATTENED}")
         raise ValueError(f"coupled: got the {type(item).__name__} {_path(item, model)!r}, {computed(item, model)}")
     lacks = "has no weight" if isinstance(item, nn.Module) and matrix is None else f"is not in {type(model).__name__}"
     raise ValueError(f"coupled: got {_told(item)} that {lacks}. Candidates: {candidates(model)}")
@@ -257,7 +261,8 @@ def _check_matrix(matrix: Tensor, model: nn.Module) -> None:
     name = name_of(matrix, model)
     if matrix.ndim != 2:
         raise ValueError(
-            f"coupled parameter {name!r} has shape {tuple(matrix.shape)}; only (vocabulary, hidden) matrices couple"
+            f"coupled parameter {name!r} has shape {tuple(matrix.shape)}; only (vocabulary, hidden) matrices couple. "
+            "FSDP1 and DeepSpeed ZeRO flatten them, FSDP2 does not"
         )
     if not matrix.requires_grad:
         raise ValueError(f"coupled parameter {name!r} is frozen (requires_grad=False); unfreeze it, or pass coupled=[]")

@@ -17,6 +17,12 @@ HEADLIKE = re.compile(r"head|logit|unembed|predict|output_proj|embed_out|vocab",
 #: As many candidates as a message names.
 SHOWN = 5
 
+#: What a message says of a model whose matrices are gone.
+FLATTENED = (
+    "parameters flattened by DeepSpeed ZeRO or FSDP1 cannot be coupled; FSDP2 keeps matrices. coupled=[] couples "
+    "nothing"
+)
+
 
 def output_matrices(model: nn.Module) -> list[Tensor]:
     """Return the trainable matrices that ``get_output_embeddings()`` of the model means, through wrappers.
@@ -125,6 +131,11 @@ def computed(item: nn.Module, model: nn.Module) -> str:
     )
 
 
+def in_flat_parameter(model: nn.Module) -> bool:
+    """Return whether FSDP1 has put the weights of modules into flat parameters (``use_orig_params=False``)."""
+    return any(name.endswith("_flat_param") for name, _ in model.named_parameters())
+
+
 def unwrapped(model: nn.Module, method: str = "get_output_embeddings") -> nn.Module | None:
     """Return the model inside wrappers that has ``method``; None without one."""
     inner = model
@@ -200,6 +211,8 @@ def _matrix_of(item: Any, model: nn.Module, sizes: Mapping[int, str], says: str)
     inside = [p for p in item.parameters() if id(p) in known and p.ndim == 2 and (p.shape[0] in sizes or not sizes)]
     if isinstance(weight, Tensor) and any(p.requires_grad for p in inside):
         raise ValueError(f"{says} {kind(item)}, {computed(item, model)}")
+    if isinstance(weight, Tensor) and in_flat_parameter(model):
+        raise ValueError(f"{says} {kind(item)}, whose weight is part of a flat parameter: {FLATTENED}")
     if len(inside) != 1:
         raise ValueError(
             f"{says} {kind(item)}, which has no weight that is a parameter of the model, and "
@@ -217,8 +230,7 @@ def _check_rows(matrix: Tensor, model: nn.Module, sizes: Mapping[int, str], says
     if matrix.ndim != 2:
         raise ValueError(
             f"{says} {listed([(name_of(matrix, model), matrix)])}, which is not a (vocabulary, hidden) matrix: "
-            "parameters flattened by DeepSpeed ZeRO or FSDP1 cannot be coupled; FSDP2 keeps matrices. coupled=[] "
-            "couples nothing"
+            f"{FLATTENED}"
         )
     rows, name = len(matrix), name_of(matrix, model)
     if not sizes:  # then any of the embeddings may be that of the vocabulary

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-from coupled_adam.monitor.shards import precision, sum_over_rows
+from coupled_adam.monitor.shards import mean_over_rows, precision
 from coupled_adam.optim.optimizer import inner_optimizer
 from coupled_adam.optim.reductions import whole
 
@@ -85,8 +85,8 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
     Args:
         optimizer: ``torch.optim.AdamW`` or ``Adam`` in any implementation, with or without ``amsgrad``, or
             ``coupled_adam.CoupledAdam``; also inside the wrapper of Accelerate.
-        param: an embedding matrix (V, H) in one of its groups. If it is a DTensor, all ranks must call this; four
-            vectors (H,) are summed.
+        param: an embedding matrix (V, H) in one of its groups. If it is a DTensor or a shard with
+            ``vocabulary_group``, all ranks must call this; five vectors (H,) are summed.
 
     Returns:
         One vector (H,) per cause, and the mean after the step.
@@ -123,7 +123,7 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
     def number(x: Any) -> Any:
         return x.detach().reshape(()).to(precision(x)) if isinstance(x, Tensor) else float(x)
 
-    lr, weight_decay, eps, rows = number(group["lr"]), number(group["weight_decay"]), group["eps"], param.shape[0]
+    lr, weight_decay, eps = number(group["lr"]), number(group["weight_decay"]), group["eps"]
     (beta1, beta2), step = map(number, group["betas"]), number(state["step"])
     first, second = 1 - beta1**step, 1 - beta2**step  # corrections of the moments' bias
 
@@ -134,14 +134,13 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
     scale = -lr * second**0.5 / first
 
     if coupled:
-        sums = sum_over_rows(param, lambda e, m: [e, m], param, m)
-        mean_v = group["coupling_scale"] * whole(v)[0].to(sums.dtype)
+        mean, mean_m = mean_over_rows(param, lambda e, m: [e, m], param, m)
+        mean_v = group["coupling_scale"] * whole(v)[0].to(mean.dtype)
     else:
-        sums = sum_over_rows(param, lambda e, m, v: [e, m, v, direction(m, v)], param, m, v)
-        mean_v = sums[2] / rows
-    mean = sums[0] / rows
-    together = scale * direction(sums[1] / rows, mean_v)  # as if the rows had one second moment
-    apart = torch.zeros_like(mean) if coupled else scale * sums[3] / rows - together
+        means = mean_over_rows(param, lambda e, m, v: [e, m, v, direction(m, v)], param, m, v)
+        mean, mean_m, mean_v, mean_direction = means
+    together = scale * direction(mean_m, mean_v)  # as if the rows had one second moment
+    apart = torch.zeros_like(mean) if coupled else scale * mean_direction - together
     before = (mean - apart - together) / (1 - lr * weight_decay)  # μ before the step, which is what decayed
     return Drift(apart, together, -lr * weight_decay * before, mean)
 
@@ -180,9 +179,9 @@ class DriftMonitor:
 
     @property
     def total(self) -> Drift:
-        """The sum over the steps so far. With a DTensor, all ranks must read it before the first step."""
+        """The sum over the steps so far. Before the first step, all ranks that hold rows must read it."""
         if self._sum is None:
-            mean = sum_over_rows(self.param, lambda e: [e], self.param.detach())[0] / self.param.shape[0]
+            (mean,) = mean_over_rows(self.param, lambda e: [e], self.param.detach())
             zero = torch.zeros_like(mean)
             self._sum = Drift(zero, zero, zero, mean)
         return self._sum

@@ -12,8 +12,8 @@ from coupled_adam.geometry.arrays import Matrix
 from coupled_adam.geometry.metrics import principal_share_of
 from coupled_adam.geometry.partition import LARGE, log_partition_around, ratio_of_extremes
 from coupled_adam.models.output_heads import embedding_of
-from coupled_adam.monitor.shards import blocks, complete, precision, spread_by_rows
-from coupled_adam.optim.reductions import is_dtensor, local
+from coupled_adam.monitor.shards import blocks, complete, is_spread, precision, spread_by_rows
+from coupled_adam.optim.reductions import local, vocabulary_group
 
 #: What stands before the figures of an input embedding that is not the output embedding.
 INPUT = "input_"
@@ -43,9 +43,9 @@ def health(model_or_matrix: nn.Module | Matrix, *, isotropy: bool = False) -> di
     Args:
         model_or_matrix: a matrix (array or tensor), or a model with ``get_output_embeddings()`` and
             ``get_input_embeddings()``, as in transformers, also inside a wrapper such as DistributedDataParallel or a
-            LightningModule. If its parameters are DTensors, all ranks must call this and get the same metrics: sums of
-            shapes (H, H) and (H,) are reduced, and the matrix is not gathered. A matrix sharded by columns is sent
-            once, to be sharded by rows.
+            LightningModule. If its parameters are DTensors, or vocabulary shards marked with ``vocabulary_group``, all
+            ranks must call this and get the same metrics: sums of shapes (H, H) and (H,) are reduced, and the matrix
+            is not gathered. A matrix sharded by columns is sent once, to be sharded by rows.
         isotropy: whether to measure isotropy too. As it is slow, do so in every n-th call.
 
     Returns:
@@ -53,7 +53,8 @@ def health(model_or_matrix: nn.Module | Matrix, *, isotropy: bool = False) -> di
         not tied to it. NaN where a metric is not defined, and for a matrix that contains NaN or infinity.
 
     Raises:
-        ValueError: no embedding is found, or it is not a matrix with two rows or more.
+        ValueError: no embedding is found, or it is not a matrix with two rows or more; of two vocabulary shards, one
+            lacks the mark.
 
     Examples:
         >>> shifted = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)) + 2
@@ -78,32 +79,43 @@ def _embeddings(model: nn.Module) -> dict[str, Tensor]:
             f"{type(model).__name__} does not say what its embeddings are (get_output_embeddings() is missing, or "
             "returns None or several); pass the matrix itself"
         )
+    marked = [w for w in weights.values() if vocabulary_group(w) is not None]
+    for weight in weights.values():
+        if not is_spread(weight) and any(weight.shape == shard.shape for shard in marked):
+            raise ValueError(
+                f"of two embeddings of shape {tuple(weight.shape)}, only one is marked as a vocabulary shard: set "
+                "weight.vocabulary_group of the other too, or pass one matrix instead of the model"
+            )
     return weights
 
 
 def _figures(embedding: Tensor, isotropy: bool) -> dict[str, float]:
-    if embedding.ndim != 2 or embedding.shape[0] < 2 or embedding.shape[1] < 1:
-        raise ValueError(
-            "an embedding matrix is (vocabulary, hidden) with two rows or more, not of shape "
-            f"{tuple(embedding.shape)}. FSDP1 and DeepSpeed ZeRO-3 flatten and shard parameters: gather the matrix "
-            "first"
-        )
-    e = spread_by_rows(embedding.detach())
-    height, width = e.shape
-    sums = torch.zeros(2, width, dtype=precision(e), device=e.device)
+    if embedding.ndim != 2 or embedding.shape[1] < 1:
+        raise ValueError(_no_matrix(embedding.shape))
+    held = local(embedding)
+    if held.numel() and not held.untyped_storage().nbytes():
+        raise ValueError("the embedding matrix has no memory, as FSDP1 leaves it between two passes: gather it first")
+    e = spread_by_rows(embedding)
+    width = e.shape[1]
+    sums = torch.zeros(3, width, dtype=precision(e), device=e.device)
     for rows in _rows(e, precision(e)):
         sums[0] += rows.sum(0)
-        sums[1] += torch.linalg.vector_norm(rows, dim=1).sum()  # in all columns, so that one reduction takes both
-    mean, lengths = complete(sums, e) / height
+        sums[1] += torch.linalg.vector_norm(rows, dim=1).sum()  # in all columns, so that one reduction takes all
+        sums[2] += len(rows)  # of a vocabulary shard, nobody knows V
+    sums = complete(sums, e)
+    height = int(sums[2, 0].item())
+    if height < 2:
+        raise ValueError(_no_matrix((height, width)))
+    mean, lengths = sums[:2] / height
     norm_of_mean, length = mean.norm().item(), lengths[0].item()
     figures = {"mean_shift_ratio": _ratio(norm_of_mean, length), "norm_of_mean": norm_of_mean}
     if not math.isfinite(length):  # the matrix has no eigenvalues either
         return dict.fromkeys((*figures, "principal_share", "inverse_condition", *["isotropy"] * isotropy), math.nan)
     quick = not isotropy and _float32_may_do(e, length)
     with _one_thread_of_torch(e.device):
-        scatter, spectrum, squares = _spectra(e, mean, torch.float32 if quick else precision(e))
+        scatter, spectrum, squares = _spectra(e, height, mean, torch.float32 if quick else precision(e))
         if quick and spectrum[0] < SMALLEST_SHARE * scatter.sum():
-            scatter, spectrum, squares = _spectra(e, mean, precision(e))
+            scatter, spectrum, squares = _spectra(e, height, mean, precision(e))
     rounding = 1e4 * torch.finfo(precision(e)).eps
     figures["principal_share"] = principal_share_of(scatter.cpu().numpy(), squares.trace().item(), rounding)
     figures["inverse_condition"] = 100 * _ratio(spectrum[0].sqrt().item(), spectrum[-1].sqrt().item())
@@ -112,21 +124,28 @@ def _figures(embedding: Tensor, isotropy: bool) -> dict[str, float]:
     return figures
 
 
+def _no_matrix(shape: tuple[int, ...]) -> str:
+    return (
+        f"an embedding matrix is (vocabulary, hidden) with two rows or more, not of shape {tuple(shape)}. FSDP1 and "
+        "DeepSpeed ZeRO-3 flatten and shard parameters: gather the matrix first"
+    )
+
+
 def _float32_may_do(e: Tensor, length: float) -> bool:
     """Whether the products of rows may be computed in float32: where that saves time, loses no digits of the values and
     stays in its range. All ranks take part in what follows, so they must not decide differently: with several, no.
     """
     in_range, short = e.dtype.is_floating_point and 1e-10 < length < 1e10, e.dtype.itemsize <= 4
-    return e.device.type == "cpu" and not is_dtensor(e) and short and in_range and e.numel() * e.shape[1] >= LARGE
+    return e.device.type == "cpu" and not is_spread(e) and short and in_range and e.numel() * e.shape[1] >= LARGE
 
 
-def _spectra(e: Tensor, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _spectra(e: Tensor, height: int, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the eigenvalues of (E − μ)ᵀ(E − μ), ascending, those of EᵀE without the zeros of a flat matrix, and EᵀE.
 
     The mean is taken from the rows first, however large it is. Blocks of rows are multiplied in ``dtype``, and added up
     in float64.
     """
-    height, width = e.shape
+    width = e.shape[1]
     center = mean.to(dtype)
     scatter = torch.zeros(width, width, dtype=mean.dtype, device=e.device)
     for rows in _rows(e, dtype, times=16):
@@ -167,7 +186,7 @@ def _isotropy(e: Tensor, mean: Tensor, directions: Tensor) -> float:
     def centered() -> Iterator[Tensor]:
         return (rows.sub_(mean) for rows in _rows(e, precision(e), times=16))
 
-    if e.device.type == "cpu" and not is_dtensor(e):
+    if e.device.type == "cpu" and not is_spread(e):
         longest = max(torch.linalg.vector_norm(rows, dim=1).max().item() for rows in centered())
         found = log_partition_around(
             mean.numpy(), lambda: (rows.numpy() for rows in centered()), directions.numpy(), len(e), longest

@@ -5,20 +5,27 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from coupled_adam.optim.reductions import as_dtensor, is_dtensor, local
+from coupled_adam.optim.reductions import as_dtensor, is_dtensor, local, vocabulary_group
 
 #: Elements of which something of their size is held at a time: on a CPU they should stay in its cache.
 ELEMENTS_ON_CPU, ELEMENTS = 2**18, 2**24
 
 
-def spread_by_rows(matrix: Tensor) -> Tensor:
-    """Return the matrix with whole rows on every process; one that is cut by columns is sent once, all to all."""
-    if not is_dtensor(matrix) or all(getattr(p, "dim", 0) == 0 for p in matrix.placements):
-        return matrix
-    from torch.distributed.tensor import Shard
+def is_spread(matrix: Tensor) -> bool:
+    """Return whether other processes take part: the matrix is a DTensor, or a shard with ``vocabulary_group``."""
+    return is_dtensor(matrix) or vocabulary_group(matrix) is not None
 
-    placements = [Shard(0) if p.is_shard() else p for p in matrix.placements]
-    return matrix.redistribute(placements=placements)
+
+def spread_by_rows(matrix: Tensor) -> Tensor:
+    """Return the matrix, detached, with whole rows on every process; one cut by columns is sent once, all to all."""
+    rows = matrix.detach()
+    if is_dtensor(rows) and any(getattr(p, "dim", 0) != 0 for p in rows.placements):
+        from torch.distributed.tensor import Shard
+
+        rows = rows.redistribute(placements=[Shard(0) if p.is_shard() else p for p in rows.placements])
+    if (group := vocabulary_group(matrix)) is not None:
+        rows.vocabulary_group = group  # type: ignore[attr-defined]  # torch copies no attributes
+    return rows
 
 
 def precision(x: Tensor) -> torch.dtype:
@@ -43,19 +50,23 @@ def complete(part: Tensor, matrix: Tensor, reduce: str = "sum") -> Tensor:
 
     Where the matrix is cut by columns, so is ``part``, and the columns are gathered. All ranks must call it.
     """
-    if not is_dtensor(matrix):
-        return part
-    from torch.distributed.tensor import Partial, Replicate, Shard
+    if is_dtensor(matrix):
+        from torch.distributed.tensor import Partial, Replicate, Shard
 
-    kinds = {0: Partial(reduce), 1: Shard(1), None: Replicate()}
-    placements = [kinds[getattr(p, "dim", None)] for p in matrix.placements]
-    columns = matrix.shape[1] if Shard(1) in placements else part.shape[1]
-    made = as_dtensor(part, matrix.device_mesh, placements, torch.Size([len(part), columns]), (columns, 1))
-    return made.full_tensor()
+        kinds = {0: Partial(reduce), 1: Shard(1), None: Replicate()}
+        placements = [kinds[getattr(p, "dim", None)] for p in matrix.placements]
+        columns = matrix.shape[1] if Shard(1) in placements else part.shape[1]
+        made = as_dtensor(part, matrix.device_mesh, placements, torch.Size([len(part), columns]), (columns, 1))
+        part = made.full_tensor()
+    if (group := vocabulary_group(matrix)) is not None:
+        operation = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}[reduce]
+        part = part.clone()
+        torch.distributed.all_reduce(part, operation, group)
+    return part
 
 
-def sum_over_rows(matrix: Tensor, functions: Callable[..., Sequence[Tensor]], *matrices: Tensor) -> Tensor:
-    """Sum what ``functions`` makes of blocks of ``matrices``, K times (R, H), over all rows: (K, H), in float64.
+def mean_over_rows(matrix: Tensor, functions: Callable[..., Sequence[Tensor]], *matrices: Tensor) -> Tensor:
+    """Average what ``functions`` makes of blocks of ``matrices``, K times (R, H), over all rows: (K, H), in float64.
 
     The matrices are spread as ``matrix`` is. Sums over a block are in the precision of the matrix, at least float32.
     """
@@ -63,7 +74,9 @@ def sum_over_rows(matrix: Tensor, functions: Callable[..., Sequence[Tensor]], *m
     for rows in blocks(*map(local, matrices)):
         dtypes = [torch.promote_types(x.dtype, torch.float32) for x in rows]
         made = functions(*(x.to(dtype) for x, dtype in zip(rows, dtypes, strict=True)))
-        sums = torch.stack([x.sum(0).to(precision(matrix)) for x in made])
+        each = [x.sum(0).to(precision(matrix)) for x in made]
+        sums = torch.stack([*each, torch.full_like(each[0], len(rows[0]))])  # of a vocabulary shard, nobody knows V
         total = sums if total is None else total.add_(sums)
     assert total is not None
-    return complete(total, matrix)
+    total = complete(total, matrix)
+    return total[:-1] / total[-1]

@@ -117,7 +117,7 @@ class Coefficients(NamedTuple):
             eps=group["eps"],
             lr=lr,
             # Known to be 0 whatever device lr lies on.
-            decay=0.0 if isinstance(decay, int | float) and decay == 0 else lr * decay,
+            decay=0.0 if not isinstance(decay, Tensor) and decay == 0 else lr * decay,
         )
 
     def halted(self, found_inf: Tensor) -> "Coefficients":

@@ -412,8 +412,9 @@ class AdamFamily(Optimizer):
         without[name] = without.get(name, 0) + 1 if never else 0
         if without[name] == PATIENCE:
             warnings.warn(
-                f"coupled {name} has had no gradient in the first {PATIENCE} steps. If the model was resized or tied "
-                "after the optimizer was built, this is no longer its embedding: build the optimizer afterwards",
+                f"coupled {name} has had no gradient in the first {PATIENCE} steps. If the model was resized, tied "
+                "or wrapped by FSDP1 after the optimizer was built, this is no longer its embedding: build the "
+                "optimizer afterwards",
                 UserWarning,
                 stacklevel=5,
             )
@@ -510,14 +511,14 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer:
 
 def move(jobs: Sequence[Job]) -> None:
     """Move parameters, those of a group that one backend takes in one call."""
-    waiting: dict[tuple[int, int], tuple[backends.Backend, list[Job]]] = {}
+    waiting: dict[tuple[str, int], tuple[backends.Backend, list[Job]]] = {}
     for job in jobs:
         backend = backends.of(job)
         if job.coupled or job.spectral:
             finish(job)
             backend.move([job])
         else:
-            waiting.setdefault((id(backend), job.index[0]), (backend, []))[1].append(job)
+            waiting.setdefault((backend.__name__, job.index[0]), (backend, []))[1].append(job)
     for backend, alike in waiting.values():
         backend.move(alike)
 

@@ -22,6 +22,8 @@ from coupled_adam.optim.job import Job
 
 
 class Backend(Protocol):
+    __name__: str
+
     def refuses(self, job: Job, /) -> str: ...
 
     def sums(self, job: Job, /) -> Tensor: ...
