@@ -64,6 +64,7 @@ OPTIMIZERS = {
     "coupled": coupled(),
     "coupled, clipped, scaled, κ": coupled(max_grad_norm=0.1, coupling_scale=0.25, coupling_factor=0.5),
     "coupled, maximize": coupled(maximize=True),
+    "tempered, scaled": coupled(row_exponent=0.5, coupling_scale=0.25),
     "not coupled": coupled(coupling_factor=0.2),
 }
 

@@ -133,14 +133,30 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
 
     scale = -lr * second**0.5 / first
 
-    if coupled:
+    if coupled and not group["row_exponent"]:
         mean, mean_m = mean_over_rows(param, lambda e, m: [e, m], param, m)
         mean_v = group["coupling_scale"] * whole(v)[0].to(mean.dtype)
+        apart = torch.zeros_like(mean)
+        together = scale * direction(mean_m, mean_v)
     else:
-        means = mean_over_rows(param, lambda e, m, v: [e, m, v, direction(m, v)], param, m, v)
+        own = v
+        if coupled:
+            shared, own = whole(v), state["exp_avg_sq_rows"]
+            tiny = torch.finfo(shared.dtype).tiny
+
+        def of_elements(v: Tensor) -> Tensor:
+            """Return the second moments of rows, where what is given are those of whole rows."""
+            if not coupled:
+                return v
+            power = (v / shared.mean().clamp(min=tiny)) ** group["row_exponent"]
+            return group["coupling_scale"] * shared.to(v.dtype) * power
+
+        means = mean_over_rows(
+            param, lambda e, m, v: [e, m, of_elements(v), direction(m, of_elements(v))], param, m, own
+        )
         mean, mean_m, mean_v, mean_direction = means
-    together = scale * direction(mean_m, mean_v)  # as if the rows had one second moment
-    apart = torch.zeros_like(mean) if coupled else scale * mean_direction - together
+        together = scale * direction(mean_m, mean_v)  # as if the rows had one second moment
+        apart = scale * mean_direction - together
     before = (mean - apart - together) / (1 - lr * weight_decay)  # μ before the step, which is what decayed
     return Drift(apart, together, -lr * weight_decay * before, mean)
 
