@@ -58,6 +58,8 @@ def variants() -> Iterator[Variant]:
     yield Variant("column sums with κ", "sum_rows", sums | {"exp_avg": "*fp32", "grad_factor": "*fp32"}, {})
     for direction in DIRECTION:
         yield Variant(f"rows, {direction}", "move_matrix", moves | coupled, {"toward": direction})
+    tempered = coupled | {"factors": "*fp32"}
+    yield Variant("rows, tempered", "move_matrix", moves | tempered, {"toward": "ratio"})
     narrow = coupled | {"exp_avg": "*bf16", "seed": "i32"}
     yield Variant("rows, bfloat16 moment", "move_matrix", moves | narrow, {"toward": "ratio"})
     narrow = coupled | {"exp_avg": "*i8", "scales": "*fp32", "seed": "i32"}

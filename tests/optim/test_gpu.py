@@ -44,6 +44,7 @@ KINDS: dict[str, Callable] = {
     "factor": lambda params, clip, **settings: gpu.ours(params, clip, coupling_factor=0.1, **settings),
     "narrow": lambda params, clip, **settings: gpu.ours(params, clip, exp_avg_dtype=torch.bfloat16, **settings),
     "eight bits": lambda params, clip, **settings: gpu.ours(params, clip, exp_avg_dtype="8bit", **settings),
+    "tempered": lambda params, clip, **settings: gpu.ours(params, clip, row_exponent=0.5, **settings),
     "maximize": lambda params, clip, **settings: gpu.ours(params, clip, maximize=True, **settings),
     "adams": gpu.adams,
 }

@@ -148,8 +148,8 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
             """Return the second moments of rows, where what is given are those of whole rows."""
             if not coupled:
                 return v
-            power = (v / shared.mean().clamp(min=tiny)) ** group["row_exponent"]
-            return group["coupling_scale"] * shared.to(v.dtype) * power
+            power = (v / shared.mean().clamp(min=tiny)).pow(group["row_exponent"])
+            return shared.to(v.dtype) * power * group["coupling_scale"]  # type: ignore[no-any-return]
 
         means = mean_over_rows(
             param, lambda e, m, v: [e, m, of_elements(v), direction(m, of_elements(v))], param, m, own

@@ -181,3 +181,12 @@ def check_vectors(job: Job, *rows: Tensor | None) -> None:
     for x in rows:
         if x is not None and x.shape != (1, job.param.shape[-1]):
             raise RuntimeError(f"a row of shape {tuple(x.shape)} and a matrix of {tuple(job.param.shape)} do not fit")
+
+
+def check_factors(job: Job, factors: Tensor | None) -> None:
+    """Raise RuntimeError unless ``factors``, if any, are (V, 1), float32, beside the parameter."""
+    if factors is None:
+        return
+    found = (tuple(factors.shape), factors.dtype, factors.device)
+    if found != ((len(job.param), 1), torch.float32, job.param.device):
+        raise RuntimeError(f"factors of {len(job.param)} rows on {job.param.device} cannot be {found}")

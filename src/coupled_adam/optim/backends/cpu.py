@@ -17,7 +17,7 @@ from coupled_adam.optim.backends import plain
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import EightBit
 from coupled_adam.optim.equations import Coefficients
-from coupled_adam.optim.job import Job, advance, check_shapes, check_vectors
+from coupled_adam.optim.job import Job, advance, check_factors, check_shapes, check_vectors
 from coupled_adam.optim.rounding import seed_of
 
 INSTALLED = find_spec("numba") is not None
@@ -122,8 +122,7 @@ def move(jobs: Sequence[Job]) -> None:
 
 def _move_rows_(job: Job, c: Coefficients, root: Tensor, mean: Tensor | None, factors: Tensor | None) -> None:
     check(job, root, mean)
-    if factors is not None and not (factors.shape == (len(job.param), 1) and factors.dtype == torch.float32):
-        raise RuntimeError(f"factors of shape {tuple(factors.shape)}, {factors.dtype}, for {len(job.param)} rows")
+    check_factors(job, factors)
     of_row = None if factors is None else factors.contiguous().numpy()[:, 0]
     numbers, threads = DIRECTION[job.group["direction"]].numbers, threads_for(job.param)
     moments, seed = _moment(job)

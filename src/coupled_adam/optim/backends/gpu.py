@@ -19,7 +19,7 @@ from coupled_adam.optim.backends import plain
 from coupled_adam.optim.directions import DIRECTION
 from coupled_adam.optim.eight_bit import BLOCK, EightBit
 from coupled_adam.optim.equations import Coefficients, Number, readable, times_square
-from coupled_adam.optim.job import Job, advance, check_shapes, check_vectors
+from coupled_adam.optim.job import Job, advance, check_factors, check_shapes, check_vectors
 from coupled_adam.optim.rounding import seed_of
 
 INSTALLED = find_spec("triton") is not None
@@ -52,8 +52,6 @@ def refuses(job: Job) -> str:
         return "GPU kernels need Triton, the extra 'triton'"
     if is_compiling() or param.numel() == 0:
         return "GPU kernels do not support empty tensors or traced steps"
-    if job.exp_avg_sq_rows is not None:
-        return "GPU kernels do not support row_exponent"
     if fault := _fault(job):
         return fault
     if not moves_together(job) and (param.ndim < 2 or param.shape[-1] > GRID * WIDTH):
@@ -123,11 +121,12 @@ def move(jobs: Sequence[Job]) -> None:
             together.setdefault(_likeness(job), []).append(job)
             continue
         c = job.coefficients(job.step)
-        root = mean = None
+        root = mean = factors = None
         if job.coupled:
             root = root_of_rows_(job, c)
             mean = plain.mean_row(job, root, c)
-        _move_matrix_(job, c, root, mean)
+            factors = plain.row_factors_(*plain.live(job, c))
+        _move_matrix_(job, c, root, mean, factors)
         advance([job])
     for alike in together.values():
         move_many_(alike)
@@ -160,9 +159,12 @@ def root_of_rows_(job: Job, c: Coefficients) -> Tensor:
     return root
 
 
-def _move_matrix_(job: Job, c: Coefficients, root: Tensor | None, mean: Tensor | None) -> None:
+def _move_matrix_(
+    job: Job, c: Coefficients, root: Tensor | None, mean: Tensor | None, factors: Tensor | None = None
+) -> None:
     """Move a matrix, or a batch of them."""
     check(job, root, mean)
+    check_factors(job, factors)
     param = job.param
     columns, period = param.shape[-1], param.shape[-2]
     rows = param.numel() // columns
@@ -171,7 +173,8 @@ def _move_matrix_(job: Job, c: Coefficients, root: Tensor | None, mean: Tensor |
     moment, scales = job.exp_avg if isinstance(job.exp_avg, EightBit) else (job.exp_avg, None)
     exp_avg_sq = None if job.coupled else job.exp_avg_sq
     middle = None if mean is None else mean.contiguous()
-    tensors = (param, job.grad, moment, scales, exp_avg_sq, root, column, row, middle, job.found_inf)
+    of_rows = None if factors is None else factors.contiguous()
+    tensors = (param, job.grad, moment, scales, exp_avg_sq, root, of_rows, column, row, middle, job.found_inf)
     numbers = (*_numbers(c, param), _seed(job, job.step))
     grid, toward = (-(-rows // tile), -(-columns // width)), form(DIRECTION[job.group["direction"]].numbers)
     launch("move_matrix", grid, *tensors, rows, columns, period, *numbers, toward=toward, TILE=tile, WIDTH=width)

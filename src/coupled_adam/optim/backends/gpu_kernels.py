@@ -146,6 +146,7 @@ def move_matrix(
     scales,
     exp_avg_sq,
     root,
+    factors,
     column,
     row,
     mean,
@@ -167,7 +168,8 @@ def move_matrix(
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Do what plain.move does: to rows if ``root`` (H,) is given, to elements if ``exp_avg_sq`` is.
+    """Do what plain.move does: to rows if ``root`` (H,) is given, to elements if ``exp_avg_sq`` is. ``factors`` (R,)
+    multiply the root of each row.
 
     With ``column`` (R,) and ``row`` (R / period, H) the decay is spectral. With ``scales`` (R, ⌈H / WIDTH⌉) a row of a
     tile is a block of numbers in eight bits. ``mean`` (H,) is subtracted in the end.
@@ -196,7 +198,10 @@ def move_matrix(
         tl.store(exp_avg_sq + start + at, v, mask=here)
         way = toward(_number(first_scale) * m, _number(root_scale) * tl.sqrt_rn(v), _number(eps))
     else:
-        way = toward(_number(first_scale) * m, _read(root, j, j < columns)[None, :], _number(eps))
+        own = _read(root, j, j < columns)[None, :]
+        if factors is not None:
+            own = own * _read(factors, i, i < rows)[:, None]
+        way = toward(_number(first_scale) * m, own, _number(eps))
     if column is None:
         theta = moved(theta, theta, _number(decay), _number(lr), way)
     else:

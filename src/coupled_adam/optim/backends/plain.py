@@ -99,7 +99,7 @@ def move(jobs: Sequence[Job]) -> None:
         if job.coupled:
             root = root_of_rows_(job, c)
             mean = mean_row(job, root, c)
-            job, c = _live(job, c)
+            job, c = live(job, c)
             factors = row_factors_(job, c)
             kept = [x.clone() for x in job.exp_avg] if job.found_inf is not None and _packed(job) else []
             for part in _blocks(job):
@@ -108,7 +108,7 @@ def move(jobs: Sequence[Job]) -> None:
             for now, before in zip(job.exp_avg if kept else (), kept, strict=True):  # codes were rounded again
                 now.copy_(torch.where(cast(Tensor, job.found_inf) > 0, before, now))
         else:
-            _move_elements_(*_live(job, c))
+            _move_elements_(*live(job, c))
         advance([job])
 
 
@@ -152,7 +152,7 @@ def mean_row(job: Job, root: Tensor, c: Coefficients) -> Tensor | None:
     return job.unless_it_rests(param)
 
 
-def _live(job: Job, c: Coefficients) -> tuple[Job, Coefficients]:
+def live(job: Job, c: Coefficients) -> tuple[Job, Coefficients]:
     """Return a job and coefficients that change nothing where GradScaler has found an infinity."""
     if job.found_inf is None:
         return job, c
