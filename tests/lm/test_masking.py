@@ -122,7 +122,7 @@ def test_losses_by_frequency_are_of_the_masked_tokens(masked: Experiment, text_f
 
 @pytest.mark.long
 def test_a_run_learns_resumes_and_is_evaluated(masked: Experiment, text_file: Path, tmp_path: Path, capsys) -> None:
-    experiment = masked.with_values(train__steps=60, schedule__lr=1e-2, optimizer__embedding__lr_factor=3.0)
+    experiment = masked.with_values(train__steps=40, schedule__lr=1e-2, optimizer__embedding__lr_factor=3.0)
     corpus = prepare(TextFiles(text_file), masked.data, tmp_path / "corpus")
     batches, losses = held_out(experiment, corpus), []
 

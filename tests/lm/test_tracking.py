@@ -174,10 +174,12 @@ def test_trackio_holds_every_step_once(
 ) -> None:
     directory = tmp_path / "trackio"
     monkeypatch.setenv("TRACKIO_DIR", str(directory))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # imported before, by TRL, it would write elsewhere
     import trackio
     from trackio.sqlite_storage import SQLiteStorage
 
-    assert directory == trackio.TRACKIO_DIR, "it was imported before, and would write elsewhere"
+    assert directory == trackio.TRACKIO_DIR
     experiment = tracked(tiny, "trackio").with_values(tracking__project="ours")
     train_killed_at(8, experiment, corpus, tmp_path / "run")
     train_killed_at(3, experiment, corpus, tmp_path / "another")  # of the same name
