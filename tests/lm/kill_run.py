@@ -1,4 +1,4 @@
-"""Starts a run a dozen times and kills it at a random moment: python kill_run.py EXPERIMENT.toml CORPUS RUN.
+"""Starts a run twenty times and kills it at a random moment: python kill_run.py EXPERIMENT.toml CORPUS RUN.
 
 Prints the step of the last line of metrics.jsonl after each. The children are forks of a process that has imported all
 that they need and computed nothing: threads do not survive a fork.
@@ -18,7 +18,7 @@ from coupled_adam.lm.metrics_jsonl import MetricsLog
 
 toml, corpus, run_dir = map(Path, sys.argv[1:])
 rng, metrics = random.Random(0), MetricsLog(run_dir / "metrics.jsonl")
-for _ in range(12):
+for _ in range(20):
     newest = latest_checkpoint(run_dir / "checkpoints")
     start = int(newest.name.removeprefix("step-")) if newest else 0
     # Most die some steps after they began, however long a step takes; a few before, while they load.
