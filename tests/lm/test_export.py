@@ -99,7 +99,7 @@ def test_a_masked_model_is_a_modernbert_with_its_mask_token(tied, qkv, tiny, tex
     directory = exported(run, tmp_path / "model")
     theirs, tokenizer = AutoModelForMaskedLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
     assert type(theirs) is ModernBertForMaskedLM and theirs.dtype == torch.float32
-    assert theirs.decoder.bias.abs().min() > 0 or theirs.decoder.bias.any(), "it was trained"
+    assert theirs.decoder.bias.any(), "it was trained"
     tokens = torch.from_numpy(run.corpus.shards("validation")[0][:64].astype("int64")).view(4, 16)
     tokens[:, 3] = tokenizer.mask_token_id
     with torch.no_grad():

@@ -143,7 +143,9 @@ def _predictions(
             part = slice(i, i + at_a_time)
             seen, there = (inputs[part], targets[part]) if masking is None else masking(inputs[part], [draw, i])
             known = there != IGNORED
-            log_p = torch.log_softmax(model(seen.to(device))[known.to(device)].float(), -1)
+            logits = model(seen.to(device))
+            logits = logits.flatten(0, 1) if masking is None else logits[known.to(device)]
+            log_p = torch.log_softmax(logits.float(), -1)
             wanted.append(there[known])
             of_document.append(documents[part][known])
             losses.append(-log_p.gather(1, wanted[-1].to(device)[:, None]).squeeze(1).cpu())

@@ -151,10 +151,11 @@ def drift(optimizer: Optimizer, param: Tensor) -> Drift:
             power = (v / shared.mean().clamp(min=tiny)).pow(group["row_exponent"])
             return shared.to(v.dtype) * power * group["coupling_scale"]  # type: ignore[no-any-return]
 
-        means = mean_over_rows(
-            param, lambda e, m, v: [e, m, of_elements(v), direction(m, of_elements(v))], param, m, own
-        )
-        mean, mean_m, mean_v, mean_direction = means
+        def parts(e: Tensor, m: Tensor, v: Tensor) -> list[Tensor]:
+            v = of_elements(v)
+            return [e, m, v, direction(m, v)]
+
+        mean, mean_m, mean_v, mean_direction = mean_over_rows(param, parts, param, m, own)
         together = scale * direction(mean_m, mean_v)  # as if the rows had one second moment
         apart = scale * mean_direction - together
     before = (mean - apart - together) / (1 - lr * weight_decay)  # μ before the step, which is what decayed
